@@ -1,0 +1,25 @@
+//! The contract between the host and the guest agent: what travels with the boot, which vsock ports carry
+//! what, which I/O ports the machine listens on, and the control messages.
+//!
+//! This crate is data only. Both sides import it; neither side's behaviour lives here.
+//!
+//! ```text
+//!  host (engine)                                   guest (agent, PID 1)
+//!    initramfs:  /cloche/boot.json, /cloche/spec.json ──▶ read at boot
+//!    vsock 1024  control ◀── FromGuest frames / ToGuest frames ──▶
+//!    vsock 1025  stdin   ──────────── raw bytes ────────────────▶
+//!    vsock 1026  stdout  ◀─────────── raw bytes ─────────────────
+//!    vsock 1027  stderr  ◀─────────── raw bytes ─────────────────
+//!  VMM: I/O port 0x5c0 ◀── marks;  0x5c4 ◀── exit code
+//! ```
+//!
+//! The guest dials the host for every stream, so nobody polls for readiness.
+
+pub mod boot;
+pub mod frame;
+pub mod machine;
+pub mod message;
+
+/// Version of this contract. The agent refuses a [`boot::BootConfig`] of another version: host and guest are
+/// built from one source tree, so a mismatch means a stale agent.
+pub const VERSION: u32 = 1;
