@@ -1,1 +1,3 @@
-//! (under construction)
+//! One microVM in one process.
+pub mod config;
+pub mod event;

@@ -1,0 +1,264 @@
+//! What a microVM is made of, as data. The engine writes it, `cloche vmm` reads it as JSON, [`crate::run`] acts on
+//! it. Every field is either acted on or refused by [`VmConfig::validate`]; unknown fields are refused by serde.
+//!
+//! Checks here are those that need no file and no KVM. What depends on a file's content or on the host (does the
+//! kernel exist, is there so much memory) is checked by the step that opens it.
+
+use std::{collections::HashSet, os::fd::RawFd, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// vCPUs that a VM can have at most: an MP table names a CPU by an 8-bit APIC id, and more than this was never
+/// tried.
+pub const MAX_VCPUS: u8 = 32;
+/// Memory that a VM needs at least, in MiB: a kernel, its initramfs, and room to unpack both.
+pub const MIN_MEMORY_MIB: u32 = 32;
+/// Disks that a VM can have at most: each takes some 36 of the 2048 bytes of a Linux command line.
+pub const MAX_DISKS: usize = 40;
+/// Bytes of a disk's id that a guest can see (virtio 1.2 §5.2.6: `VIRTIO_BLK_T_GET_ID`).
+pub const MAX_DISK_ID_BYTES: usize = 20;
+
+/// A microVM. Serialised as JSON; see the module's documentation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Virtual CPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest memory in MiB, [`MIN_MEMORY_MIB`] up to what the host has.
+    pub memory_mib: u32,
+    /// Guest kernel: an uncompressed x86-64 ELF `vmlinux` with a PVH entry, or a bzImage.
+    pub kernel: PathBuf,
+    /// Appended to the kernel command line that [`crate::boot::cmdline`] makes, so that it wins over it.
+    #[serde(default)]
+    pub cmdline_extra: String,
+    /// cpio archives; concatenated, each padded with zeros to a multiple of 4 bytes. Later ones win.
+    #[serde(default)]
+    pub initramfs: Vec<InitramfsPart>,
+    /// Disks in the order in which the guest names them: `vda`, `vdb`, …
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// The socket device, if the guest gets one.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
+    /// Whether the guest gets a virtio entropy device.
+    #[serde(default)]
+    pub rng: bool,
+    /// File to which the last 64 KiB of the guest's console are written when the VM ends; created or emptied.
+    #[serde(default)]
+    pub console_log: Option<PathBuf>,
+    /// How long the guest may take from its first instruction to its `agent-ready` mark, in milliseconds; at least
+    /// 1. `None` waits for ever.
+    #[serde(default)]
+    pub start_timeout_ms: Option<u64>,
+    /// Inherited file descriptor to which [`crate::event::Event`]s are written, one JSON object a line.
+    #[serde(default)]
+    pub events_fd: Option<RawFd>,
+}
+
+/// One piece of the initramfs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum InitramfsPart {
+    /// The archive that the calling binary carries and hands to [`crate::run`].
+    Embedded,
+    /// A cpio archive on disk.
+    File(PathBuf),
+}
+
+/// One virtio block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// A file or block device; its size is rounded down to whole 512-byte sectors.
+    pub path: PathBuf,
+    /// Whether the guest is kept from writing. The file is then opened read-only too.
+    #[serde(default)]
+    pub read_only: bool,
+    /// What the guest reads as the disk's serial number: 1 to [`MAX_DISK_ID_BYTES`] bytes of printable ASCII.
+    pub id: String,
+}
+
+/// The virtio socket device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id: 3 or above (virtio 1.2 §5.10.4 reserves 0 to 2), and not 0xffff_ffff.
+    pub guest_cid: u32,
+    /// A guest's connection to port `P` of the host is made to the unix socket `{socket_prefix}_{P}`.
+    pub socket_prefix: PathBuf,
+}
+
+/// A value of [`VmConfig`] that no VM can have.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{field} is {value}; allowed: {allowed}")]
+pub struct ConfigError {
+    /// The field, as it is spelt in JSON.
+    pub field: String,
+    /// The value that was given.
+    pub value: String,
+    /// What would have been accepted.
+    pub allowed: String,
+}
+
+impl ConfigError {
+    fn new(field: impl Into<String>, value: impl ToString, allowed: impl Into<String>) -> Self {
+        Self { field: field.into(), value: value.to_string(), allowed: allowed.into() }
+    }
+}
+
+impl VmConfig {
+    /// A VM of this size with this kernel and nothing else.
+    pub fn new(vcpus: u8, memory_mib: u32, kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            vcpus,
+            memory_mib,
+            kernel: kernel.into(),
+            cmdline_extra: String::new(),
+            initramfs: Vec::new(),
+            disks: Vec::new(),
+            vsock: None,
+            rng: false,
+            console_log: None,
+            start_timeout_ms: None,
+            events_fd: None,
+        }
+    }
+
+    /// Guest memory in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        u64::from(self.memory_mib) << 20
+    }
+
+    /// Checks every field that can be checked without touching the host.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return Err(ConfigError::new("vcpus", self.vcpus, format!("1 to {MAX_VCPUS}")));
+        }
+        if self.memory_mib < MIN_MEMORY_MIB {
+            return Err(ConfigError::new(
+                "memory_mib",
+                self.memory_mib,
+                format!("{MIN_MEMORY_MIB} and above"),
+            ));
+        }
+        if !self.cmdline_extra.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()) {
+            return Err(ConfigError::new(
+                "cmdline_extra",
+                format!("{:?}", self.cmdline_extra),
+                "printable ASCII",
+            ));
+        }
+        if self.start_timeout_ms == Some(0) {
+            return Err(ConfigError::new("start_timeout_ms", 0, "1 and above, or none"));
+        }
+        if let Some(fd) = self.events_fd.filter(|fd| *fd < 0) {
+            return Err(ConfigError::new("events_fd", fd, "an open file descriptor"));
+        }
+        self.validate_disks()?;
+        self.validate_vsock()
+    }
+
+    fn validate_disks(&self) -> Result<(), ConfigError> {
+        if self.disks.len() > MAX_DISKS {
+            return Err(ConfigError::new("disks", self.disks.len(), format!("at most {MAX_DISKS} disks")));
+        }
+        let mut seen = HashSet::new();
+        for (index, disk) in self.disks.iter().enumerate() {
+            let field = || format!("disks[{index}].id");
+            let printable = disk.id.bytes().all(|byte| byte.is_ascii_graphic());
+            if disk.id.is_empty() || disk.id.len() > MAX_DISK_ID_BYTES || !printable {
+                return Err(ConfigError::new(
+                    field(),
+                    format!("{:?}", disk.id),
+                    format!("1 to {MAX_DISK_ID_BYTES} printable ASCII characters"),
+                ));
+            }
+            if !seen.insert(disk.id.as_str()) {
+                return Err(ConfigError::new(
+                    field(),
+                    format!("{:?}", disk.id),
+                    "an id that no other disk has",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_vsock(&self) -> Result<(), ConfigError> {
+        let Some(vsock) = &self.vsock else { return Ok(()) };
+        if vsock.guest_cid < 3 || vsock.guest_cid == u32::MAX {
+            return Err(ConfigError::new("vsock.guest_cid", vsock.guest_cid, "3 to 4294967294"));
+        }
+        // Room for `_` and the ten digits of a port in a `sockaddr_un` of 108 bytes, its final NUL included.
+        const MAX_PREFIX_BYTES: usize = 108 - 1 - 11;
+        let prefix_bytes = vsock.socket_prefix.as_os_str().len();
+        if !(1..=MAX_PREFIX_BYTES).contains(&prefix_bytes) {
+            return Err(ConfigError::new(
+                "vsock.socket_prefix",
+                format!("{:?} ({prefix_bytes} bytes)", vsock.socket_prefix),
+                format!("a path of 1 to {MAX_PREFIX_BYTES} bytes"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(id: &str) -> DiskConfig {
+        DiskConfig { path: "/disk".into(), read_only: true, id: id.into() }
+    }
+
+    fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
+        let mut config = VmConfig::new(1, 128, "/vmlinux");
+        change(&mut config);
+        config.validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn validate_of_plain_config_passes() {
+        let mut config = VmConfig::new(MAX_VCPUS, MIN_MEMORY_MIB, "/vmlinux");
+        config.disks = vec![disk("a"), disk("b")];
+        config.vsock = Some(VsockConfig { guest_cid: 3, socket_prefix: "/run/x".into() });
+        assert_eq!(config.validate(), Ok(()));
+    }
+
+    #[test]
+    fn validate_of_value_out_of_range_names_field_value_and_range() {
+        assert_eq!(refused(|c| c.vcpus = 0), "vcpus is 0; allowed: 1 to 32");
+        assert_eq!(refused(|c| c.vcpus = 33), "vcpus is 33; allowed: 1 to 32");
+        assert_eq!(refused(|c| c.memory_mib = 0), "memory_mib is 0; allowed: 32 and above");
+        assert!(refused(|c| c.cmdline_extra = "a\nb".into()).starts_with("cmdline_extra is \"a\\nb\""));
+        assert!(refused(|c| c.start_timeout_ms = Some(0)).starts_with("start_timeout_ms is 0"));
+        assert!(refused(|c| c.events_fd = Some(-1)).starts_with("events_fd is -1"));
+    }
+
+    #[test]
+    fn validate_of_disk_ids_refuses_empty_long_odd_and_repeated_ones() {
+        for id in ["", "123456789012345678901", "a b", "é"] {
+            assert!(refused(|c| c.disks = vec![disk(id)]).starts_with("disks[0].id is"), "{id:?}");
+        }
+        assert!(refused(|c| c.disks = vec![disk("a"), disk("a")]).contains("no other disk"));
+        let many = (0..=MAX_DISKS).map(|n| disk(&n.to_string())).collect();
+        assert!(refused(|c| c.disks = many).starts_with("disks is 41"));
+    }
+
+    #[test]
+    fn validate_of_vsock_refuses_reserved_cids_and_unusable_paths() {
+        let vsock = |guest_cid, prefix: String| Some(VsockConfig { guest_cid, socket_prefix: prefix.into() });
+        assert!(refused(|c| c.vsock = vsock(2, "/x".into())).starts_with("vsock.guest_cid is 2"));
+        assert!(refused(|c| c.vsock = vsock(3, String::new())).contains("(0 bytes)"));
+        assert!(refused(|c| c.vsock = vsock(3, "x".repeat(97))).contains("(97 bytes)"));
+    }
+
+    #[test]
+    fn config_with_unknown_field_is_refused() {
+        let json = r#"{"vcpus":1,"memory_mib":64,"kernel":"/k","initramfs":["embedded",{"file":"/a"}]}"#;
+        let config: VmConfig = serde_json::from_str(json).unwrap();
+        assert_eq!(config.initramfs, [InitramfsPart::Embedded, InitramfsPart::File("/a".into())]);
+        let unknown = json.replace("\"vcpus\"", "\"cpu\"");
+        assert!(serde_json::from_str::<VmConfig>(&unknown).unwrap_err().to_string().contains("cpu"));
+    }
+}
