@@ -1,1 +1,20 @@
-//! (under construction)
+//! Linux containers: an OCI runtime spec and a root file system become a confined process.
+//!
+//! The same code runs on the host, called by the single-threaded `cloche` process, and in the guest, called by
+//! the agent that is PID 1 there. It starts no threads and no helper processes, and knows nothing of images,
+//! virtual machines or sandbox state on disk.
+//!
+//! ```text
+//!  launch()                                     child, in its new namespaces
+//!    check the spec, compile seccomp              rootfs ▸ pivot_root ▸ mounts ▸ devices ▸ masks
+//!    create the cgroup, set limits                rlimits ▸ user ▸ capabilities ▸ seccomp
+//!    clone3 ──────────────────────────────────▶   execve
+//!    read the error pipe ◀────────────────────    end of file = running; else exit code and message
+//! ```
+
+pub mod cgroup;
+mod container;
+mod launch;
+
+pub use container::{Container, Exit, ExitStatus, WaitError};
+pub use launch::{Launch, LaunchError, Rootfs, Stdio, launch};

@@ -1,0 +1,178 @@
+//! Carries the bytes of a process's stdio between two file descriptors without ever blocking the caller.
+//!
+//! The monitor on the host and the agent in the guest are both single poll loops; each has one [`Pump`] per stream.
+//! A pump reads only when its buffer is empty and writes only when `poll` said that the target takes bytes, so a
+//! slow reader stops the writer (back-pressure) and nothing grows.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags},
+    io::Errno,
+};
+
+/// Bytes read at once.
+const BUFFER_BYTES: usize = 64 * 1024;
+
+/// How much may be written at once without blocking when `poll` reports a target writable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// A non-blocking descriptor of ours: as much as it takes.
+    NonBlocking,
+    /// A descriptor shared with others, which may not be made non-blocking: `PIPE_BUF` bytes, what a writable pipe
+    /// always takes (pipe(7)).
+    Shared,
+}
+
+impl Target {
+    fn chunk_bytes(self) -> usize {
+        match self {
+            Self::NonBlocking => BUFFER_BYTES,
+            Self::Shared => 4096,
+        }
+    }
+}
+
+/// What a call to [`Pump::advance`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// Nothing could move.
+    Idle,
+    /// This many bytes were read from the source; 0 if bytes were only written.
+    Moved(usize),
+    /// Source at its end and everything written, or target gone: the pump holds no descriptor any more.
+    Done,
+}
+
+/// One direction of one stream.
+#[derive(Debug)]
+pub struct Pump {
+    ends: Option<(OwnedFd, OwnedFd)>,
+    target: Target,
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Pump {
+    /// Carries bytes from `from` to `to`. `from` may be blocking: it is read only when it is readable.
+    pub fn new(from: OwnedFd, to: OwnedFd, target: Target) -> Self {
+        Self { ends: Some((from, to)), target, buffer: Vec::new(), start: 0, end: 0 }
+    }
+
+    /// Whether nothing is left to do.
+    pub fn is_done(&self) -> bool {
+        self.ends.is_none()
+    }
+
+    /// What to poll for: the source when the buffer is empty, else the target. `None` when done.
+    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
+        let (from, to) = self.ends.as_ref()?;
+        Some(if self.start == self.end {
+            PollFd::from_borrowed_fd(from.as_fd(), PollFlags::IN)
+        } else {
+            PollFd::from_borrowed_fd(to.as_fd(), PollFlags::OUT)
+        })
+    }
+
+    /// Call when `poll` returned any event for [`Pump::poll_fd`]. A target that is gone (EPIPE, reset) ends the pump
+    /// and closes the source, so that its writer learns of it as it would without a pump in between.
+    pub fn advance(&mut self) -> io::Result<Progress> {
+        let Some((from, to)) = &self.ends else { return Ok(Progress::Done) };
+        let mut moved = 0;
+        if self.start == self.end {
+            self.buffer.resize(BUFFER_BYTES, 0);
+            match rustix::io::read(from, &mut self.buffer[..]) {
+                Ok(0) => return Ok(self.finish()),
+                Ok(count) => (self.start, self.end, moved) = (0, count, count),
+                Err(Errno::AGAIN | Errno::INTR) => return Ok(Progress::Idle),
+                // A terminal's other end is closed (EIO), or the peer is gone: the same as end of file.
+                Err(Errno::IO | Errno::CONNRESET) => return Ok(self.finish()),
+                Err(errno) => return Err(errno.into()),
+            }
+            if self.target == Target::Shared {
+                // Whether the target takes bytes is known only after the next poll.
+                return Ok(Progress::Moved(moved));
+            }
+        }
+        let end = self.end.min(self.start + self.target.chunk_bytes());
+        match write(to.as_fd(), &self.buffer[self.start..end]) {
+            Ok(count) => self.start += count,
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN | Errno::SHUTDOWN) => return Ok(self.finish()),
+            Err(errno) => return Err(errno.into()),
+        }
+        Ok(Progress::Moved(moved))
+    }
+
+    fn finish(&mut self) -> Progress {
+        if let Some((_, to)) = self.ends.take() {
+            // Half-close: a socket's other direction and bytes in flight outlive this. ENOTSOCK for everything else.
+            let _ = rustix::net::shutdown(&to, rustix::net::Shutdown::Write);
+        }
+        Progress::Done
+    }
+}
+
+/// write(2); the caller's process must ignore SIGPIPE (Rust's default).
+fn write(to: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::Result<usize> {
+    rustix::io::write(to, bytes)
+}
+
+/// A pipe whose end kept by the caller is non-blocking and whose both ends are close-on-exec: (read, write).
+pub fn pipe_read_side() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    rustix::io::ioctl_fionbio(&read, true)?;
+    Ok((read, write))
+}
+
+/// As [`pipe_read_side`], with the write end kept by the caller and so non-blocking: (read, write).
+pub fn pipe_write_side() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    rustix::io::ioctl_fionbio(&write, true)?;
+    Ok((read, write))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    #[test]
+    fn pump_of_more_than_its_buffer_and_the_pipe_hold_moves_all_bytes() {
+        let (source, feed) = pipe_read_side().unwrap();
+        let (sink, target) = pipe_write_side().unwrap();
+        let sent: Vec<u8> = (0..1_000_000u32).map(|n| (n * 2_654_435_761 >> 13) as u8).collect();
+        let expected = sent.clone();
+        let writer = std::thread::spawn(move || std::fs::File::from(feed).write_all(&sent).unwrap());
+        let reader = std::thread::spawn(move || {
+            let mut got = Vec::new();
+            std::fs::File::from(sink).read_to_end(&mut got).unwrap();
+            got
+        });
+        let mut pump = Pump::new(source, target, Target::NonBlocking);
+        while let Some(poll) = pump.poll_fd() {
+            rustix::event::poll(&mut [poll], None).unwrap();
+            pump.advance().unwrap();
+        }
+        writer.join().unwrap();
+        assert!(reader.join().unwrap() == expected);
+    }
+
+    #[test]
+    fn pump_whose_target_is_gone_closes_its_source() {
+        let (source, feed) = pipe_read_side().unwrap();
+        let (sink, target) = pipe_write_side().unwrap();
+        drop(sink);
+        let mut pump = Pump::new(source, target, Target::NonBlocking);
+        rustix::io::write(&feed, b"x").unwrap();
+        while !pump.is_done() {
+            pump.advance().unwrap();
+        }
+        assert_eq!(rustix::io::write(&feed, b"x"), Err(Errno::PIPE));
+    }
+}
