@@ -1,0 +1,199 @@
+//! What the process may not do: capabilities, seccomp, masked and read-only paths, devices. Docker's defaults are the
+//! measure, and both isolations are held to the same.
+
+use anyhow::{Context as _, ensure};
+
+use crate::bed::Bed;
+use crate::suite::{Body, Story, body};
+use crate::world::{Isolation, Need};
+
+const BOTH: &[Need] = &[Need::UsableKvm, Need::BusyboxImage];
+
+pub const BODIES: &[Body] = &[
+    body!(capabilities_are_dockers_default),
+    body!(other_user_has_no_effective_capability),
+    body!(blocked_system_calls_fail_with_eperm),
+    body!(permitted_things_still_work),
+    body!(devices_are_limited_to_dockers_default),
+    body!(proc_and_sys_are_read_only_where_it_matters),
+    body!(sensitive_paths_are_masked),
+    body!(masks_cannot_be_lifted),
+    body!(status_is_equal_in_both).comparing_both().needs(BOTH),
+    body!(mounts_are_equal_in_both).comparing_both().needs(BOTH),
+    body!(surroundings_are_equal_in_both).comparing_both().needs(BOTH),
+];
+
+/// CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, NET_RAW, SYS_CHROOT, MKNOD,
+/// AUDIT_WRITE, SETFCAP.
+const DOCKER_DEFAULT: &str = "00000000a80425fb";
+const NONE: &str = "0000000000000000";
+const STATUS: &str = "grep -E '^(Cap...|NoNewPrivs|Seccomp):' /proc/self/status | tr -d '\\t '";
+
+fn capabilities_are_dockers_default(bed: &Bed) -> Story {
+    let expected = format!(
+        "CapInh:{NONE}\nCapPrm:{DOCKER_DEFAULT}\nCapEff:{DOCKER_DEFAULT}\nCapBnd:{DOCKER_DEFAULT}\nCapAmb:{NONE}\n\
+         NoNewPrivs:1\nSeccomp:2\n"
+    );
+    bed.busybox().sh(STATUS).run()?.succeeds()?.prints(&expected)?;
+    Ok(())
+}
+
+fn other_user_has_no_effective_capability(bed: &Bed) -> Story {
+    let expected = format!(
+        "CapInh:{NONE}\nCapPrm:{NONE}\nCapEff:{NONE}\nCapBnd:{DOCKER_DEFAULT}\nCapAmb:{NONE}\nNoNewPrivs:1\nSeccomp:2\n"
+    );
+    bed.busybox().with("-u", "1000:1000").sh(STATUS).run()?.succeeds()?.prints(&expected)?;
+    Ok(())
+}
+
+fn blocked_system_calls_fail_with_eperm(bed: &Bed) -> Story {
+    for script in [
+        // Without seccomp any user may make a user namespace.
+        "unshare -U true",
+        "unshare -m true",
+        "nsenter -t 1 -u true",
+        "mount -t tmpfs none /mnt",
+        "umount /proc",
+        "pivot_root / /mnt",
+        "date -s 2001-01-01",
+        "dmesg",
+        "swapoff /swap",
+        "reboot -f",
+        "hostname other",
+        "ip link set lo down",
+    ] {
+        let finished = bed.busybox().sh(&format!("mkdir -p /mnt; {script}")).run()?;
+        ensure!(finished.code() != 0, "`{script}` succeeded\n{finished}");
+        let said = finished.err().to_lowercase();
+        let refused = said.contains("not permitted") || said.contains("permission denied");
+        ensure!(refused, "`{script}` failed for another reason than a lack of permission\n{finished}");
+    }
+    Ok(())
+}
+
+fn permitted_things_still_work(bed: &Bed) -> Story {
+    for script in [
+        "touch /f && chown 12:34 /f && chmod 4755 /f",
+        "chroot / true",
+        "mknod /fifo p && mknod /null c 1 3 && echo x > /null",
+        "ping -c 1 -W 20 127.0.0.1",
+        "echo x > /dev/null && head -c 8 /dev/urandom && head -c 8 /dev/zero",
+        "echo x > /dev/shm/file && cat /dev/shm/file",
+        "(echo x | tee /dev/stdout) < /dev/fd/0",
+        "test -c /dev/tty && test -L /dev/ptmx && test -d /dev/pts && test -d /dev/mqueue",
+        "kill -0 1 && nice -n 5 true",
+    ] {
+        bed.busybox().sh(script).run()?.succeeds().with_context(|| format!("`{script}`"))?;
+    }
+    Ok(())
+}
+
+fn devices_are_limited_to_dockers_default(bed: &Bed) -> Story {
+    for (name, number) in [("kmsg", "c 1 11"), ("mem", "c 1 1"), ("tun", "c 10 200"), ("disk", "b 254 0")] {
+        let script = format!("mknod /{name} {number} && head -c 1 /{name}");
+        let finished = bed.busybox().sh(&script).run()?;
+        ensure!(finished.code() != 0, "device {number} could be read\n{finished}");
+        finished.says("not permitted")?;
+    }
+    let devices = bed.busybox().sh("cd /dev; echo *").run()?.succeeds()?;
+    devices.prints("core fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero\n")?;
+    Ok(())
+}
+
+fn proc_and_sys_are_read_only_where_it_matters(bed: &Bed) -> Story {
+    for path in [
+        "/proc/sys/kernel/hostname",
+        "/proc/sys/vm/drop_caches",
+        "/proc/sysrq-trigger",
+        "/proc/irq/default_smp_affinity",
+        "/sys/kernel/mm/transparent_hugepage/enabled",
+        "/sys/new",
+    ] {
+        // What this kernel does not have is out of reach, too.
+        let script = format!("test -e {path} || echo absent; echo 1 > {path}");
+        let finished = bed.busybox().sh(&script).run()?;
+        ensure!(finished.code() != 0, "{path} could be written\n{finished}");
+        let said = finished.err().to_lowercase();
+        let absent = finished.out() == "absent\n";
+        ensure!(absent || said.contains("read-only"), "{path} is not read-only\n{finished}");
+    }
+    bed.busybox().sh("mkdir /sys/fs/cgroup/mine").run()?.exits_with(1)?.says("read-only")?;
+    Ok(())
+}
+
+fn sensitive_paths_are_masked(bed: &Bed) -> Story {
+    // OCI runtime-spec: config-linux.md#masked-paths. The list is Docker's.
+    for file in [
+        "/proc/kcore",
+        "/proc/keys",
+        "/proc/latency_stats",
+        "/proc/timer_list",
+        "/proc/timer_stats",
+        "/proc/sched_debug",
+    ] {
+        let script = format!("test ! -e {file} || test $(head -c 100 {file} | wc -c) = 0");
+        bed.busybox().sh(&script).run()?.succeeds().with_context(|| format!("{file} can be read"))?;
+    }
+    for directory in
+        ["/proc/acpi", "/proc/asound", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap"]
+    {
+        let script = format!("test ! -e {directory} || test -z \"$(ls -A {directory})\"");
+        bed.busybox().sh(&script).run()?.succeeds().with_context(|| format!("{directory} has entries"))?;
+    }
+    Ok(())
+}
+
+fn masks_cannot_be_lifted(bed: &Bed) -> Story {
+    // A second procfs has no masks; its mount must fail even in a namespace of one's own.
+    for script in
+        ["umount /proc/kcore", "mount -t proc proc /mnt", "unshare -Um true", "mount -o remount,rw /proc/sys"]
+    {
+        let finished = bed.busybox().sh(&format!("mkdir -p /mnt; {script}")).run()?;
+        ensure!(finished.code() != 0, "`{script}` succeeded\n{finished}");
+    }
+    Ok(())
+}
+
+/// Runs the same script under both and expects the same output.
+fn is_equal_in_both(bed: &Bed, script: &str) -> Story {
+    let vm = bed.under(Isolation::Vm)?;
+    let run = |bed: &Bed| bed.busybox().with("--hostname", "same").sh(script).run()?.succeeds();
+    let (in_container, in_vm) = (run(bed)?, run(&vm)?);
+    ensure!(
+        in_container.out() == in_vm.out(),
+        "`{script}` prints different things:\n{in_container}\n{in_vm}"
+    );
+    vm.check_out()
+}
+
+fn status_is_equal_in_both(bed: &Bed) -> Story {
+    is_equal_in_both(
+        bed,
+        "grep -E '^(Cap...|NoNewPrivs|Seccomp|Seccomp_filters|Umask|Uid|Gid|Groups|NSpid):' /proc/self/status",
+    )
+}
+
+fn mounts_are_equal_in_both(bed: &Bed) -> Story {
+    // Mount point, flags, type. The rest (ids, sizes, sources) is each host's own.
+    is_equal_in_both(
+        bed,
+        r"sed -E 's/^[0-9]+ [0-9]+ \S+ \S+ (\S+) (\S+) .*- (\S+) .*/\1 \2 \3/' /proc/self/mountinfo",
+    )
+}
+
+fn surroundings_are_equal_in_both(bed: &Bed) -> Story {
+    for script in [
+        "env | sort",
+        "cd /dev; stat -c '%n %f %t:%T %u:%g' *",
+        "cat /proc/self/cgroup",
+        "ulimit -n; ulimit -u; ulimit -c; ulimit -s; ulimit -l",
+        "pwd; id; umask; tty",
+        "cat /proc/sys/kernel/pid_max >/dev/null; ls /proc/self/ns",
+        "cat /proc/self/oom_score_adj",
+        "ls -lan / | sed 's/ [A-Z][a-z][a-z] .*:[0-9][0-9] / /'",
+        "cat /etc/hosts /etc/hostname /etc/resolv.conf 2>/dev/null || true",
+    ] {
+        is_equal_in_both(bed, script)?;
+    }
+    Ok(())
+}

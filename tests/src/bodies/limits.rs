@@ -1,0 +1,124 @@
+//! Memory, process and processor limits.
+
+use anyhow::ensure;
+
+use crate::bed::Bed;
+use crate::suite::{Body, Story, body};
+use crate::world::Isolation;
+
+pub const BODIES: &[Body] = &[
+    body!(process_over_its_memory_limit_dies_and_says_so),
+    body!(child_over_the_memory_limit_takes_the_sandbox_down),
+    body!(files_count_towards_the_memory_limit),
+    body!(memory_below_the_limit_is_usable),
+    body!(pids_limit_stops_a_fork_bomb),
+    body!(cpu_limit_is_visible_inside_or_acts),
+    body!(mistaken_memory_sizes_are_refused),
+    body!(mistaken_processor_and_pids_values_are_refused),
+];
+
+/// Touches this many MiB in one process: `dd` reads into a buffer of its block size.
+fn touch_mib(mib: u32) -> String {
+    format!("dd if=/dev/zero of=/dev/null bs={mib}M count=1 2>/dev/null")
+}
+
+fn process_over_its_memory_limit_dies_and_says_so(bed: &Bed) -> Story {
+    bed.busybox()
+        .with("--memory", "64m")
+        .sh(&format!("exec {}", touch_mib(200)))
+        .run()?
+        .exits_with(137)?
+        .says("memory limit")?;
+    Ok(())
+}
+
+fn child_over_the_memory_limit_takes_the_sandbox_down(bed: &Bed) -> Story {
+    bed.busybox()
+        .with("--memory", "64m")
+        .sh(&format!("{}; echo survived", touch_mib(200)))
+        .run()?
+        .exits_with(137)?
+        .prints("")?
+        .says("memory limit")?;
+    Ok(())
+}
+
+fn files_count_towards_the_memory_limit(bed: &Bed) -> Story {
+    // /dev/shm is a tmpfs of the sandbox: its pages are charged to the sandbox, and full is full either way.
+    let script = "dd if=/dev/zero of=/dev/shm/a bs=1M count=500 2>/dev/null; echo $?";
+    let finished = bed.busybox().with("--memory", "64m").sh(script).run()?;
+    let dead = finished.code() == 137 && finished.err().contains("memory limit");
+    let full = finished.code() == 0 && finished.out() != "0\n";
+    ensure!(dead || full, "500 MiB of files fitted into 64 MiB of memory\n{finished}");
+    Ok(())
+}
+
+fn memory_below_the_limit_is_usable(bed: &Bed) -> Story {
+    bed.busybox()
+        .with("--memory", "128m")
+        .sh(&format!("{} && echo fine", touch_mib(64)))
+        .run()?
+        .succeeds()?
+        .prints("fine\n")?
+        .says_nothing()?;
+    Ok(())
+}
+
+fn pids_limit_stops_a_fork_bomb(bed: &Bed) -> Story {
+    let script = "for i in $(seq 40); do sleep 1000 & done; echo all started";
+    let finished = bed.busybox().with("--pids-limit", "16").sh(script).run()?;
+    ensure!(finished.code() != 0 && !finished.out().contains("all started"), "40 processes ran\n{finished}");
+    finished.says("can't fork")?;
+    bed.busybox().with("--pids-limit", "64").sh(script).run()?.succeeds()?.prints("all started\n")?;
+    Ok(())
+}
+
+fn cpu_limit_is_visible_inside_or_acts(bed: &Bed) -> Story {
+    match bed.isolation() {
+        // A machine has whole processors: the count is rounded up.
+        Isolation::Vm => {
+            bed.busybox().with("--cpus", "0.5").command(&["nproc"]).run()?.succeeds()?.prints("1\n")?;
+        }
+        // Half a processor for about a second of processor time takes about two seconds. Compared with itself
+        // unlimited, and loosely, since the machine may be busy.
+        Isolation::Container => {
+            let work = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done";
+            let time = |cpus: Option<&str>| -> anyhow::Result<std::time::Duration> {
+                let sandbox = cpus.map_or(bed.busybox(), |cpus| bed.busybox().with("--cpus", cpus));
+                let start = std::time::Instant::now();
+                sandbox.sh(work).run()?.succeeds()?;
+                Ok(start.elapsed())
+            };
+            let (free, limited) = (time(None)?, time(Some("0.1"))?);
+            ensure!(limited > free * 2, "a tenth of a processor took {limited:?}, a whole one {free:?}");
+        }
+    }
+    Ok(())
+}
+
+fn mistaken_memory_sizes_are_refused(bed: &Bed) -> Story {
+    for size in ["0", "0m", "1m", "10t", "18446744073709551616", "-1", "many", "64q", ""] {
+        let finished = bed.busybox().with("--memory", size).command(&["true"]).run()?;
+        let code = finished.code();
+        ensure!(code == 125 || code == 2, "memory {size:?} was not refused\n{finished}");
+        finished.is_refused(code)?.says("memory")?;
+    }
+    Ok(())
+}
+
+fn mistaken_processor_and_pids_values_are_refused(bed: &Bed) -> Story {
+    for (option, value, word) in [
+        ("--cpus", "0", "cpus"),
+        ("--cpus", "-1", "cpus"),
+        ("--cpus", "NaN", "cpus"),
+        ("--cpus", "100000", "cpus"),
+        ("--pids-limit", "0", "pids"),
+        ("--pids-limit", "some", "pids"),
+    ] {
+        let finished = bed.busybox().option(&format!("{option}={value}")).command(&["true"]).run()?;
+        let code = finished.code();
+        ensure!(code == 125 || code == 2, "{option} {value:?} was not refused\n{finished}");
+        finished.is_refused(code)?.says(word)?;
+    }
+    Ok(())
+}

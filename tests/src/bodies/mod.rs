@@ -1,0 +1,39 @@
+//! What must hold, by theme. Each body is one story, told under the isolations it is registered for.
+
+mod bad_archives;
+mod bad_requests;
+mod commands;
+mod crash;
+mod exit_status;
+mod hardening;
+mod identity;
+mod images;
+mod limits;
+mod random_kills;
+mod rootfs;
+mod signals;
+mod stdio;
+mod trace;
+
+use crate::suite::Body;
+
+/// Every body of the suite.
+pub fn all() -> Vec<Body> {
+    [
+        exit_status::BODIES,
+        stdio::BODIES,
+        identity::BODIES,
+        signals::BODIES,
+        limits::BODIES,
+        hardening::BODIES,
+        rootfs::BODIES,
+        images::BODIES,
+        commands::BODIES,
+        trace::BODIES,
+        bad_requests::BODIES,
+        bad_archives::BODIES,
+        crash::BODIES,
+        random_kills::BODIES,
+    ]
+    .concat()
+}

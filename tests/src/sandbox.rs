@@ -1,0 +1,109 @@
+//! `cloche run …`, put together word by word.
+
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::bed::Bed;
+use crate::process::{Finished, Input, Running};
+
+/// A sandbox about to be started. It is removed at its end (`--rm`) unless [`Sandbox::kept`].
+#[derive(Debug, Clone)]
+pub struct Sandbox<'a> {
+    bed: &'a Bed<'a>,
+    image: String,
+    options: Vec<String>,
+    isolation: Option<&'static str>,
+    kept: bool,
+    input: Input,
+    command: Vec<String>,
+}
+
+impl<'a> Sandbox<'a> {
+    pub(crate) fn new(bed: &'a Bed<'a>, image: &str) -> Self {
+        Self {
+            bed,
+            image: image.to_owned(),
+            options: Vec::new(),
+            isolation: Some(bed.isolation().as_str()),
+            kept: false,
+            input: Input::Null,
+            command: Vec::new(),
+        }
+    }
+
+    /// Passes `--isolation` as given, or leaves it to the default.
+    pub fn isolation(mut self, isolation: Option<&'static str>) -> Self {
+        self.isolation = isolation;
+        self
+    }
+
+    /// Adds one word before the image.
+    pub fn option(mut self, word: &str) -> Self {
+        self.options.push(word.to_owned());
+        self
+    }
+
+    /// Adds an option and its value.
+    pub fn with(self, option: &str, value: &str) -> Self {
+        self.option(option).option(value)
+    }
+
+    /// Keeps the record after the end, under this name.
+    pub fn kept(mut self, name: &str) -> Self {
+        self.kept = true;
+        self.with("--name", name)
+    }
+
+    /// Feeds these bytes to the process's stdin.
+    pub fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.input = Input::Bytes(bytes.into());
+        self.option("-i")
+    }
+
+    /// Holds the process's stdin open.
+    pub fn held_input(mut self) -> Self {
+        self.input = Input::Held;
+        self.option("-i")
+    }
+
+    /// Feeds bytes to `cloche run` without `-i`: the process must not get them.
+    pub fn input_without_i(mut self, bytes: &[u8]) -> Self {
+        self.input = Input::Bytes(bytes.to_vec());
+        self
+    }
+
+    /// Sets the command.
+    pub fn command(mut self, words: &[&str]) -> Self {
+        self.command = words.iter().map(|word| (*word).to_owned()).collect();
+        self
+    }
+
+    /// Sets a shell script as the command.
+    pub fn sh(self, script: &str) -> Self {
+        self.command(&["sh", "-c", script])
+    }
+
+    /// Starts it and comes back at once.
+    pub fn start(self) -> Result<Running> {
+        Running::start(self.to_command(), &self.input, self.bed.deadline())
+    }
+
+    /// Runs it to its end.
+    pub fn run(self) -> Result<Finished> {
+        self.start()?.wait()
+    }
+
+    fn to_command(&self) -> Command {
+        let mut command = self.bed.cloche();
+        command.arg("run");
+        if let Some(isolation) = self.isolation {
+            command.args(["--isolation", isolation]);
+        }
+        if !self.kept {
+            command.arg("--rm");
+        }
+        command.args(&self.options).arg(&self.image).args(&self.command);
+        command
+    }
+}
