@@ -1,2 +1,71 @@
-//! (under construction)
-fn main() {}
+//! `cloche-bench`: how long Cloche and its peers take, measured from outside, in one run, side by side.
+//!
+//! ```text
+//! scripts/kvm-host --icount --in target/…/cloche-bench -- ./cloche-bench startup
+//! ```
+//!
+//! The programs measured are the ones on `PATH` (`CLOCHE_BIN` names another `cloche`). A peer that is missing is named
+//! as missing.
+
+mod bundle;
+mod contender;
+mod guest_cost;
+mod report;
+mod startup;
+mod statistics;
+mod stopwatch;
+mod surroundings;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Measures Cloche next to its peers.
+#[derive(Debug, Parser)]
+#[command(name = "cloche-bench")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// From the start of a command to its first byte of output and to its exit
+    Startup(StartupArguments),
+}
+
+/// What `startup` is told.
+#[derive(Debug, clap::Args)]
+struct StartupArguments {
+    /// Measured runs of each contender
+    #[arg(short = 'n', long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Runs of each contender before the first measured one
+    #[arg(long, default_value_t = 2)]
+    warm_up: u32,
+    /// Leave the VM out
+    #[arg(long)]
+    no_vm: bool,
+    /// Also write every figure to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let Command::Startup(arguments) = Arguments::parse().command;
+    let result = startup::measure(arguments.runs, arguments.warm_up, !arguments.no_vm).and_then(|report| {
+        print!("{report}");
+        match &arguments.json {
+            Some(file) => report.write_json(file),
+            None => Ok(()),
+        }
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cloche-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -332,7 +332,7 @@ impl Finished {
     }
 
     /// Expects a failure of cloche itself: this exit code and a message of its own, without a panic's traces.
-    pub fn is_refused(self, code: i32) -> Result<Self> {
+    pub fn refused_with(self, code: i32) -> Result<Self> {
         let finished = self.exits_with(code)?;
         let own_words = finished.err().lines().any(|line| line.starts_with("cloche: "));
         // Usage errors (2) are worded by the argument parser.

@@ -28,11 +28,11 @@ fn unknown_options_are_usage_errors(bed: &Bed) -> Story {
         .option("--no-such-option")
         .command(&["true"])
         .run()?
-        .is_refused(2)?
+        .refused_with(2)?
         .says("--no-such-option")?;
-    bed.run(&["no-such-command"])?.is_refused(2)?.says("no-such-command")?;
-    bed.busybox().isolation(Some("jar")).command(&["true"]).run()?.is_refused(2)?.says("jar")?;
-    bed.run(&["run"])?.is_refused(2)?;
+    bed.run(&["no-such-command"])?.refused_with(2)?.says("no-such-command")?;
+    bed.busybox().isolation(Some("jar")).command(&["true"]).run()?.refused_with(2)?.says("jar")?;
+    bed.run(&["run"])?.refused_with(2)?;
     // Options after the image are the command's own.
     bed.busybox()
         .command(&["echo", "--isolation", "--no-such-option"])
@@ -44,12 +44,12 @@ fn unknown_options_are_usage_errors(bed: &Bed) -> Story {
 
 fn unknown_image_names_the_command_that_loads_one(bed: &Bed) -> Story {
     let finished = bed.sandbox("no-such-image").command(&["true"]).run()?;
-    finished.is_refused(125)?.says("no-such-image")?.says("cloche image load")?;
+    finished.refused_with(125)?.says("no-such-image")?.says("cloche image load")?;
     for odd in ["", "UPPER", "../../etc", "a b", ":", "busybox@sha256:00", &"x".repeat(5000)] {
         let finished = bed.sandbox(odd).command(&["true"]).run()?;
         let code = finished.code();
         ensure!(code == 125 || code == 2, "image {odd:?} was not refused\n{finished}");
-        finished.is_refused(code)?;
+        finished.refused_with(code)?;
     }
     Ok(())
 }
@@ -59,10 +59,15 @@ fn relative_working_directory_is_refused(bed: &Bed) -> Story {
         .with("-w", "etc")
         .command(&["true"])
         .run()?
-        .is_refused(125)?
+        .refused_with(125)?
         .says("etc")?
         .says("absolute")?;
-    bed.busybox().with("-w", "/etc/passwd").command(&["true"]).run()?.is_refused(125)?.says("/etc/passwd")?;
+    bed.busybox()
+        .with("-w", "/etc/passwd")
+        .command(&["true"])
+        .run()?
+        .refused_with(125)?
+        .says("/etc/passwd")?;
     Ok(())
 }
 
@@ -84,7 +89,7 @@ fn mistaken_values_are_refused(bed: &Bed) -> Story {
         let finished = bed.busybox().option(&joined(option, value)).command(&["true"]).run()?;
         let code = finished.code();
         ensure!(code == 125 || code == 2, "{option} {value:?} was not refused\n{finished}");
-        finished.is_refused(code)?;
+        finished.refused_with(code)?;
     }
     Ok(())
 }
@@ -97,9 +102,9 @@ fn command_without_anything_to_run_is_refused(bed: &Bed) -> Story {
     let mut image = crate::image::Image::new(vec![crate::tar::Archive::default().finish()]);
     image.config = serde_json::json!({});
     let image = bed.generate("blank", &image)?;
-    image.sandbox().run()?.is_refused(125)?.says("command")?;
-    image.sandbox().command(&["/bin/true"]).run()?.is_refused(127)?.says("/bin/true")?;
-    bed.busybox().command(&[""]).run()?.is_refused(127)?;
+    image.sandbox().run()?.refused_with(125)?.says("command")?;
+    image.sandbox().command(&["/bin/true"]).run()?.refused_with(127)?.says("/bin/true")?;
+    bed.busybox().command(&[""]).run()?.refused_with(127)?;
     Ok(())
 }
 
@@ -113,7 +118,7 @@ fn unusable_state_directory_is_named(bed: &Bed) -> Story {
     let finished = bed.run(&words)?;
     let code = finished.code();
     ensure!(code == 125 || code == 2, "an impossible state directory was not refused\n{finished}");
-    finished.is_refused(code)?.says("state")?;
+    finished.refused_with(code)?.says("state")?;
     Ok(())
 }
 
@@ -122,14 +127,14 @@ fn kernel_for_a_container_is_refused(bed: &Bed) -> Story {
         .with("--kernel", "/boot/vmlinuz")
         .command(&["true"])
         .run()?
-        .is_refused(125)?
+        .refused_with(125)?
         .says("--kernel")?;
     Ok(())
 }
 
 fn missing_kernel_is_named(bed: &Bed) -> Story {
     let finished = bed.busybox().with("--kernel", "/no/such/vmlinux").command(&["true"]).run()?;
-    finished.is_refused(125)?.says("/no/such/vmlinux")?;
+    finished.refused_with(125)?.says("/no/such/vmlinux")?;
     bed.is_clean()
 }
 
@@ -140,7 +145,7 @@ fn kernel_that_is_none_is_refused(bed: &Bed) -> Story {
     let program = bed.write("program", bed.busybox_binary()?)?;
     for file in [text, empty, program, bed.scratch().to_path_buf()] {
         let path = file.to_string_lossy();
-        bed.busybox().with("--kernel", &path).command(&["true"]).run()?.is_refused(125)?.says(&path)?;
+        bed.busybox().with("--kernel", &path).command(&["true"]).run()?.refused_with(125)?.says(&path)?;
     }
     bed.is_clean()
 }
@@ -151,7 +156,7 @@ fn torn_kernel_is_refused(bed: &Bed) -> Story {
     for length in [64, 4096, whole.len() / 2] {
         let torn = bed.write("torn", &whole[..length.min(whole.len())])?;
         let path = torn.to_string_lossy();
-        bed.busybox().with("--kernel", &path).command(&["true"]).run()?.is_refused(125)?.says(&path)?;
+        bed.busybox().with("--kernel", &path).command(&["true"]).run()?.refused_with(125)?.says(&path)?;
     }
     bed.is_clean()
 }
@@ -159,7 +164,7 @@ fn torn_kernel_is_refused(bed: &Bed) -> Story {
 fn kernel_without_drivers_names_them(bed: &Bed) -> Story {
     let kernel = bed.world().cloud_kernel.as_deref().unwrap_or_else(|| std::path::Path::new("/"));
     let finished = bed.busybox().with("--kernel", &kernel.to_string_lossy()).command(&["true"]).run()?;
-    let finished = finished.is_refused(125)?;
+    let finished = finished.refused_with(125)?;
     let said = finished.err().to_lowercase();
     // Its virtio, EROFS and overlay are all modules, and the initramfs has none.
     let names_one = ["virtio", "erofs", "overlay", "vsock"].iter().any(|driver| said.contains(driver));
@@ -170,7 +175,7 @@ fn kernel_without_drivers_names_them(bed: &Bed) -> Story {
 fn default_isolation_without_kvm_fails_closed(bed: &Bed) -> Story {
     for isolation in [None, Some("vm")] {
         let finished = bed.busybox().isolation(isolation).command(&["echo", "ran"]).run()?;
-        finished.is_refused(125)?.prints("")?.says("kvm")?.says("cloche doctor")?;
+        finished.refused_with(125)?.prints("")?.says("kvm")?.says("cloche doctor")?;
     }
     bed.is_clean()
 }

@@ -59,7 +59,7 @@ fn required_isolation_holds_or_nothing_runs(bed: &Bed) -> Story {
     };
     bed.busybox().with("--require", own).command(&["echo", "ran"]).run()?.succeeds()?.prints("ran\n")?;
     let refused = bed.busybox().with("--require", other).command(&["echo", "ran"]).run()?;
-    refused.is_refused(125)?.prints("")?.says("--require")?;
+    refused.refused_with(125)?.prints("")?.says("--require")?;
     Ok(())
 }
 
@@ -71,17 +71,17 @@ fn ended_sandbox_stays_listed_until_removed(bed: &Bed) -> Story {
     let running_only = bed.run(&["ps"])?.succeeds()?;
     ensure!(!running_only.out().contains("ended"), "`ps` without -a lists the ended\n{running_only}");
     // The name is taken until then.
-    bed.busybox().kept("ended").command(&["true"]).run()?.is_refused(125)?.says("ended")?;
+    bed.busybox().kept("ended").command(&["true"]).run()?.refused_with(125)?.says("ended")?;
     bed.run(&["rm", "ended"])?.succeeds()?;
     ensure!(bed.record("ended")?.is_none(), "the record is still there");
-    bed.run(&["rm", "ended"])?.is_refused(125)?.says("ended")?;
+    bed.run(&["rm", "ended"])?.refused_with(125)?.says("ended")?;
     Ok(())
 }
 
 fn running_sandbox_is_removed_by_force_only(bed: &Bed) -> Story {
     let running = bed.busybox().with("--name", "busy").sh("echo up; sleep 100000").start()?;
     running.wait_for_stdout("up\n")?;
-    bed.run(&["rm", "busy"])?.is_refused(125)?.says("running")?;
+    bed.run(&["rm", "busy"])?.refused_with(125)?.says("running")?;
     bed.run(&["rm", "-f", "busy"])?.succeeds()?;
     running.wait()?.exits_with(137)?;
     ensure!(bed.record("busy")?.is_none(), "the record is still there");

@@ -77,7 +77,7 @@ fn killed_vmm_is_reported_and_cleaned_up(bed: &Bed) -> Story {
     running.wait_for("a VMM process", vmm_below)?.kill();
     let finished = running.wait()?;
     // The command line lives and says so at once.
-    finished.is_refused(137)?.says("vmm")?;
+    finished.refused_with(137)?.says("vmm")?;
     next_command_reports_and_cleans(bed)
 }
 

@@ -28,16 +28,16 @@ fn exit_code_is_passed_on(bed: &Bed) -> Story {
 }
 
 fn missing_program_is_127(bed: &Bed) -> Story {
-    bed.busybox().command(&["no-such-program"]).run()?.is_refused(127)?.says("no-such-program")?;
-    bed.busybox().command(&["/no/such/path"]).run()?.is_refused(127)?.says("/no/such/path")?;
+    bed.busybox().command(&["no-such-program"]).run()?.refused_with(127)?.says("no-such-program")?;
+    bed.busybox().command(&["/no/such/path"]).run()?.refused_with(127)?.says("/no/such/path")?;
     // The shell finds out by itself.
     bed.busybox().sh("no-such-program").run()?.exits_with(127)?;
     Ok(())
 }
 
 fn program_that_is_not_executable_is_126(bed: &Bed) -> Story {
-    bed.busybox().command(&["/etc/passwd"]).run()?.is_refused(126)?.says("/etc/passwd")?;
-    bed.busybox().command(&["/etc"]).run()?.is_refused(126)?.says("/etc")?;
+    bed.busybox().command(&["/etc/passwd"]).run()?.refused_with(126)?.says("/etc/passwd")?;
+    bed.busybox().command(&["/etc"]).run()?.refused_with(126)?.says("/etc")?;
     bed.busybox().sh("/etc/passwd").run()?.exits_with(126)?;
     Ok(())
 }
@@ -46,7 +46,7 @@ fn script_without_interpreter_is_127(bed: &Bed) -> Story {
     let mut tree = crate::tree::Tree::default();
     tree.file("script", "#!/no/such/interpreter\n").mode = 0o755;
     let image = bed.generate("scripted", &crate::image::Image::new(vec![tree.to_layer()]))?;
-    image.sandbox().command(&["/script"]).run()?.is_refused(127)?.says("/script")?;
+    image.sandbox().command(&["/script"]).run()?.refused_with(127)?.says("/script")?;
     Ok(())
 }
 
@@ -83,8 +83,8 @@ fn start_errors_read_the_same_in_both(bed: &Bed) -> Story {
         ensure!(in_container.err() == in_vm.err(), "messages differ:\n{in_container}\n{in_vm}");
     }
     for user in ["nobody-knows", "root:no-such-group", "4294967296"] {
-        let in_container = bed.busybox().with("-u", user).command(&["true"]).run()?.is_refused(125)?;
-        let in_vm = vm.busybox().with("-u", user).command(&["true"]).run()?.is_refused(125)?;
+        let in_container = bed.busybox().with("-u", user).command(&["true"]).run()?.refused_with(125)?;
+        let in_vm = vm.busybox().with("-u", user).command(&["true"]).run()?.refused_with(125)?;
         ensure!(in_container.err() == in_vm.err(), "messages differ:\n{in_container}\n{in_vm}");
     }
     vm.check_out()

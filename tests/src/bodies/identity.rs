@@ -76,8 +76,8 @@ fn user_is_taken_by_name_and_number(bed: &Bed) -> Story {
         image.sandbox().with("-u", user).sh(ids).run()?.succeeds()?.prints(expected).context(user)?;
     }
     image.sandbox().with("-u", "gardener").sh("echo $HOME").run()?.succeeds()?.prints("/home/gardener\n")?;
-    image.sandbox().with("-u", "stranger").sh(ids).run()?.is_refused(125)?.says("stranger")?;
-    image.sandbox().with("-u", "gardener:strangers").sh(ids).run()?.is_refused(125)?.says("strangers")?;
+    image.sandbox().with("-u", "stranger").sh(ids).run()?.refused_with(125)?.says("stranger")?;
+    image.sandbox().with("-u", "gardener:strangers").sh(ids).run()?.refused_with(125)?.says("strangers")?;
     Ok(())
 }
 

@@ -101,7 +101,7 @@ fn mistaken_memory_sizes_are_refused(bed: &Bed) -> Story {
         let finished = bed.busybox().with("--memory", size).command(&["true"]).run()?;
         let code = finished.code();
         ensure!(code == 125 || code == 2, "memory {size:?} was not refused\n{finished}");
-        finished.is_refused(code)?.says("memory")?;
+        finished.refused_with(code)?.says("memory")?;
     }
     Ok(())
 }
@@ -118,7 +118,7 @@ fn mistaken_processor_and_pids_values_are_refused(bed: &Bed) -> Story {
         let finished = bed.busybox().option(&format!("{option}={value}")).command(&["true"]).run()?;
         let code = finished.code();
         ensure!(code == 125 || code == 2, "{option} {value:?} was not refused\n{finished}");
-        finished.is_refused(code)?.says(word)?;
+        finished.refused_with(code)?.says(word)?;
     }
     Ok(())
 }

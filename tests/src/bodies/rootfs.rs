@@ -261,7 +261,7 @@ fn absolute_and_escaping_symlinks_stay_inside(bed: &Bed) -> Story {
     if finished.code() == 0 {
         finished.prints("the image's own\nthe image's own\n")?;
     } else {
-        finished.is_refused(125)?.says("/proc")?;
+        finished.refused_with(125)?.says("/proc")?;
     }
     ensure!(!std::path::Path::new("/tmp/cloche-escape").exists(), "a file was made outside of the sandbox");
     Ok(())

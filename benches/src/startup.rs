@@ -1,0 +1,145 @@
+//! The start-up benchmark: every contender once per round, round after round, so that whatever changes on the machine
+//! changes for all.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use crate::bundle::Bundle;
+use crate::contender::{Contender, find_program};
+use crate::guest_cost;
+use crate::report::{Phase, Report, Row};
+use crate::statistics::Summary;
+use crate::stopwatch::{Lap, time};
+use crate::surroundings::Surroundings;
+
+/// A contender with its laps.
+struct Entrant {
+    contender: Contender,
+    laps: Vec<Lap>,
+}
+
+/// Measures everything.
+pub fn measure(runs: u32, warm_up: u32, with_vm: bool) -> Result<Report> {
+    let cloche = match std::env::var_os("CLOCHE_BIN") {
+        Some(path) => PathBuf::from(path),
+        None => find_program("cloche").context("cloche is not on PATH; set CLOCHE_BIN")?,
+    };
+    let scratch = tempfile::Builder::new().prefix("cloche-bench.").tempdir().context("make a directory")?;
+    let bundle = Bundle::make(&cloche, scratch.path().join("bundle"))?;
+    let mut missing = Vec::new();
+    let mut contenders = own_contenders(&cloche, with_vm);
+    let mut programs = vec![cloche.clone()];
+    for name in ["crun", "runc"] {
+        match find_program(name) {
+            Some(program) => {
+                let state = scratch.path().join(name);
+                contenders.push(Contender::peer(name, &program, &bundle, &state));
+                programs.push(program);
+            }
+            None => missing.push(format!("{name}: not found on this machine")),
+        }
+    }
+    contenders.push(Contender::process("process", &bundle));
+
+    let mut entrants = Vec::new();
+    for mut contender in contenders {
+        match warm(&mut contender, warm_up) {
+            Ok(()) => entrants.push(Entrant { contender, laps: Vec::new() }),
+            // A peer may not work everywhere. Without Cloche itself there is nothing to say.
+            Err(error) if is_peer(contender.name) => {
+                missing.push(format!("{}: does not run here: {error:#}", contender.name));
+            }
+            Err(error) => return Err(error.context(format!("warm up {}", contender.name))),
+        }
+    }
+    for _ in 0..runs {
+        for entrant in &mut entrants {
+            let lap = time(&mut entrant.contender.next_command());
+            entrant.laps.push(lap.with_context(|| format!("measure {}", entrant.contender.name))?);
+        }
+    }
+    let programs: Vec<&Path> = programs.iter().map(PathBuf::as_path).collect();
+    Ok(Report {
+        runs,
+        warm_up,
+        surroundings: Surroundings::explore(&programs),
+        rows: entrants.iter().filter(|entrant| !is_traced(entrant)).flat_map(rows).collect(),
+        phases: entrants.iter().filter(|entrant| is_traced(entrant)).map(phases).collect::<Result<_>>()?,
+        guest_cost: if with_vm { Some(guest_cost::take(&cloche)?) } else { None },
+        missing,
+    })
+}
+
+fn own_contenders(cloche: &Path, with_vm: bool) -> Vec<Contender> {
+    let mut contenders = vec![
+        Contender::cloche_true("container", cloche, "container"),
+        Contender::cloche_traced("container traced", cloche, "container"),
+    ];
+    if with_vm {
+        contenders.push(Contender::cloche_echo("vm", cloche, "vm"));
+        contenders.push(Contender::cloche_traced("vm traced", cloche, "vm"));
+    }
+    contenders
+}
+
+fn is_peer(name: &str) -> bool {
+    name == "crun" || name == "runc"
+}
+
+fn is_traced(entrant: &Entrant) -> bool {
+    entrant.contender.name.ends_with("traced")
+}
+
+/// At least one run, to find out whether it works at all.
+fn warm(contender: &mut Contender, rounds: u32) -> Result<()> {
+    for _ in 0..rounds.max(1) {
+        time(&mut contender.next_command())?;
+    }
+    Ok(())
+}
+
+fn rows(entrant: &Entrant) -> Vec<Row> {
+    let name = entrant.contender.name;
+    let series = |to: fn(&Lap) -> Option<u64>| -> Vec<u64> {
+        entrant.laps.iter().filter_map(|lap| to(lap).map(|end| end.saturating_sub(lap.start_ns))).collect()
+    };
+    let row = |until: &'static str, series_ns: Vec<u64>| {
+        Summary::of(&series_ns).map(|summary| Row { contender: name, until, summary, series_ns })
+    };
+    let first_byte =
+        entrant.contender.prints.then(|| row("first byte", series(|lap| lap.first_byte_ns))).flatten();
+    first_byte.into_iter().chain(row("exit", series(|lap| Some(lap.end_ns)))).collect()
+}
+
+/// The medians of the steps between one mark and the next, in the order of the first run's marks.
+fn phases(entrant: &Entrant) -> Result<(&'static str, Vec<Phase>)> {
+    let runs: Vec<Vec<(String, u64)>> = entrant.laps.iter().map(steps).collect::<Result<_>>()?;
+    let names = runs.first().into_iter().flatten().map(|(name, _)| name.clone());
+    let phases = names.filter_map(|name| {
+        let of_name =
+            |run: &Vec<(String, u64)>| run.iter().find(|(known, _)| *known == name).map(|(_, ns)| *ns);
+        let series: Vec<u64> = runs.iter().filter_map(of_name).collect();
+        Some(Phase { summary: Summary::of(&series)?, until: name })
+    });
+    Ok((entrant.contender.name.trim_end_matches(" traced"), phases.collect()))
+}
+
+/// Time from each mark's predecessor to the mark; the first one's predecessor is the spawn.
+fn steps(lap: &Lap) -> Result<Vec<(String, u64)>> {
+    let line =
+        lap.stderr.lines().find(|line| line.starts_with(r#"{"trace":"#)).context("no trace on stderr")?;
+    let document: Value = serde_json::from_str(line).context("read a trace")?;
+    let marks = document["trace"]["marks"].as_array().context("a trace has marks")?;
+    let mut previous = lap.start_ns;
+    let mut steps = Vec::new();
+    for mark in marks {
+        let name = mark["name"].as_str().context("a mark has a name")?.to_owned();
+        let ns = mark["ns"].as_u64().context("a mark has a time")?;
+        steps.push((name, ns.saturating_sub(previous)));
+        previous = ns;
+    }
+    steps.push(("waited for".to_owned(), lap.end_ns.saturating_sub(previous)));
+    Ok(steps)
+}
