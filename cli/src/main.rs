@@ -1,2 +1,54 @@
-//! (under construction)
-fn main() {}
+//! The `cloche` binary: arguments become a request, the engine carries it out, the outcome is rendered. How anything
+//! is done is the engine's business.
+//!
+//! The binary is multi-call: `cloche vmm` is the process that one microVM lives in. It is started by the engine only
+//! and is looked for before arguments are parsed, to keep the start of a VM short.
+
+mod arguments;
+mod commands;
+mod render;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::arguments::{Arguments, Verb};
+
+fn main() -> ExitCode {
+    let mut words = std::env::args_os();
+    if words.nth(1).is_some_and(|word| word == "vmm") {
+        return commands::vmm::main(words);
+    }
+    let started = cloche_engine::trace::now_ns();
+    let arguments = Arguments::parse();
+    match dispatch(arguments, started) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("cloche: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+fn dispatch(Arguments { global, verb }: Arguments, started_ns: u64) -> anyhow::Result<ExitCode> {
+    match verb {
+        Verb::Run(arguments) => commands::run::run(&global, *arguments, started_ns),
+        Verb::Compare(arguments) => commands::compare::compare(&global, &arguments),
+        Verb::Ps(arguments) => commands::sandbox::ps(&global, &arguments),
+        Verb::Rm(arguments) => commands::sandbox::rm(&global, &arguments),
+        Verb::Image(verb) => commands::image::image(&global, verb),
+        Verb::Kernel(verb) => commands::kernel::kernel(verb),
+        Verb::Doctor(arguments) => commands::doctor::doctor(&arguments),
+        Verb::Completion { shell } => {
+            commands::completion(shell);
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// The one place that maps errors to exit codes: those of the process's start as Docker has them (127 not found, 126
+/// not executable), 125 for everything else that Cloche itself could not do.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let run = error.downcast_ref::<cloche_engine::run::RunError>();
+    run.map_or(125, cloche_engine::run::RunError::exit_code)
+}

@@ -1,1 +1,26 @@
-//! (under construction)
+//! Sandboxes and their life: from a request to a running, attended, recorded sandbox under either isolation, and what
+//! can be asked about it afterwards.
+//!
+//! The engine knows neither arguments nor output formats (that is the command line's part), nor how a container or a
+//! VM is built (that is `cloche-runtime`'s and `cloche-vmm`'s).
+//!
+//! ```text
+//!  request ─▶ run ─▶ spec ─▶ isolation::{container, vm} ─▶ monitor ─▶ outcome
+//!              └─▶ sandboxes (records on disk, reconcile)
+//! ```
+
+pub mod compare;
+pub mod doctor;
+pub mod home;
+pub mod isolation;
+mod monitor;
+pub mod record;
+pub mod request;
+pub mod run;
+pub mod sandboxes;
+mod signals;
+mod spec;
+pub mod syscalls;
+pub mod trace;
+
+pub use isolation::vm::INITRAMFS;

@@ -1,2 +1,45 @@
-//! (under construction)
-fn main() {}
+//! PID 1 of a Cloche guest: it prepares the kernel's file systems, starts the one container that came with the boot,
+//! carries its stdio and signals over vsock, and reports how it ended.
+//!
+//! The boundary: what a container is, is `cloche-runtime`'s business, the same code as on the host; what goes over the
+//! wire is `cloche-protocol`'s. This crate knows nothing of KVM.
+//!
+//! ```text
+//!  boot ─▶ connect ─▶ launch ─▶ serve ─▶ report ─▶ wait for the host to end the VM
+//!    └────────┴── a failure here is told on the console, then the exit port ends the VM
+//!                       └────── a failure here is a `Failed` message
+//! ```
+
+mod boot;
+mod serve;
+mod syscalls;
+
+use cloche_protocol::machine::GuestMark;
+
+/// Code written to the exit port when the agent cannot serve; the reason is on the console before it.
+const EXIT_CODE_AGENT_FAILED: u32 = 125;
+
+fn main() {
+    syscalls::mark(GuestMark::Init);
+    if let Err(error) = serve::run() {
+        // The console is the only way out: the host shows its end with the exit code.
+        eprintln!("cloche-agent: {}", chain(&error));
+        syscalls::exit_machine(EXIT_CODE_AGENT_FAILED);
+    }
+    // All is reported, and the host ends the VM. Were PID 1 to return, the kernel would panic.
+    loop {
+        syscalls::pause();
+    }
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

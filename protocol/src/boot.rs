@@ -17,6 +17,9 @@ pub struct BootConfig {
     pub id: String,
     /// Block devices that hold the image's layers as EROFS, bottom layer first, e.g. `/dev/vda`.
     pub layers: Vec<String>,
+    /// Docker's `user[:group]`, resolved in the container's own `/etc/passwd` and `/etc/group`; `None` keeps the
+    /// spec's numbers.
+    pub user: Option<String>,
     /// Size limit of the writable layer in bytes; `None` leaves the kernel's default (half of the memory).
     pub upper_bytes: Option<u64>,
     /// Whether the host forwards stdin. Without it the process reads `/dev/null`.

@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
 };
 
 use rustix::{
@@ -36,17 +36,6 @@ impl Target {
     }
 }
 
-/// What a call to [`Pump::advance`] did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Progress {
-    /// Nothing could move.
-    Idle,
-    /// This many bytes were read from the source; 0 if bytes were only written.
-    Moved(usize),
-    /// Source at its end and everything written, or target gone: the pump holds no descriptor any more.
-    Done,
-}
-
 /// One direction of one stream.
 #[derive(Debug)]
 pub struct Pump {
@@ -55,12 +44,13 @@ pub struct Pump {
     buffer: Vec<u8>,
     start: usize,
     end: usize,
+    carried: u64,
 }
 
 impl Pump {
     /// Carries bytes from `from` to `to`. `from` may be blocking: it is read only when it is readable.
     pub fn new(from: OwnedFd, to: OwnedFd, target: Target) -> Self {
-        Self { ends: Some((from, to)), target, buffer: Vec::new(), start: 0, end: 0 }
+        Self { ends: Some((from, to)), target, buffer: Vec::new(), start: 0, end: 0, carried: 0 }
     }
 
     /// Whether nothing is left to do.
@@ -78,48 +68,68 @@ impl Pump {
         })
     }
 
+    /// Bytes read from the source so far.
+    pub fn carried(&self) -> u64 {
+        self.carried
+    }
+
     /// Call when `poll` returned any event for [`Pump::poll_fd`]. A target that is gone (EPIPE, reset) ends the pump
     /// and closes the source, so that its writer learns of it as it would without a pump in between.
-    pub fn advance(&mut self) -> io::Result<Progress> {
-        let Some((from, to)) = &self.ends else { return Ok(Progress::Done) };
-        let mut moved = 0;
+    pub fn advance(&mut self) -> io::Result<()> {
+        let Some((from, to)) = &self.ends else { return Ok(()) };
         if self.start == self.end {
             self.buffer.resize(BUFFER_BYTES, 0);
             match rustix::io::read(from, &mut self.buffer[..]) {
                 Ok(0) => return Ok(self.finish()),
-                Ok(count) => (self.start, self.end, moved) = (0, count, count),
-                Err(Errno::AGAIN | Errno::INTR) => return Ok(Progress::Idle),
+                Ok(count) => {
+                    (self.start, self.end) = (0, count);
+                    self.carried += count as u64;
+                }
+                Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
                 // A terminal's other end is closed (EIO), or the peer is gone: the same as end of file.
                 Err(Errno::IO | Errno::CONNRESET) => return Ok(self.finish()),
                 Err(errno) => return Err(errno.into()),
             }
             if self.target == Target::Shared {
                 // Whether the target takes bytes is known only after the next poll.
-                return Ok(Progress::Moved(moved));
+                return Ok(());
             }
         }
         let end = self.end.min(self.start + self.target.chunk_bytes());
-        match write(to.as_fd(), &self.buffer[self.start..end]) {
+        match rustix::io::write(to, &self.buffer[self.start..end]) {
             Ok(count) => self.start += count,
             Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN | Errno::SHUTDOWN) => return Ok(self.finish()),
+            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN | Errno::SHUTDOWN) => self.finish(),
             Err(errno) => return Err(errno.into()),
         }
-        Ok(Progress::Moved(moved))
+        Ok(())
     }
 
-    fn finish(&mut self) -> Progress {
+    fn finish(&mut self) {
         if let Some((_, to)) = self.ends.take() {
             // Half-close: a socket's other direction and bytes in flight outlive this. ENOTSOCK for everything else.
             let _ = rustix::net::shutdown(&to, rustix::net::Shutdown::Write);
         }
-        Progress::Done
     }
 }
 
-/// write(2); the caller's process must ignore SIGPIPE (Rust's default).
-fn write(to: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::Result<usize> {
-    rustix::io::write(to, bytes)
+/// One round of a poll loop: waits until a pump can move or one of `others` is ready, lets the ready pumps move, and
+/// says which of `others` are ready.
+pub fn poll(pumps: &mut [Pump], others: &[PollFd<'_>]) -> io::Result<Vec<bool>> {
+    let mut fds = others.to_vec();
+    fds.extend(pumps.iter().filter_map(Pump::poll_fd));
+    match rustix::event::poll(&mut fds, None) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let mut others_ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+    let pumps_ready = others_ready.split_off(others.len());
+    for (pump, ready) in pumps.iter_mut().filter(|pump| !pump.is_done()).zip(pumps_ready) {
+        if ready {
+            pump.advance()?;
+        }
+    }
+    Ok(others_ready)
 }
 
 /// A pipe whose end kept by the caller is non-blocking and whose both ends are close-on-exec: (read, write).
@@ -155,10 +165,10 @@ mod tests {
             got
         });
         let mut pump = Pump::new(source, target, Target::NonBlocking);
-        while let Some(poll) = pump.poll_fd() {
-            rustix::event::poll(&mut [poll], None).unwrap();
-            pump.advance().unwrap();
+        while !pump.is_done() {
+            poll(std::slice::from_mut(&mut pump), &[]).unwrap();
         }
+        assert_eq!(pump.carried(), expected.len() as u64);
         writer.join().unwrap();
         assert!(reader.join().unwrap() == expected);
     }

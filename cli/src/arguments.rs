@@ -1,0 +1,280 @@
+//! What can be typed, and nothing about what it does.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use cloche_engine::{
+    home::Home,
+    request::{Bytes, Isolation},
+};
+
+/// Run one OCI image under either isolation, a Linux container or a KVM microVM, and measure the difference.
+#[derive(Debug, Parser)]
+#[command(name = "cloche", version, max_term_width = 110, after_help = EXAMPLES, arg_required_else_help = true)]
+pub struct Arguments {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  cloche image load busybox.tar
+  cloche run busybox sh -c 'uname -r; id'                          # in a microVM, the default
+  cloche run --isolation container busybox sh -c 'uname -r; id'    # in a container
+  cloche compare busybox -- true
+  cloche doctor";
+
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Directory of the image store
+    #[arg(long, global = true, env = "CLOCHE_ROOT", value_name = "DIR", default_value = Home::DEFAULT_ROOT,
+        hide_env_values = true)]
+    pub root: PathBuf,
+    /// Directory of what is running
+    #[arg(long, global = true, env = "CLOCHE_STATE", value_name = "DIR", default_value = Home::DEFAULT_STATE,
+        hide_env_values = true)]
+    pub state: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Run a command in a new sandbox
+    Run(Box<Run>),
+    /// Run the same command as a bare process, in a container and in a VM, and compare
+    Compare(Compare),
+    /// List sandboxes
+    Ps(Ps),
+    /// Remove sandboxes
+    Rm(Rm),
+    /// Manage images
+    #[command(subcommand, visible_alias = "images")]
+    Image(Image),
+    /// Manage guest kernels
+    #[command(subcommand)]
+    Kernel(Kernel),
+    /// Say what this machine can run, what slows it, and what to do about it
+    Doctor(Doctor),
+    /// Print completions for a shell
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum IsolationName {
+    /// Linux namespaces, cgroups and seccomp on this machine's kernel
+    Container,
+    /// A KVM microVM with a kernel of its own
+    Vm,
+    /// No isolation: the baseline of `compare`
+    #[value(hide = true)]
+    Process,
+}
+
+impl From<IsolationName> for Isolation {
+    fn from(name: IsolationName) -> Self {
+        match name {
+            IsolationName::Container => Self::Container,
+            IsolationName::Vm => Self::Vm,
+            IsolationName::Process => Self::Process,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TraceFormat {
+    /// For people
+    Table,
+    /// One line, for scripts
+    Json,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche run busybox echo hi
+  cloche run --isolation container -m 64m --cpus 0.5 busybox sh
+  echo data | cloche run -i busybox sha256sum
+  cloche run --trace busybox true
+
+Exit status: that of the command, or 128 + N if signal N killed it; 125 if Cloche failed, 126 if the command
+cannot be executed, 127 if it was not found.")]
+pub struct Run {
+    /// What stands between the command and this machine
+    #[arg(long, env = "CLOCHE_ISOLATION", value_name = "KIND", default_value = "vm", hide_env_values = true)]
+    pub isolation: IsolationName,
+    /// Fail unless the running sandbox is observed to have this isolation
+    #[arg(long, value_name = "KIND")]
+    pub require: Option<IsolationName>,
+    /// Memory limit, such as 64m or 2g
+    #[arg(short, long, value_name = "SIZE")]
+    pub memory: Option<Bytes>,
+    /// CPU limit, such as 0.5 or 2
+    #[arg(long, value_name = "NUMBER", value_parser = millicpus)]
+    pub cpus: Option<u64>,
+    /// Limit on processes and threads
+    #[arg(long, value_name = "NUMBER")]
+    pub pids_limit: Option<u64>,
+    /// Set an environment variable; NAME alone takes its value from here
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+    /// Working directory
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// User, by name or number
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Forward stdin
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Forget the sandbox when it ends
+    #[arg(long)]
+    pub rm: bool,
+    /// Name of the sandbox
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Host name (default: the sandbox's id)
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+    /// Replace the image's entry point
+    #[arg(long, value_name = "COMMAND")]
+    pub entrypoint: Option<String>,
+    /// Make the root file system read-only
+    #[arg(long)]
+    pub read_only: bool,
+    /// Guest kernel to boot: a vmlinux or bzImage (default: that of `cloche kernel path`)
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Print when each step of the start and end happened, on stderr
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
+    pub trace: Option<TraceFormat>,
+    /// Name or id of the image
+    pub image: String,
+    /// Command and arguments (default: the image's)
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+/// A decimal number of CPUs, in thousandths.
+fn millicpus(text: &str) -> Result<u64, String> {
+    match text.parse::<f64>() {
+        Ok(cpus) if cpus.is_finite() && (0.0..=1e6).contains(&cpus) => Ok((cpus * 1000.0).round() as u64),
+        _ => Err(format!("`{text}` is not a number of CPUs; write one such as 0.5 or 2")),
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  cloche compare -n 20 busybox -- true")]
+pub struct Compare {
+    /// Counted runs of each isolation, after one warm-up
+    #[arg(short = 'n', long, value_name = "NUMBER", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub runs: u32,
+    /// What to compare
+    #[arg(long, value_name = "KIND,…", value_delimiter = ',', default_value = "process,container,vm")]
+    pub isolation: Vec<IsolationName>,
+    /// Memory limit, such as 64m or 2g
+    #[arg(short, long, value_name = "SIZE")]
+    pub memory: Option<String>,
+    /// Guest kernel to boot
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Name or id of the image
+    pub image: String,
+    /// Command and arguments (default: the image's)
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Ps {
+    /// Show those that have ended, too
+    #[arg(short, long)]
+    pub all: bool,
+    /// Print JSON
+    #[arg(long, conflicts_with = "quiet")]
+    pub json: bool,
+    /// Print ids only
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Rm {
+    /// Kill those that run
+    #[arg(short, long)]
+    pub force: bool,
+    /// Ids, beginnings of ids, or names
+    #[arg(required = true, value_name = "SANDBOX")]
+    pub sandboxes: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Image {
+    /// Load images from an archive or a directory, as made by `docker save`, skopeo, umoci or buildah
+    Load {
+        /// A docker-archive or OCI layout: a tar (plain, gzip, zstd), a directory, or - for stdin
+        file: PathBuf,
+        /// Name for an image that the archive does not name
+        #[arg(long)]
+        name: Option<String>,
+        /// Print nothing but the images' names
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// List images
+    #[command(visible_alias = "list")]
+    Ls {
+        /// Print JSON
+        #[arg(long, conflicts_with = "quiet")]
+        json: bool,
+        /// Print ids only
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Remove images
+    Rm {
+        /// Names or ids
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+    /// Print everything about images, as JSON
+    Inspect {
+        /// Names or ids
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Kernel {
+    /// Build the guest kernel from Debian's kernel source, unless it is built already
+    Build {
+        /// `default` has CPU mitigations on; `no-mitigations` is for measuring what they cost
+        #[arg(long, default_value = "default", value_parser = ["default", "no-mitigations"])]
+        profile: String,
+    },
+    /// List the guest kernels built
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the path of the guest kernel that VMs boot
+    Path,
+}
+
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// Print JSON
+    #[arg(long, conflicts_with = "quiet")]
+    pub json: bool,
+    /// Print nothing; exit with 0 if VMs run here, with 1 if not
+    #[arg(short, long)]
+    pub quiet: bool,
+}

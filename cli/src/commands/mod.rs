@@ -1,0 +1,38 @@
+//! One module for each verb: from arguments to the engine and back to text.
+
+pub mod compare;
+pub mod doctor;
+pub mod image;
+pub mod kernel;
+pub mod run;
+pub mod sandbox;
+pub mod vmm;
+
+use clap::CommandFactory;
+use cloche_engine::{home::Home, sandboxes::Sandboxes};
+
+use crate::arguments::{Arguments, Global};
+
+/// Prints completions.
+pub fn completion(shell: clap_complete::Shell) {
+    clap_complete::generate(shell, &mut Arguments::command(), "cloche", &mut std::io::stdout());
+}
+
+fn home(global: &Global) -> Home {
+    Home::new(global.root.clone(), global.state.clone())
+}
+
+/// The sandboxes, after ending and reporting what dead monitors left.
+fn reconciled(home: &Home) -> anyhow::Result<Sandboxes> {
+    let sandboxes = Sandboxes::new(home.sandboxes());
+    for notice in sandboxes.reconcile()? {
+        eprintln!("cloche: {}", notice.message);
+    }
+    Ok(sandboxes)
+}
+
+/// Prints a value as JSON with line breaks.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}

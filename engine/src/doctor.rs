@@ -1,0 +1,269 @@
+//! `doctor`: what this machine can do, what slows it, and the command that mends what is missing.
+//!
+//! Whether KVM runs a Linux guest is tried, not guessed: a VM boots the guest kernel with the agent and no work. The
+//! agent then gives up by the exit port, which only a booted kernel's first process can reach.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Write},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use cloche_runtime::cgroup::Layout;
+use cloche_vmm::{
+    config::{InitramfsPart, VmConfig},
+    event::{Event, ExitReason, Mark},
+};
+use serde::Serialize;
+
+use crate::isolation::vm::{kernel, kvm};
+
+/// How a finding is to be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// As it should be.
+    Good,
+    /// Works, but slower or with less than elsewhere.
+    Slow,
+    /// An isolation, or part of it, does not work.
+    Missing,
+}
+
+/// One thing looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub subject: &'static str,
+    /// How it is to be taken.
+    pub verdict: Verdict,
+    /// What was found.
+    pub detail: String,
+    /// What to do about it, if anything: a command or a sentence.
+    pub remedy: Option<String>,
+}
+
+impl Finding {
+    fn good(subject: &'static str, detail: impl Into<String>) -> Self {
+        Self { subject, verdict: Verdict::Good, detail: detail.into(), remedy: None }
+    }
+
+    fn bad(
+        subject: &'static str,
+        verdict: Verdict,
+        detail: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { subject, verdict, detail: detail.into(), remedy: Some(remedy.into()) }
+    }
+}
+
+/// The whole report.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Whether `--isolation container` works here.
+    pub container: bool,
+    /// Whether `--isolation vm` works here.
+    pub vm: bool,
+    /// In the order to be read.
+    pub findings: Vec<Finding>,
+}
+
+/// Looks at everything; takes as long as a VM takes to boot.
+pub fn examine() -> Report {
+    let container = vec![privileges(), cgroups(), erofs(), filesystem("overlay")];
+    let mut vm = vec![match kvm::check() {
+        Ok(()) => Finding::good("KVM", "/dev/kvm opens and the CPU shows hardware virtualisation"),
+        Err(error) => Finding::bad("KVM", Verdict::Missing, error.to_string(), KVM_REMEDY),
+    }];
+    vm.extend(linux_guest());
+    let works = |findings: &[Finding]| findings.iter().all(|finding| finding.verdict != Verdict::Missing);
+    let (container_works, vm_works) = (works(&container), works(&vm));
+    let findings = container.into_iter().chain(vm).chain(slow_starts()).collect();
+    Report { container: container_works, vm: vm_works, findings }
+}
+
+const KVM_REMEDY: &str = "load it with `modprobe kvm_amd` or `modprobe kvm_intel`; in a cloud, take a machine with nested \
+     virtualisation; for tests, `scripts/kvm-host` of Cloche's sources emulates a KVM host";
+
+fn privileges() -> Finding {
+    const CAP_SYS_ADMIN: u32 = 21;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let mask = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or_default();
+    if mask >> CAP_SYS_ADMIN & 1 == 1 {
+        Finding::good("privileges", "CAP_SYS_ADMIN is there")
+    } else {
+        Finding::bad("privileges", Verdict::Missing, "CAP_SYS_ADMIN is missing", "run as root: `sudo cloche …`")
+    }
+}
+
+fn cgroups() -> Finding {
+    let subject = "cgroups";
+    let controllers: Vec<String> = match Layout::detect() {
+        Some(Layout::V2) => fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")
+            .unwrap_or_default()
+            .split_whitespace()
+            .map(Into::into)
+            .collect(),
+        Some(_) => fs::read_dir("/sys/fs/cgroup")
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .flat_map(|name| name.split(',').map(str::to_owned).collect::<Vec<_>>())
+            .collect(),
+        None => {
+            let remedy = "mount one: `mount -t cgroup2 cgroup2 /sys/fs/cgroup`";
+            return Finding::bad(subject, Verdict::Missing, "no cgroup file system is mounted", remedy);
+        }
+    };
+    let layout = match Layout::detect() {
+        Some(Layout::V1) => "v1",
+        Some(Layout::Hybrid) => "hybrid (limits on v1)",
+        _ => "v2",
+    };
+    let lacking: Vec<_> = ["memory", "cpu", "pids"]
+        .into_iter()
+        .filter(|needed| !controllers.iter().any(|controller| controller == needed))
+        .collect();
+    if lacking.is_empty() {
+        Finding::good(subject, format!("{layout}, with memory, cpu and pids"))
+    } else {
+        let detail = format!("{layout}, without {}: such limits are refused", lacking.join(", "));
+        Finding::bad(subject, Verdict::Slow, detail, "boot the host with `cgroup_enable=memory`")
+    }
+}
+
+fn erofs() -> Finding {
+    let mut finding = filesystem("erofs");
+    if finding.verdict == Verdict::Good {
+        let (major, minor) = kernel_version();
+        if (major, minor) < (6, 12) {
+            finding = Finding::bad(
+                "erofs",
+                Verdict::Slow,
+                format!("Linux {major}.{minor} mounts EROFS through loop devices"),
+                "Linux 6.12 and later mount EROFS files directly, which starts containers sooner",
+            );
+        }
+    }
+    finding
+}
+
+fn filesystem(name: &'static str) -> Finding {
+    let known = |name: &str| {
+        let filesystems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+        filesystems.split_whitespace().any(|word| word == name)
+    };
+    // A module is loaded on first use; having it on disk is enough.
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let modules = fs::read_to_string(format!("/lib/modules/{release}/modules.dep")).unwrap_or_default();
+    if known(name) || modules.contains(&format!("/{name}.ko")) {
+        Finding::good(name, "the kernel has it")
+    } else {
+        let detail = format!("this kernel has no {name}");
+        Finding::bad(name, Verdict::Missing, detail, format!("`modprobe {name}`, or use a kernel that has it"))
+    }
+}
+
+/// Boots the guest kernel with the agent.
+fn linux_guest() -> Option<Finding> {
+    let subject = "Linux guest";
+    if !Path::new("/dev/kvm").exists() {
+        return None;
+    }
+    let kernel = match kernel::find(None) {
+        Ok(kernel) => kernel,
+        Err(error) => {
+            return Some(Finding::bad(subject, Verdict::Missing, error.to_string(), "`cloche kernel build`"));
+        }
+    };
+    let mut config = VmConfig::new(1, 128, kernel);
+    config.initramfs = vec![InitramfsPart::Embedded];
+    config.start_timeout_ms = Some(20_000);
+    config.events_fd = Some(1);
+    Some(match boot(&config) {
+        Ok(Some(ns)) => Finding::good(
+            subject,
+            format!("boots: {:.1} ms from the first guest instruction to /init", ns as f64 / 1e6),
+        ),
+        Ok(None) => Finding::good(subject, "boots"),
+        Err(reason) => Finding::bad(subject, Verdict::Missing, format!("does not boot: {reason}"), KVM_REMEDY),
+    })
+}
+
+/// Runs a VM to its end; the time from the first guest instruction to `/init` if the guest got there.
+fn boot(config: &VmConfig) -> Result<Option<u64>, String> {
+    let mut vmm = Command::new("/proc/self/exe")
+        .arg("vmm")
+        .arg(format!("--die-with={}", std::process::id()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| format!("the VMM cannot be started: {error}"))?;
+    let json = serde_json::to_vec(config).map_err(|error| error.to_string())?;
+    if let Some(mut stdin) = vmm.stdin.take() {
+        stdin.write_all(&json).map_err(|error| format!("the VMM cannot be configured: {error}"))?;
+    }
+    let (mut first, mut init) = (None, None);
+    let mut result = Err("the VMM ended unexpectedly".to_owned());
+    for line in vmm.stdout.take().map(BufReader::new).into_iter().flat_map(BufRead::lines).map_while(Result::ok) {
+        match serde_json::from_str(&line) {
+            Ok(Event::Mark { name: Mark::FirstInstruction, ns }) => first = Some(ns),
+            Ok(Event::Mark { name: Mark::Init, ns }) => init = Some(ns),
+            Ok(Event::Mark { .. }) | Err(_) => {}
+            Ok(Event::Exited { reason: ExitReason::GuestExit { .. }, .. }) => {
+                result = Ok(init.zip(first).map(|(init, first)| init - first));
+            }
+            Ok(Event::Exited { reason, .. }) => result = Err(reason.to_string()),
+            Ok(Event::Failed { step, message, .. }) => result = Err(format!("{step}: {message}")),
+        }
+    }
+    let _ = vmm.wait();
+    result
+}
+
+/// What is known to make starts slower.
+fn slow_starts() -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();
+    if matches!(read("/sys/module/kvm/parameters/nx_huge_pages").as_str(), "Y" | "1") {
+        findings.push(Finding::bad(
+            "KVM huge pages",
+            Verdict::Slow,
+            "nx_huge_pages is on: each VM starts a kernel thread, and guest code runs on 4 KiB pages",
+            "on a CPU without the iTLB multihit erratum: `echo never > /sys/module/kvm/parameters/nx_huge_pages`",
+        ));
+    }
+    let thp = read("/sys/kernel/mm/transparent_hugepage/enabled");
+    if thp.contains("[never]") {
+        findings.push(Finding::bad(
+            "transparent huge pages",
+            Verdict::Slow,
+            "never: guest memory is backed by 4 KiB pages, some 7,000 faults for a start",
+            "`echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`",
+        ));
+    } else if !thp.is_empty() {
+        findings.push(Finding::good("transparent huge pages", thp));
+    }
+    if Layout::detect() == Some(Layout::V2) && !read("/proc/self/mountinfo").contains("favordynmods") {
+        findings.push(Finding::bad(
+            "cgroup migration",
+            Verdict::Slow,
+            "the cgroup file system lacks favordynmods: moving a process between cgroups waits for RCU",
+            "`mount -o remount,favordynmods /sys/fs/cgroup`",
+        ));
+    }
+    findings
+}
+
+/// Major and minor of the running kernel.
+fn kernel_version() -> (u32, u32) {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|digits| digits.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}

@@ -1,0 +1,116 @@
+//! Container isolation: `cloche-runtime` on the host's own kernel. Also the baseline `process`, which is the same
+//! without any confinement.
+
+use std::{fs::File, path::PathBuf};
+
+use cloche_protocol::message::{Exit, ExitStatus};
+use cloche_runtime::{
+    Container, Launch, LaunchError, Rootfs, Stdio,
+    pump::{pipe_read_side, pipe_write_side},
+};
+use rustix::event::{PollFd, PollFlags};
+
+use super::{Lost, Running, Streams};
+use crate::{
+    record::{ProcessId, Processes},
+    spec::Workload,
+    trace::{Mark, Trace},
+};
+
+/// Why a container did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ContainerError {
+    /// The runtime could not start it.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// No pipes for its stdio.
+    #[error("cannot make the pipes of its stdio")]
+    Pipe(#[source] std::io::Error),
+}
+
+/// Starts `workload` on `layers` (EROFS files, bottom first); its `execve` has succeeded when this returns.
+pub fn start(
+    id: &str,
+    workload: &Workload,
+    layers: Vec<PathBuf>,
+    interactive: bool,
+    trace: &mut Trace,
+) -> Result<Box<dyn Running>, ContainerError> {
+    let (stdin, stdin_host) = if interactive {
+        let (read, write) = pipe_write_side().map_err(ContainerError::Pipe)?;
+        (read, Some(write))
+    } else {
+        (File::open("/dev/null").map_err(ContainerError::Pipe)?.into(), None)
+    };
+    let (stdout_host, stdout) = pipe_read_side().map_err(ContainerError::Pipe)?;
+    let (stderr_host, stderr) = pipe_read_side().map_err(ContainerError::Pipe)?;
+    trace.mark(Mark::ProcessStart);
+    let container = cloche_runtime::launch(Launch {
+        id,
+        spec: &workload.spec,
+        user: workload.user.as_deref(),
+        rootfs: Rootfs::Layers { lowers: layers, upper_bytes: None },
+        stdio: Stdio { stdin, stdout, stderr },
+        kill_on_parent_death: true,
+    })?;
+    trace.mark(Mark::ProcessStarted);
+    let streams = Streams { stdin: stdin_host, stdout: stdout_host, stderr: stderr_host };
+    Ok(Box::new(RunningContainer { container, streams: Some(streams) }))
+}
+
+struct RunningContainer {
+    container: Container,
+    streams: Option<Streams>,
+}
+
+impl Running for RunningContainer {
+    fn take_streams(&mut self) -> Option<Streams> {
+        self.streams.take()
+    }
+
+    fn processes(&self) -> Option<Processes> {
+        Some(Processes { leader: ProcessId::of(self.container.pid())? })
+    }
+
+    fn poll_fds(&self) -> Vec<PollFd<'_>> {
+        let pidfd = PollFd::from_borrowed_fd(self.container.pidfd(), PollFlags::IN);
+        let oom = self.container.oom_event().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        [Some(pidfd), oom].into_iter().flatten().collect()
+    }
+
+    fn advance(&mut self, trace: &mut Trace) -> Result<Option<Exit>, Lost> {
+        if let Some(oom) = self.container.oom_event()
+            && is_readable(oom)
+        {
+            self.container.kill().map_err(|error| Lost(error.to_string()))?;
+        }
+        if !is_readable(self.container.pidfd()) {
+            return Ok(None);
+        }
+        trace.mark(Mark::ProcessExit);
+        let exit = self.container.wait().map_err(|error| Lost(error.to_string()))?;
+        Ok(Some(Exit {
+            status: match exit.status {
+                cloche_runtime::ExitStatus::Code(code) => ExitStatus::Code(code),
+                cloche_runtime::ExitStatus::Signal(signo) => ExitStatus::Signal(signo),
+            },
+            oom_killed: exit.oom_killed,
+            memory_peak_bytes: exit.memory_peak_bytes,
+        }))
+    }
+
+    fn signal(&mut self, signo: i32) {
+        // A process that ended meanwhile needs no signal.
+        let _ = self.container.signal(signo);
+    }
+
+    fn teardown(self: Box<Self>) -> Result<(), Lost> {
+        self.container.delete().map_err(|error| Lost(error.to_string()))
+    }
+}
+
+fn is_readable(fd: std::os::fd::BorrowedFd<'_>) -> bool {
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(1..))
+}

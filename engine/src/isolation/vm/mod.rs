@@ -1,0 +1,507 @@
+//! VM isolation: a VMM process with a guest in it, whose agent starts the same container as on the host.
+//!
+//! ```text
+//!  monitor (this process)                    cloche vmm (child)                guest
+//!    listen on SANDBOX/vsock_{1024..1027}
+//!    spawn ──── config on stdin ───────────▶ boots ──────────────────────────▶ agent
+//!    accept ◀───────────────────── unix socket per stream ◀──────── vsock ───── dials
+//!    events ◀── JSON lines on its stdout ───
+//! ```
+//!
+//! The VMM is told to die with its monitor, and nothing outlives the VMM.
+
+mod cpio;
+pub mod kernel;
+pub mod kvm;
+
+use std::{
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{
+            net::{UnixListener, UnixStream},
+            process::CommandExt,
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use cloche_protocol::{
+    VERSION,
+    boot::{BOOT_CONFIG_PATH, BootConfig, SPEC_PATH},
+    frame::{self, Decoder, FrameError},
+    machine::{GUEST_CID, vsock_port},
+    message::{Exit, FromGuest, ToGuest},
+};
+use cloche_vmm::{
+    config::{ConfigError, DiskConfig, InitramfsPart, VmConfig, VsockConfig},
+    event::Event,
+};
+use rustix::event::{PollFd, PollFlags};
+
+use super::{Lost, Running, Streams};
+use crate::{
+    record::{ProcessId, Processes},
+    request::RunRequest,
+    signals::Signals,
+    spec::Workload,
+    trace::{Mark, Trace},
+};
+
+/// The guest agent, packed as the initramfs that every VM starts with.
+pub static INITRAMFS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/initramfs.cpio"));
+
+/// Guest memory when the request sets no limit, in MiB. Booting takes longer the more there is.
+const DEFAULT_MEMORY_MIB: u64 = 256;
+/// What the guest needs besides the container, in MiB: kernel, agent, initramfs.
+const OVERHEAD_MIB: u64 = 64;
+/// The agent is up within a fraction of this even on an emulated CPU.
+const START_TIMEOUT_MS: u64 = 60_000;
+
+/// Why a VM, or the container in it, did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// This machine runs no VMs.
+    #[error(transparent)]
+    Kvm(#[from] kvm::KvmError),
+    /// No kernel to boot.
+    #[error(transparent)]
+    Kernel(#[from] kernel::KernelError),
+    /// The machine asked for cannot be.
+    #[error("this VM cannot be built")]
+    Config(#[from] ConfigError),
+    /// The sandbox's directory or processes could not be made.
+    #[error("cannot {action}")]
+    Setup {
+        /// What was attempted.
+        action: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The VMM gave up or died.
+    #[error("the VM did not start: {0}")]
+    Vmm(String),
+    /// The guest runs, but its container could not be started.
+    #[error("{message}")]
+    Workload {
+        /// 127 not found, 126 not executable, 125 anything else.
+        exit_code: u8,
+        /// The runtime's own words, the same as under container isolation.
+        message: String,
+    },
+    /// The guest says what no agent says.
+    #[error("the guest agent broke the protocol")]
+    Protocol(#[from] FrameError),
+    /// A signal asked for the end before the start was over.
+    #[error("stopped by signal {0} before it had started")]
+    Interrupted(i32),
+}
+
+impl VmError {
+    /// Exit code for a command line.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Workload { exit_code, .. } => *exit_code,
+            Self::Interrupted(signo) => u8::try_from(128 + signo).unwrap_or(125),
+            _ => 125,
+        }
+    }
+}
+
+fn setup(action: &'static str) -> impl FnOnce(io::Error) -> VmError {
+    move |source| VmError::Setup { action, source }
+}
+
+/// Starts a VM with `workload` in it, on `layers` (EROFS files, bottom first), and waits until the container's
+/// `execve` has succeeded. `dir` is the sandbox's own directory.
+pub fn start(
+    id: &str,
+    dir: &Path,
+    workload: &Workload,
+    layers: Vec<PathBuf>,
+    request: &RunRequest,
+    signals: &Signals,
+    trace: &mut Trace,
+) -> Result<Box<dyn Running>, VmError> {
+    kvm::check()?;
+    let config = machine(dir, layers, request)?;
+    config.validate()?;
+    let listeners = Listeners::bind(dir, request.interactive)?;
+    write_boot_archive(id, dir, workload, &config, request.interactive)?;
+    let vmm = Vmm::spawn(&config)?;
+    trace.mark(Mark::VmmSpawned);
+    let mut machine = Machine { vmm, control: None, decoder: Decoder::default(), streams: None };
+    let mut pending = Pending { listeners, stdin: None, stdout: None, stderr: None };
+    loop {
+        machine.wait(&pending, signals)?;
+        machine.read_events(trace)?;
+        if let Some(signo) = signals.take() {
+            return Err(VmError::Interrupted(signo));
+        }
+        pending.accept(&mut machine)?;
+        while let Some(message) = machine.receive()? {
+            match message {
+                FromGuest::Ready { version } if version == VERSION => {}
+                FromGuest::Ready { version } => {
+                    let reason = format!("its agent speaks protocol version {version}, not {VERSION}");
+                    return Err(VmError::Vmm(reason));
+                }
+                FromGuest::Failed { exit_code, message } => {
+                    return Err(VmError::Workload { exit_code, message });
+                }
+                FromGuest::Started => {
+                    trace.mark(Mark::ProcessStarted);
+                    // The agent dials its streams before it starts the process, so they are waiting here.
+                    pending.accept(&mut machine)?;
+                    machine.streams = pending.streams(request.interactive);
+                    if machine.streams.is_none() {
+                        return Err(VmError::Vmm("its agent started the process before its streams".into()));
+                    }
+                    return Ok(Box::new(machine));
+                }
+                FromGuest::Exited(_) => {
+                    return Err(VmError::Vmm("its agent reports the end of what it has not started".into()));
+                }
+            }
+        }
+    }
+}
+
+/// The machine for this request.
+fn machine(dir: &Path, layers: Vec<PathBuf>, request: &RunRequest) -> Result<VmConfig, VmError> {
+    let memory_mib = match request.memory_bytes {
+        // The limit is the container's. On top come the agent and the kernel with its map of all pages (1/64).
+        Some(bytes) => bytes.div_ceil(1 << 20) * 33 / 32 + OVERHEAD_MIB,
+        None => DEFAULT_MEMORY_MIB,
+    };
+    let vcpus = request.millicpus.unwrap_or(1000).div_ceil(1000);
+    let kernel = kernel::find(request.kernel.as_deref())?;
+    let mut config = VmConfig::new(
+        u8::try_from(vcpus).unwrap_or(u8::MAX),
+        u32::try_from(memory_mib).unwrap_or(u32::MAX),
+        kernel,
+    );
+    config.initramfs = vec![InitramfsPart::Embedded, InitramfsPart::File(dir.join("boot.cpio"))];
+    config.disks = layers
+        .into_iter()
+        .enumerate()
+        .map(|(index, path)| DiskConfig { path, read_only: true, id: format!("layer{index}") })
+        .collect();
+    config.vsock = Some(VsockConfig { guest_cid: GUEST_CID, socket_prefix: dir.join("vsock") });
+    config.rng = true;
+    config.start_timeout_ms = Some(START_TIMEOUT_MS);
+    // The VMM's stdout.
+    config.events_fd = Some(1);
+    Ok(config)
+}
+
+/// The kernel's names for virtio disks: vda to vdz, then vdaa.
+fn disk_device(index: usize) -> String {
+    let letter = |n: usize| char::from(b'a' + (n % 26) as u8);
+    match index.checked_sub(26) {
+        None => format!("/dev/vd{}", letter(index)),
+        Some(over) => format!("/dev/vd{}{}", letter(over / 26), letter(over)),
+    }
+}
+
+fn write_boot_archive(
+    id: &str,
+    dir: &Path,
+    workload: &Workload,
+    config: &VmConfig,
+    stdin: bool,
+) -> Result<(), VmError> {
+    let realtime = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    let boot = BootConfig {
+        version: VERSION,
+        id: id.into(),
+        layers: (0..config.disks.len()).map(disk_device).collect(),
+        user: workload.user.clone(),
+        upper_bytes: None,
+        stdin,
+        realtime_ns: realtime.tv_sec as u64 * 1_000_000_000 + realtime.tv_nsec as u64,
+    };
+    let json = |value: Result<Vec<u8>, serde_json::Error>| {
+        value.map_err(|error| setup("write the guest's configuration")(error.into()))
+    };
+    let mut archive = cpio::Archive::default();
+    archive.directory("cloche");
+    archive.file(BOOT_CONFIG_PATH, 0o600, &json(serde_json::to_vec(&boot))?);
+    archive.file(SPEC_PATH, 0o600, &json(serde_json::to_vec(&workload.spec))?);
+    fs::write(dir.join("boot.cpio"), archive.finish()).map_err(setup("write the guest's configuration"))
+}
+
+/// The sockets that the guest's streams arrive at.
+struct Listeners {
+    control: UnixListener,
+    stdin: Option<UnixListener>,
+    stdout: UnixListener,
+    stderr: UnixListener,
+}
+
+impl Listeners {
+    fn bind(dir: &Path, stdin: bool) -> Result<Self, VmError> {
+        let bind = |port: u32| {
+            let listener = UnixListener::bind(dir.join(format!("vsock_{port}")))?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        };
+        let stdin = stdin.then(|| bind(vsock_port::STDIN)).transpose();
+        Ok(Self {
+            control: bind(vsock_port::CONTROL).map_err(setup("listen for the guest"))?,
+            stdin: stdin.map_err(setup("listen for the guest"))?,
+            stdout: bind(vsock_port::STDOUT).map_err(setup("listen for the guest"))?,
+            stderr: bind(vsock_port::STDERR).map_err(setup("listen for the guest"))?,
+        })
+    }
+}
+
+/// What has arrived of a VM that is starting.
+struct Pending {
+    listeners: Listeners,
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+}
+
+impl Pending {
+    fn poll_fds(&self) -> Vec<PollFd<'_>> {
+        let Listeners { control, stdin, stdout, stderr } = &self.listeners;
+        let listeners = [Some(control), stdin.as_ref(), Some(stdout), Some(stderr)];
+        listeners.into_iter().flatten().map(|listener| PollFd::new(listener, PollFlags::IN)).collect()
+    }
+
+    fn accept(&mut self, machine: &mut Machine) -> Result<(), VmError> {
+        if machine.control.is_none() {
+            machine.control = accept(&self.listeners.control)?;
+        }
+        if let (None, Some(listener)) = (&self.stdin, &self.listeners.stdin) {
+            self.stdin = accept(listener)?.map(Into::into);
+        }
+        if self.stdout.is_none() {
+            self.stdout = accept(&self.listeners.stdout)?.map(Into::into);
+        }
+        if self.stderr.is_none() {
+            self.stderr = accept(&self.listeners.stderr)?.map(Into::into);
+        }
+        Ok(())
+    }
+
+    fn streams(self, interactive: bool) -> Option<Streams> {
+        if self.stdin.is_some() != interactive {
+            return None;
+        }
+        Some(Streams { stdin: self.stdin, stdout: self.stdout?, stderr: self.stderr? })
+    }
+}
+
+fn accept(listener: &UnixListener) -> Result<Option<UnixStream>, VmError> {
+    match listener.accept() {
+        Ok((stream, _)) => {
+            stream.set_nonblocking(true).map_err(setup("set up a stream of the guest"))?;
+            Ok(Some(stream))
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(setup("accept a stream of the guest")(error)),
+    }
+}
+
+/// The VMM's process. Dropping it kills and reaps it.
+struct Vmm {
+    process: Child,
+    pidfd: OwnedFd,
+    events: File,
+    unread: Vec<u8>,
+}
+
+impl Vmm {
+    fn spawn(config: &VmConfig) -> Result<Self, VmError> {
+        let mut process = Command::new("/proc/self/exe")
+            .arg("vmm")
+            .arg(format!("--die-with={}", std::process::id()))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            // A group of its own: Ctrl-C is for the monitor, which passes it on.
+            .process_group(0)
+            .spawn()
+            .map_err(setup("start the VMM"))?;
+        let pid = rustix::process::Pid::from_child(&process);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
+        let (stdin, stdout) = (process.stdin.take(), process.stdout.take());
+        let (Ok(pidfd), Some(mut stdin), Some(stdout)) = (pidfd, stdin, stdout) else {
+            let _ = process.kill();
+            let _ = process.wait();
+            return Err(setup("watch the VMM")(io::ErrorKind::NotFound.into()));
+        };
+        let events = File::from(OwnedFd::from(stdout));
+        let vmm = Self { process, pidfd, events, unread: Vec::new() };
+        rustix::io::ioctl_fionbio(&vmm.events, true).map_err(|errno| setup("watch the VMM")(errno.into()))?;
+        let json = serde_json::to_vec(config).map_err(|error| setup("configure the VMM")(error.into()))?;
+        stdin.write_all(&json).map_err(setup("configure the VMM"))?;
+        Ok(vmm)
+    }
+
+    /// The events that have arrived, and whether the VMM has closed the stream.
+    fn events(&mut self) -> (Vec<Event>, bool) {
+        let mut chunk = [0; 4096];
+        let closed = loop {
+            match self.events.read(&mut chunk) {
+                Ok(0) => break true,
+                Ok(count) => self.unread.extend_from_slice(&chunk[..count]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => break error.kind() != io::ErrorKind::WouldBlock,
+            }
+        };
+        let mut events = Vec::new();
+        while let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.unread.drain(..=end).collect();
+            events.extend(serde_json::from_slice(&line).ok());
+        }
+        (events, closed)
+    }
+
+    /// Kills the VMM and waits for its end.
+    fn end(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// A VM with a container in it.
+struct Machine {
+    vmm: Vmm,
+    control: Option<UnixStream>,
+    decoder: Decoder,
+    streams: Option<Streams>,
+}
+
+impl Machine {
+    /// Sleeps until something happens while the VM starts.
+    fn wait(&self, pending: &Pending, signals: &Signals) -> Result<(), VmError> {
+        let mut fds = self.poll_fds();
+        fds.extend(pending.poll_fds());
+        fds.push(PollFd::new(signals, PollFlags::IN));
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(errno) => Err(setup("wait for the VM")(errno.into())),
+        }
+    }
+
+    /// Takes in the VMM's marks; an end of the VM is an error that says why.
+    fn read_events(&mut self, trace: &mut Trace) -> Result<(), VmError> {
+        let (events, closed) = self.vmm.events();
+        for event in events {
+            match event {
+                Event::Mark { name, ns } => trace.mark_at(name.into(), ns),
+                Event::Exited { reason, console_tail, .. } => {
+                    return Err(VmError::Vmm(with_console(reason.to_string(), &console_tail)));
+                }
+                Event::Failed { step, message, console_tail } => {
+                    return Err(VmError::Vmm(with_console(format!("{step}: {message}"), &console_tail)));
+                }
+            }
+        }
+        if closed {
+            let status = self.vmm.process.wait().map_err(setup("wait for the VMM"))?;
+            return Err(VmError::Vmm(format!("its VMM ended unexpectedly ({status})")));
+        }
+        Ok(())
+    }
+
+    /// The next message of the guest that has fully arrived.
+    fn receive(&mut self) -> Result<Option<FromGuest>, FrameError> {
+        if let Some(message) = self.decoder.next()? {
+            return Ok(Some(message));
+        }
+        let Some(control) = &mut self.control else { return Ok(None) };
+        let mut bytes = [0; 4096];
+        match control.read(&mut bytes) {
+            // The stream's end comes with the VM's, which its events tell in full.
+            Ok(0) => self.control = None,
+            Ok(count) => self.decoder.push(&bytes[..count]),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.decoder.next()
+    }
+}
+
+/// A reason with the end of the guest's console under it, if there was any output.
+fn with_console(reason: String, console: &str) -> String {
+    let console: Vec<&str> = console.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+    let last = &console[console.len().saturating_sub(12)..];
+    if last.is_empty() { reason } else { format!("{reason}\nguest console:\n  {}", last.join("\n  ")) }
+}
+
+impl Running for Machine {
+    fn take_streams(&mut self) -> Option<Streams> {
+        self.streams.take()
+    }
+
+    fn processes(&self) -> Option<Processes> {
+        Some(Processes { leader: ProcessId::of(self.vmm.process.id() as i32)? })
+    }
+
+    fn poll_fds(&self) -> Vec<PollFd<'_>> {
+        let mut fds =
+            vec![PollFd::new(&self.vmm.pidfd, PollFlags::IN), PollFd::new(&self.vmm.events, PollFlags::IN)];
+        fds.extend(self.control.as_ref().map(|control| PollFd::from_borrowed_fd(control.as_fd(), PollFlags::IN)));
+        fds
+    }
+
+    fn advance(&mut self, trace: &mut Trace) -> Result<Option<Exit>, Lost> {
+        match self.receive() {
+            Ok(Some(FromGuest::Exited(exit))) => {
+                // The marks of the guest's end are on their way already.
+                let _ = self.read_events(trace);
+                return Ok(Some(exit));
+            }
+            Ok(Some(other)) => return Err(Lost(format!("the guest agent sent {other:?} to a running container"))),
+            Ok(None) => {}
+            Err(error) => return Err(Lost(error.to_string())),
+        }
+        self.read_events(trace).map_err(|error| match error {
+            VmError::Vmm(reason) => Lost(format!("the VM ended under the process: {reason}")),
+            other => Lost(other.to_string()),
+        })?;
+        Ok(None)
+    }
+
+    fn signal(&mut self, signo: i32) {
+        if let Some(control) = &self.control {
+            // A guest that does not read its control stream cannot be signalled; it can still be killed.
+            let _ = frame::write(control, &ToGuest::Signal { signo });
+        }
+    }
+
+    fn teardown(mut self: Box<Self>) -> Result<(), Lost> {
+        self.vmm.end();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disk_devices_are_named_as_linux_does() {
+        let names: Vec<_> = [0, 25, 26, 51, 52].map(disk_device).into();
+        assert_eq!(names, ["/dev/vda", "/dev/vdz", "/dev/vdaa", "/dev/vdaz", "/dev/vdba"]);
+    }
+
+    #[test]
+    fn console_is_shown_by_its_last_lines() {
+        assert_eq!(with_console("reason".into(), "\r\n\n"), "reason");
+        assert_eq!(with_console("reason".into(), "a\r\nb\n"), "reason\nguest console:\n  a\n  b");
+    }
+}

@@ -1,0 +1,200 @@
+//! `run`: a request becomes a sandbox, which is attended to its end and cleaned up.
+//!
+//! ```text
+//!  validate ▸ resolve image ▸ spec ▸ record ▸ start ▸ observe ▸ attend ▸ tear down ▸ record
+//! ```
+
+use std::path::PathBuf;
+
+use cloche_images::{ResolveError, Store, StoreError};
+use cloche_protocol::message::Exit;
+
+use crate::{
+    home::Home,
+    isolation::{Lost, Running, container, observed, vm},
+    monitor::{self, MonitorError},
+    record::{Ended, Record, State, unix_time},
+    request::{Isolation, RequestError, RunRequest},
+    sandboxes::{Owned, SandboxError, Sandboxes},
+    signals::Signals,
+    spec::{self, SpecError},
+    trace::{Mark, Trace},
+};
+
+/// Why a run failed, other than by its process's own exit code.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The request cannot be carried out anywhere.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// The image store is unusable.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// There is no such image.
+    #[error(transparent)]
+    Image(#[from] ResolveError),
+    /// Image and request together make no runnable command.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The sandbox could not be written down.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// Signals could not be collected.
+    #[error("cannot collect signals")]
+    Signals(#[source] std::io::Error),
+    /// Container isolation failed to start it.
+    #[error(transparent)]
+    Container(#[from] container::ContainerError),
+    /// VM isolation failed to start it.
+    #[error(transparent)]
+    Vm(#[from] vm::VmError),
+    /// What runs is not what was required.
+    #[error("--require {required}: the running sandbox is observed to be {}; it was stopped", match observed {
+        Some(observed) => observed.name(),
+        None => "gone",
+    })]
+    NotAsRequired {
+        /// The isolation that must hold.
+        required: Isolation,
+        /// The isolation seen.
+        observed: Option<Isolation>,
+    },
+    /// The process's end was not seen.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// The process ended, but something of the sandbox is left.
+    #[error("the sandbox could not be removed")]
+    Teardown(#[source] Lost),
+}
+
+impl RunError {
+    /// Exit code for the command line: the codes of Docker.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Container(container::ContainerError::Launch(error)) => error.exit_code(),
+            Self::Vm(error) => error.exit_code(),
+            // What ended the sandbox also killed its process.
+            Self::Monitor(_) => 137,
+            _ => 125,
+        }
+    }
+}
+
+/// A run that came to its end.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The sandbox's id.
+    pub id: String,
+    /// How its process ended.
+    pub exit: Exit,
+    /// What the sandbox used of the host's memory at most, in bytes: the container's cgroup, or the resident set of
+    /// the VMM with its guest's memory, or of the bare process.
+    pub host_memory_peak_bytes: Option<u64>,
+}
+
+/// Runs a sandbox in the foreground: this process is its monitor, and its stdio is this process's.
+pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outcome, RunError> {
+    request.validate()?;
+    let store = Store::open(home.images())?;
+    let image = store.resolve(&request.image)?;
+    trace.mark(Mark::ImageReady);
+    let signals = Signals::collect().map_err(RunError::Signals)?;
+    let mut sandbox = Sandboxes::new(home.sandboxes()).create(Record {
+        id: String::new(),
+        name: request.name.clone(),
+        image: request.image.clone(),
+        image_id: image.id().to_string(),
+        command: request.command.clone(),
+        isolation: request.isolation,
+        created: unix_time(),
+        remove: request.remove,
+        state: State::Starting,
+    })?;
+    let layers = image.layers().iter().map(|layer| layer.erofs().to_owned()).collect();
+    let result = start(&mut sandbox, request, image.config(), layers, &signals, trace)
+        .and_then(|running| attend(&mut sandbox, request, running, &signals, trace));
+    let id = sandbox.record.id.clone();
+    match result {
+        Ok(exit) => {
+            let memory = (request.isolation == Isolation::Container)
+                .then_some(exit.memory_peak_bytes)
+                .unwrap_or_else(|| children_peak_bytes());
+            sandbox.finish(Ended {
+                exit_code: exit.status.shell_code(),
+                oom_killed: exit.oom_killed,
+                finished: unix_time(),
+                reason: exit.oom_killed.then(|| "it hit its memory limit".into()),
+            })?;
+            trace.mark(Mark::TeardownDone);
+            Ok(Outcome { id, exit, host_memory_peak_bytes: memory })
+        }
+        // Its process ran: that is worth a record.
+        Err(error @ (RunError::Monitor(_) | RunError::Teardown(_))) => {
+            sandbox.finish(Ended {
+                exit_code: error.exit_code(),
+                oom_killed: false,
+                finished: unix_time(),
+                reason: Some(error.to_string()),
+            })?;
+            Err(error)
+        }
+        Err(error) => {
+            sandbox.forget()?;
+            Err(error)
+        }
+    }
+}
+
+fn start(
+    sandbox: &mut Owned,
+    request: &RunRequest,
+    config: &cloche_images::ImageConfiguration,
+    layers: Vec<PathBuf>,
+    signals: &Signals,
+    trace: &mut Trace,
+) -> Result<Box<dyn Running>, RunError> {
+    let id = sandbox.record.id.clone();
+    let workload = spec::workload(&id, request, config)?;
+    sandbox.record.command.clone_from(&workload.args);
+    trace.mark(Mark::RootfsReady);
+    // The only network yet is the sandbox's own `lo`, which the runtime brings up: nothing to prepare.
+    trace.mark(Mark::NetworkReady);
+    Ok(match request.isolation {
+        Isolation::Vm => vm::start(&id, sandbox.dir(), &workload, layers, request, signals, trace)?,
+        Isolation::Container | Isolation::Process => {
+            container::start(&id, &workload, layers, request.interactive, trace)?
+        }
+    })
+}
+
+fn attend(
+    sandbox: &mut Owned,
+    request: &RunRequest,
+    mut running: Box<dyn Running>,
+    signals: &Signals,
+    trace: &mut Trace,
+) -> Result<Exit, RunError> {
+    let processes = running.processes();
+    let attended = (|| {
+        if let Some(required) = request.require {
+            let observed = processes.and_then(|processes| observed::isolation(processes.leader.pid));
+            // A process that has ended already cannot be observed, and what cannot be observed does not hold.
+            if observed != Some(required) {
+                return Err(RunError::NotAsRequired { required, observed });
+            }
+        }
+        if let Some(processes) = processes {
+            sandbox.set_state(State::Running(processes))?;
+        }
+        Ok(monitor::attend(running.as_mut(), signals, trace)?)
+    })();
+    let removed = running.teardown();
+    let exit = attended?;
+    removed.map_err(RunError::Teardown)?;
+    Ok(exit)
+}
+
+/// Largest resident set of any child that was waited for (getrusage(2)).
+fn children_peak_bytes() -> Option<u64> {
+    crate::syscalls::children_max_rss_kib().map(|kib| kib * 1024)
+}

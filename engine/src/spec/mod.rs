@@ -1,0 +1,279 @@
+//! From an image's configuration and a request to the OCI runtime spec that both isolations start from.
+//!
+//! The defaults are Docker's: capabilities, mounts, masked paths, devices, seccomp. Two are stricter: no_new_privs
+//! is on, and there is no network but `lo` yet.
+
+mod seccomp;
+
+use cloche_images::ImageConfiguration;
+use oci_spec::runtime::Spec;
+use serde_json::{Value, json};
+
+use crate::request::{Isolation, RunRequest};
+
+/// Docker's default capabilities (the mask 00000000a80425fb).
+const CAPABILITIES: [&str; 14] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
+];
+
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const CPU_PERIOD_US: u64 = 100_000;
+
+/// Why no spec could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// Neither the image nor the request says what to run.
+    #[error("image `{0}` has no command and none was given; add one after the image's name")]
+    NoCommand(String),
+    /// The image's working directory is relative.
+    #[error("working directory `{0}` of the image is not absolute; set another with -w")]
+    RelativeWorkdir(String),
+    /// The result is no runtime spec.
+    #[error("the runtime spec for this request is not valid")]
+    Invalid(#[source] serde_json::Error),
+}
+
+/// What to run: the spec, and the user that only the container's own `/etc/passwd` can resolve.
+#[derive(Debug)]
+pub struct Workload {
+    /// The OCI runtime spec. `process.user` is root; see `user`.
+    pub spec: Spec,
+    /// `user[:group]` as in the image or the request, if any.
+    pub user: Option<String>,
+    /// The command line, for display.
+    pub args: Vec<String>,
+}
+
+/// Makes the spec of sandbox `id`.
+pub fn workload(
+    id: &str,
+    request: &RunRequest,
+    image: &ImageConfiguration,
+) -> Result<Workload, SpecError> {
+    let config = image.config().as_ref();
+    let args = arguments(request, config);
+    if args.is_empty() {
+        return Err(SpecError::NoCommand(request.image.clone()));
+    }
+    let image_workdir = config.and_then(|config| config.working_dir().clone()).filter(|dir| !dir.is_empty());
+    let cwd = request.workdir.clone().or(image_workdir).unwrap_or_else(|| "/".into());
+    if !cwd.starts_with('/') {
+        return Err(SpecError::RelativeWorkdir(cwd));
+    }
+    let image_user = config.and_then(|config| config.user().clone()).filter(|user| !user.is_empty());
+    let user = request.user.clone().or(image_user);
+    let hostname = request.hostname.as_deref().unwrap_or(id);
+    let image_env = config.and_then(|config| config.env().clone()).unwrap_or_default();
+    let env = environment(hostname, &image_env, &request.env);
+
+    let spec = match request.isolation {
+        Isolation::Process => process_spec(&args, &env, &cwd),
+        Isolation::Container | Isolation::Vm => {
+            container_spec(id, hostname, request, process(&args, &env, &cwd))
+        }
+    };
+    let spec = serde_json::from_value(spec).map_err(SpecError::Invalid)?;
+    Ok(Workload { spec, user, args })
+}
+
+/// Docker's rule: an entry point given replaces the image's and drops its command; a command given replaces the
+/// image's command.
+fn arguments(request: &RunRequest, config: Option<&oci_spec::image::Config>) -> Vec<String> {
+    let image_entrypoint = config.and_then(|config| config.entrypoint().clone()).unwrap_or_default();
+    let image_command = config.and_then(|config| config.cmd().clone()).unwrap_or_default();
+    let (mut args, default_command) = match &request.entrypoint {
+        Some(entrypoint) if entrypoint.is_empty() => (Vec::new(), Vec::new()),
+        Some(entrypoint) => (vec![entrypoint.clone()], Vec::new()),
+        None => (image_entrypoint, image_command),
+    };
+    if request.command.is_empty() { args.extend(default_command) } else { args.extend(request.command.clone()) }
+    args
+}
+
+/// The image's variables, then the request's over them, after the defaults that both may replace.
+fn environment(hostname: &str, image: &[String], request: &[String]) -> Vec<String> {
+    let defaults = [format!("PATH={DEFAULT_PATH}"), format!("HOSTNAME={hostname}")];
+    let mut merged: Vec<String> = Vec::new();
+    for variable in defaults.iter().chain(image).chain(request) {
+        let name = variable.split('=').next().unwrap_or_default();
+        let same = merged.iter_mut().find(|known| known.split('=').next() == Some(name));
+        match same {
+            Some(known) => known.clone_from(variable),
+            None => merged.push(variable.clone()),
+        }
+    }
+    merged
+}
+
+fn process(args: &[String], env: &[String], cwd: &str) -> Value {
+    json!({
+        "terminal": false,
+        "user": {"uid": 0, "gid": 0},
+        "args": args,
+        "env": env,
+        "cwd": cwd,
+    })
+}
+
+/// The baseline of `compare`: the image's files as root directory and nothing else.
+fn process_spec(args: &[String], env: &[String], cwd: &str) -> Value {
+    json!({
+        "ociVersion": "1.2.0",
+        "process": process(args, env, cwd),
+        "root": {"path": "rootfs"},
+        "linux": {"namespaces": [{"type": "mount"}]},
+    })
+}
+
+fn container_spec(id: &str, hostname: &str, request: &RunRequest, mut process: Value) -> Value {
+    process["noNewPrivileges"] = true.into();
+    process["capabilities"] =
+        json!({"bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES});
+    json!({
+        "ociVersion": "1.2.0",
+        "process": process,
+        "root": {"path": "rootfs", "readonly": request.read_only},
+        "hostname": hostname,
+        "mounts": mounts(),
+        "linux": {
+            "namespaces": [
+                {"type": "pid"}, {"type": "mount"}, {"type": "uts"}, {"type": "ipc"}, {"type": "network"},
+                {"type": "cgroup"},
+            ],
+            "cgroupsPath": format!("/cloche/{id}"),
+            "resources": resources(request),
+            "seccomp": seccomp::default_policy(&CAPABILITIES),
+            "maskedPaths": [
+                "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys",
+                "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi", "/proc/timer_list",
+                "/proc/timer_stats", "/sys/devices/virtual/powercap", "/sys/firmware",
+            ],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+        },
+    })
+}
+
+fn mounts() -> Value {
+    json!([
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+            "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+        {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+            "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs",
+            "options": ["nosuid", "noexec", "nodev", "ro"]},
+        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+            "options": ["ro", "nosuid", "noexec", "nodev"]},
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
+            "options": ["nosuid", "noexec", "nodev"]},
+        {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+            "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
+    ])
+}
+
+fn resources(request: &RunRequest) -> Value {
+    let mut resources = json!({"devices": devices()});
+    if let Some(bytes) = request.memory_bytes {
+        // Memory and swap together: no swap, as in a VM whose kernel has none.
+        resources["memory"] = json!({"limit": bytes, "swap": bytes});
+    }
+    if let Some(millicpus) = request.millicpus {
+        resources["cpu"] = json!({"quota": millicpus * CPU_PERIOD_US / 1000, "period": CPU_PERIOD_US});
+    }
+    if let Some(pids) = request.pids {
+        resources["pids"] = json!({"limit": pids});
+    }
+    resources
+}
+
+/// No device but those of every container: null, zero, full, random, urandom, tty, console, ptmx, pts; nodes of any
+/// kind may be made but not opened.
+fn devices() -> Value {
+    let mut rules = vec![
+        json!({"allow": false, "access": "rwm"}),
+        json!({"allow": true, "type": "c", "access": "m"}),
+        json!({"allow": true, "type": "b", "access": "m"}),
+    ];
+    let characters = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)];
+    for (major, minor) in characters {
+        rules.push(json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rwm"}));
+    }
+    rules.push(json!({"allow": true, "type": "c", "major": 136, "access": "rwm"}));
+    Value::Array(rules)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(isolation: Isolation) -> RunRequest {
+        RunRequest {
+            image: "busybox".into(),
+            isolation,
+            require: None,
+            command: vec!["true".into()],
+            entrypoint: None,
+            env: Vec::new(),
+            workdir: None,
+            user: None,
+            hostname: None,
+            name: None,
+            interactive: false,
+            remove: false,
+            read_only: false,
+            memory_bytes: Some(64 << 20),
+            millicpus: Some(1500),
+            pids: Some(10),
+            kernel: None,
+        }
+    }
+
+    #[test]
+    fn workload_of_both_isolations_is_the_same_spec() {
+        let image = ImageConfiguration::default();
+        let container = workload("0123456789ab", &request(Isolation::Container), &image).unwrap();
+        let vm = workload("0123456789ab", &request(Isolation::Vm), &image).unwrap();
+        assert_eq!(container.spec, vm.spec);
+    }
+
+    #[test]
+    fn workload_limits_reach_the_spec() {
+        let made = workload("x", &request(Isolation::Vm), &ImageConfiguration::default()).unwrap();
+        let spec = serde_json::to_value(&made.spec).unwrap();
+        let resources = &spec["linux"]["resources"];
+        assert_eq!(resources["memory"]["limit"], 64 << 20);
+        assert_eq!(resources["cpu"]["quota"], 150_000);
+        assert_eq!(resources["pids"]["limit"], 10);
+    }
+
+    #[test]
+    fn environment_request_wins_over_image_and_defaults() {
+        let merged = environment("h", &["PATH=/image".into(), "A=1".into()], &["A=2".into(), "B".into()]);
+        assert_eq!(merged, ["PATH=/image", "HOSTNAME=h", "A=2", "B"]);
+    }
+
+    #[test]
+    fn arguments_follow_docker() {
+        let config: oci_spec::image::Config =
+            serde_json::from_value(json!({"Entrypoint": ["/e"], "Cmd": ["c"]})).unwrap();
+        let mut asked = request(Isolation::Vm);
+        assert_eq!(arguments(&asked, Some(&config)), ["/e", "true"]);
+        asked.command.clear();
+        assert_eq!(arguments(&asked, Some(&config)), ["/e", "c"]);
+        asked.entrypoint = Some("/other".into());
+        assert_eq!(arguments(&asked, Some(&config)), ["/other"]);
+    }
+}

@@ -1,0 +1,51 @@
+//! System calls that no safe wrapper offers.
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    mem::MaybeUninit,
+    os::fd::{FromRawFd, OwnedFd},
+    ptr,
+};
+
+/// Blocks these signals for the calling thread and returns a non-blocking descriptor that yields them (signalfd(2)).
+pub fn signal_descriptor(signals: &[i32]) -> io::Result<OwnedFd> {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `set` is writable memory of the right type; sigemptyset initialises it.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: initialised by sigemptyset just above.
+    let mut set = unsafe { set.assume_init() };
+    for signo in signals {
+        // SAFETY: `set` is an initialised signal set.
+        unsafe { libc::sigaddset(&raw mut set, *signo) };
+    }
+    // SAFETY: `set` is initialised; the old mask is not asked for.
+    let blocked = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) };
+    if blocked != 0 {
+        return Err(io::Error::from_raw_os_error(blocked));
+    }
+    // SAFETY: `set` is initialised; -1 asks for a new descriptor.
+    let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just returned by signalfd(2) and belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Has the kernel kill the calling process when its parent ends (prctl(2), PR_SET_PDEATHSIG).
+pub fn die_with_parent() -> io::Result<()> {
+    // SAFETY: this prctl takes a number and no pointer.
+    let result = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Largest resident set of any child waited for, in KiB (getrusage(2), `ru_maxrss`).
+pub fn children_max_rss_kib() -> Option<u64> {
+    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: `usage` is writable memory of the right type.
+    let result = unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, usage.as_mut_ptr()) };
+    // SAFETY: all-zero bytes are a valid rusage, and the kernel has overwritten them on success.
+    let usage = unsafe { usage.assume_init() };
+    (result == 0).then_some(usage.ru_maxrss as u64)
+}

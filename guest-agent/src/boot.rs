@@ -1,0 +1,119 @@
+//! From a freshly booted kernel to a known state: file systems mounted, drivers checked, clock set, configuration
+//! read.
+
+use std::{fs, io, path::Path};
+
+use cloche_protocol::{
+    VERSION,
+    boot::{BOOT_CONFIG_PATH, BootConfig, SPEC_PATH},
+};
+use oci_spec::runtime::Spec;
+use rustix::mount::MountFlags;
+
+/// Why the guest could not get ready.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// A kernel file system is missing from the kernel, most likely.
+    #[error("cannot mount {kind} on {target}")]
+    Mount {
+        /// File system type.
+        kind: &'static str,
+        /// Mount point.
+        target: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel lacks drivers, or has them as modules, which are not here.
+    #[error("this kernel lacks these built-in drivers: {0}; boot one that has them, such as that of `cloche kernel build`")]
+    MissingDrivers(String),
+    /// The host wrote no usable configuration into the initramfs.
+    #[error("cannot read {path} of the initramfs")]
+    Config {
+        /// The file.
+        path: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: io::Error,
+    },
+    /// Host and agent were not built together.
+    #[error("the host speaks protocol version {0}, this agent {VERSION}; rebuild both together")]
+    Version(u32),
+}
+
+/// What the host sent with the boot.
+pub struct Boot {
+    /// The agent's own configuration.
+    pub config: BootConfig,
+    /// The container's.
+    pub spec: Spec,
+}
+
+/// Mounts, checks, reads; in this order, so that a foreign kernel is told apart from a broken one.
+pub fn prepare() -> Result<Boot, BootError> {
+    let quiet = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("proc", "/proc", quiet)?;
+    mount("sysfs", "/sys", quiet)?;
+    mount("devtmpfs", "/dev", MountFlags::NOSUID | MountFlags::NOEXEC)?;
+    let config: BootConfig = read_json(BOOT_CONFIG_PATH)?;
+    if config.version != VERSION {
+        return Err(BootError::Version(config.version));
+    }
+    check_drivers(&config)?;
+    mount("cgroup2", "/sys/fs/cgroup", quiet)?;
+    set_clock(config.realtime_ns);
+    Ok(Boot { config, spec: read_json(SPEC_PATH)? })
+}
+
+fn mount(kind: &'static str, target: &'static str, flags: MountFlags) -> Result<(), BootError> {
+    fs::create_dir_all(target)
+        .and_then(|()| Ok(rustix::mount::mount(kind, target, kind, flags, None)?))
+        .map_err(|source| BootError::Mount { kind, target, source })
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &'static str) -> Result<T, BootError> {
+    fs::read(path)
+        .and_then(|bytes| Ok(serde_json::from_slice(&bytes)?))
+        .map_err(|source| BootError::Config { path, source })
+}
+
+/// Names every missing driver at once, by its kernel option.
+fn check_drivers(config: &BootConfig) -> Result<(), BootError> {
+    let filesystems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let has_filesystem = |name: &str| filesystems.split_whitespace().any(|word| word == name);
+    let mut missing = Vec::new();
+    let mut need = |present: bool, option: &'static str| {
+        if !present {
+            missing.push(option);
+        }
+    };
+    need(has_filesystem("erofs"), "EROFS (CONFIG_EROFS_FS)");
+    need(has_filesystem("overlay"), "overlayfs (CONFIG_OVERLAY_FS)");
+    need(has_filesystem("cgroup2"), "cgroup v2 (CONFIG_CGROUPS)");
+    need(Path::new("/sys/bus/virtio").exists(), "virtio (CONFIG_VIRTIO)");
+    need(
+        Path::new("/sys/bus/platform/drivers/virtio-mmio").exists(),
+        "virtio over MMIO (CONFIG_VIRTIO_MMIO, CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)",
+    );
+    need(Path::new("/sys/bus/virtio/drivers/virtio_blk").exists(), "virtio block (CONFIG_VIRTIO_BLK)");
+    need(
+        Path::new("/sys/bus/virtio/drivers/vmw_vsock_virtio_transport").exists(),
+        "virtio vsock (CONFIG_VIRTIO_VSOCKETS)",
+    );
+    if missing.is_empty() && config.layers.iter().any(|layer| !Path::new(layer).exists()) {
+        missing.push("virtio-mmio devices from the command line (CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)");
+    }
+    if missing.is_empty() { Ok(()) } else { Err(BootError::MissingDrivers(missing.join(", "))) }
+}
+
+/// The guest has no RTC. A clock that cannot be set is no reason to fail: time then starts in 1970, as on a board
+/// without a battery.
+fn set_clock(realtime_ns: u64) {
+    let time = rustix::time::Timespec {
+        tv_sec: (realtime_ns / 1_000_000_000) as i64,
+        tv_nsec: (realtime_ns % 1_000_000_000) as _,
+    };
+    if let Err(error) = rustix::time::clock_settime(rustix::time::ClockId::Realtime, time) {
+        eprintln!("cloche-agent: cannot set the clock: {error}");
+    }
+}

@@ -1,0 +1,67 @@
+//! The system calls and instructions that no safe wrapper offers: I/O ports, vsock addresses, pause.
+#![allow(unsafe_code)]
+
+use std::{
+    arch::asm,
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+};
+
+use cloche_protocol::machine::{GuestMark, HOST_CID, io_port};
+
+/// Tells the VMM that `mark` is reached. Without access to I/O ports (a foreign kernel without
+/// CONFIG_X86_IOPL_IOPERM) nothing is told; marks are only for measuring.
+pub fn mark(mark: GuestMark) {
+    with_port(io_port::MARK, 1, || {
+        // SAFETY: `with_port` made this port accessible; writing to the VMM's device touches no memory.
+        unsafe { asm!("out dx, al", in("dx") io_port::MARK, in("al") mark as u8, options(nomem, nostack)) };
+    });
+}
+
+/// Ends the VM with `code`. A kernel that gives no access to I/O ports is rebooted instead: the VMM sees a reset.
+pub fn exit_machine(code: u32) {
+    with_port(io_port::EXIT, 4, || {
+        // SAFETY: as in `mark`.
+        unsafe { asm!("out dx, eax", in("dx") io_port::EXIT, in("eax") code, options(nomem, nostack)) };
+    });
+    // SAFETY: reboot(2) with this command takes no pointer.
+    unsafe { libc::reboot(libc::RB_AUTOBOOT) };
+}
+
+/// Opens ports to this process for the time of `access` only: a child would inherit them.
+fn with_port(first: u16, count: u16, access: impl FnOnce()) {
+    // SAFETY: ioperm(2) takes no pointer.
+    if unsafe { libc::ioperm(first.into(), count.into(), 1) } == 0 {
+        access();
+        // SAFETY: as above.
+        unsafe { libc::ioperm(first.into(), count.into(), 0) };
+    }
+}
+
+/// Sleeps until a signal comes.
+pub fn pause() {
+    // SAFETY: pause(2) takes no argument.
+    unsafe { libc::pause() };
+}
+
+/// A connected stream to `port` of the host (vsock(7)), close-on-exec.
+pub fn connect_host(port: u32) -> io::Result<OwnedFd> {
+    // SAFETY: socket(2) takes no pointer.
+    let fd = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just returned by socket(2) and belongs to nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let address = libc::sockaddr_vm {
+        svm_family: libc::AF_VSOCK as libc::sa_family_t,
+        svm_reserved1: 0,
+        svm_port: port,
+        svm_cid: HOST_CID,
+        svm_zero: [0; 4],
+    };
+    let length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+    // SAFETY: `address` is a valid sockaddr_vm of `length` bytes that outlives the call.
+    let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
+}
