@@ -28,7 +28,7 @@ pub struct VmConfig {
     pub memory_mib: u32,
     /// Guest kernel: an uncompressed x86-64 ELF `vmlinux` with a PVH entry, or a bzImage.
     pub kernel: PathBuf,
-    /// Appended to the kernel command line that [`crate::boot::cmdline`] makes, so that it wins over it.
+    /// Appended to the kernel command line that the VMM makes, so that it wins over it.
     #[serde(default)]
     pub cmdline_extra: String,
     /// cpio archives; concatenated, each padded with zeros to a multiple of 4 bytes. Later ones win.

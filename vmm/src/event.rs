@@ -121,10 +121,6 @@ pub struct Stats {
     pub io_exits: u64,
     /// VM exits that this process handled for memory-mapped I/O, over all vCPUs.
     pub mmio_exits: u64,
-    /// All VM exits, those inside KVM included, where KVM tells (`exits` of its binary statistics).
-    pub kvm_exits: Option<u64>,
-    /// As `kvm_exits`, when the guest wrote its `init` mark.
-    pub kvm_exits_at_init: Option<u64>,
 }
 
 #[cfg(test)]

@@ -1,0 +1,199 @@
+//! The guest's memory: its mapping into this process, and vectored file I/O straight into and out of it.
+//!
+//! Nobody ever holds a Rust reference into guest memory: the guest changes it at any time. Everything goes through
+//! vm-memory's volatile slices, or, here, through raw pointers handed to the kernel.
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd},
+    ptr,
+};
+
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileSlice};
+
+/// All memory regions of a guest. Cloning shares the mapping.
+pub type GuestMemory = GuestMemoryMmap<()>;
+
+/// Size of the pages that the host is asked to use. A mapping is aligned to it, because KVM can map a huge page only
+/// if guest physical and host virtual address agree below it.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Buffers that one vectored read or write takes at most (`IOV_MAX`).
+const MAX_BUFFERS: usize = 1024;
+
+/// Why guest memory could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// The host refused the mapping.
+    #[error("mapping {bytes} bytes of guest memory failed; give the guest less memory")]
+    Map {
+        /// Size of the region.
+        bytes: u64,
+        /// `mmap`'s error.
+        #[source]
+        source: io::Error,
+    },
+    /// The regions overlap or wrap around: a defect of the memory layout.
+    #[error("guest memory at {start:#x} with {bytes} bytes does not fit the address space")]
+    Layout {
+        /// Guest physical address.
+        start: u64,
+        /// Size of the region.
+        bytes: u64,
+    },
+}
+
+/// Maps zeroed, private memory for each `(start, bytes)` and asks the host to back it with huge pages. Pages are taken
+/// from the host when they are first touched. The mapping lives as long as the process.
+pub fn map(regions: &[(GuestAddress, u64)]) -> Result<GuestMemory, MapError> {
+    let mut mapped = Vec::with_capacity(regions.len());
+    for (start, bytes) in regions {
+        let layout = || MapError::Layout { start: start.0, bytes: *bytes };
+        let size = usize::try_from(*bytes).map_err(|_| layout())?;
+        let region = map_aligned(size).map_err(|source| MapError::Map { bytes: *bytes, source })?;
+        mapped.push(GuestRegionMmap::new(region, *start).ok_or_else(layout)?);
+    }
+    GuestMemory::from_regions(mapped).map_err(|_| {
+        let (start, bytes) = regions.first().copied().unwrap_or_default();
+        MapError::Layout { start: start.0, bytes }
+    })
+}
+
+fn map_aligned(size: usize) -> io::Result<MmapRegion> {
+    let reserved =
+        size.checked_add(HUGE_PAGE_BYTES).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
+    let base = unsafe { libc::mmap(ptr::null_mut(), reserved, prot, flags, -1, 0) };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let lead = base.align_offset(HUGE_PAGE_BYTES);
+    // SAFETY: `lead` is below HUGE_PAGE_BYTES, hence inside the mapping of `reserved` bytes.
+    let start = unsafe { base.byte_add(lead) };
+    // The rest on either side is address space only, but it would let neighbours grow into each other.
+    if lead > 0 {
+        // SAFETY: [base, base + lead) is the unused head of the mapping made above.
+        unsafe { libc::munmap(base, lead) };
+    }
+    let tail = HUGE_PAGE_BYTES - lead;
+    if tail > 0 {
+        // SAFETY: start + size = base + lead + size, and `tail` more bytes end at base + reserved.
+        let end = unsafe { start.byte_add(size) };
+        // SAFETY: [end, end + tail) is the unused tail of the mapping made above; `size` is page-aligned.
+        unsafe { libc::munmap(end, tail) };
+    }
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_DONTDUMP] {
+        // A host without transparent huge pages refuses the advice, and the guest is slower but right.
+        // SAFETY: [start, start + size) is ours; neither advice changes its content.
+        unsafe { libc::madvise(start, size, advice) };
+    }
+    // SAFETY: the mapping has `size` bytes with this protection, and nothing unmaps it before the process ends.
+    unsafe { MmapRegion::build_raw(start.cast(), size, prot, flags) }.map_err(io::Error::other)
+}
+
+/// Reads from `fd` at `offset` into `buffers`, like `preadv(2)`. At most 1024 buffers are filled.
+pub fn read_at(fd: BorrowedFd, buffers: &[VolatileSlice], offset: u64) -> io::Result<usize> {
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    with_iovecs(buffers, |iovecs, count| {
+        // SAFETY: the iovecs describe live, writable guest memory (`with_iovecs`), which tolerates any change.
+        unsafe { libc::preadv(fd.as_raw_fd(), iovecs, count, offset) }
+    })
+}
+
+/// Writes `buffers` to `fd` at `offset`, like `pwritev(2)`. At most 1024 buffers are taken.
+pub fn write_at(fd: BorrowedFd, buffers: &[VolatileSlice], offset: u64) -> io::Result<usize> {
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    with_iovecs(buffers, |iovecs, count| {
+        // SAFETY: the iovecs describe live, readable guest memory (`with_iovecs`).
+        unsafe { libc::pwritev(fd.as_raw_fd(), iovecs, count, offset) }
+    })
+}
+
+/// Reads from a stream into `buffers`, like `readv(2)`. At most 1024 buffers are filled.
+pub fn read(fd: BorrowedFd, buffers: &[VolatileSlice]) -> io::Result<usize> {
+    with_iovecs(buffers, |iovecs, count| {
+        // SAFETY: the iovecs describe live, writable guest memory (`with_iovecs`), which tolerates any change.
+        unsafe { libc::readv(fd.as_raw_fd(), iovecs, count) }
+    })
+}
+
+/// Sends `buffers` to a connected socket without raising SIGPIPE. At most 1024 buffers are taken.
+pub fn send(fd: BorrowedFd, buffers: &[VolatileSlice]) -> io::Result<usize> {
+    with_iovecs(buffers, |iovecs, count| {
+        // SAFETY: an all-zero msghdr is a valid one without address, buffers and control data.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = iovecs.cast_mut();
+        message.msg_iovlen = usize::try_from(count).unwrap_or(0);
+        // SAFETY: the iovecs describe live, readable guest memory (`with_iovecs`); the rest of `message` is empty.
+        unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) }
+    })
+}
+
+fn with_iovecs(
+    buffers: &[VolatileSlice],
+    call: impl Fn(*const libc::iovec, libc::c_int) -> libc::ssize_t,
+) -> io::Result<usize> {
+    // The guards must outlive the call: they are what keeps a slice's pointer valid.
+    let guards: Vec<_> = buffers.iter().take(MAX_BUFFERS).map(VolatileSlice::ptr_guard_mut).collect();
+    let iovecs: Vec<libc::iovec> = guards
+        .iter()
+        .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
+        .collect();
+    let count = libc::c_int::try_from(iovecs.len()).unwrap_or(0);
+    loop {
+        let done = call(iovecs.as_ptr(), count);
+        if let Ok(done) = usize::try_from(done) {
+            return Ok(done);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::fd::AsFd};
+
+    use vm_memory::{Bytes, GuestMemoryBackend};
+
+    use super::*;
+
+    #[test]
+    fn map_of_two_regions_is_zeroed_and_huge_page_aligned() {
+        let high = GuestAddress(4 << 30);
+        let memory = map(&[(GuestAddress(0), 4 << 20), (high, 2 << 20)]).unwrap();
+        for region in [GuestAddress(0), high] {
+            assert_eq!(memory.get_host_address(region).unwrap().align_offset(HUGE_PAGE_BYTES), 0);
+        }
+        assert_eq!(memory.read_obj::<u64>(GuestAddress((4 << 30) + (2 << 20) - 8)).unwrap(), 0);
+        assert!(memory.get_slice(GuestAddress((4 << 20) - 1), 2).is_err());
+    }
+
+    #[test]
+    fn map_of_absurd_size_fails() {
+        assert!(matches!(map(&[(GuestAddress(0), 1 << 62)]), Err(MapError::Map { .. })));
+    }
+
+    #[test]
+    fn read_at_and_write_at_move_bytes_of_scattered_buffers() {
+        let memory = map(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"0123456789").unwrap();
+        let buffers = [
+            memory.get_slice(GuestAddress(100), 3).unwrap(),
+            memory.get_slice(GuestAddress(200), 4).unwrap(),
+        ];
+        assert_eq!(read_at(file.as_fd(), &buffers, 2).unwrap(), 7);
+        let mut seen = [0; 4];
+        memory.read_slice(&mut seen, GuestAddress(200)).unwrap();
+        assert_eq!(&seen, b"5678");
+        assert_eq!(write_at(file.as_fd(), &buffers, 0).unwrap(), 7);
+        assert_eq!(read_at(file.as_fd(), &buffers, 9).unwrap(), 1);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(100)).unwrap(), b'9');
+    }
+}

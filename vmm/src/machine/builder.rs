@@ -1,0 +1,301 @@
+//! From open files to a machine that is ready to run.
+//!
+//! ```text
+//!   main thread            memory ──▶ kernel, initramfs, tables ───────────┐
+//!                             └─▶ thread: VM, irqchip, slots, vCPUs, fds ──┴─▶ registers ──▶ Machine
+//! ```
+//! The two sides are independent, and KVM's is mostly waiting: KVM_CREATE_VM alone waits some 10 ms for the host's RCU.
+
+use std::{
+    fs::File,
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{
+    bus::Bus,
+    cpu, kvm as kvm_memory,
+    open::Opened,
+    report::Reporter,
+    vcpu::{Endings, Shared},
+};
+use crate::{
+    boot::{
+        self, EntryPoint, WriteError, bzimage,
+        cmdline::{self, CmdlineTooLong},
+        initramfs::{self, InitramfsError, Part},
+        kernel::{self, KernelError},
+        layout, long_mode, mp_table, pvh,
+    },
+    config::VmConfig,
+    devices::{
+        Interrupt,
+        console::Console,
+        serial::{self, SerialPort},
+    },
+    event::Mark,
+    guest_memory::{self, GuestMemory, MapError},
+    virtio::{
+        block::Block,
+        device::{Device, InterruptStatus},
+        mmio::{MmioTransport, QUEUE_NOTIFY},
+        rng::Rng,
+        worker::Worker,
+    },
+};
+
+/// Interrupt lines for virtio devices: of the IOAPIC's 24, those that neither legacy hardware nor its drivers claim.
+/// Further devices share them, which the lines' pulses allow: each pulse makes the driver look at all its devices.
+const VIRTIO_LINES: [u32; 17] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+
+/// A machine that has not run yet.
+pub struct Machine {
+    /// Holds irqfds and ioeventfds; closed last.
+    pub vm: VmFd,
+    /// vCPUs by index.
+    pub vcpus: Vec<VcpuFd>,
+    /// Devices for the event loop.
+    pub workers: Vec<Worker>,
+    /// What all threads share.
+    pub shared: Arc<Shared>,
+    /// Signalled when the machine ends.
+    pub end: EventFd,
+}
+
+/// Why KVM did not give us a machine.
+#[derive(Debug, thiserror::Error)]
+#[error("{call} failed; run `cloche doctor`")]
+pub struct CreateError {
+    call: &'static str,
+    #[source]
+    source: kvm_ioctls::Error,
+}
+
+/// Why guest memory could not be filled.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The kernel's file.
+    #[error("the guest kernel {path:?} cannot be booted")]
+    Kernel {
+        /// Its path.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: KernelError,
+    },
+    /// The initramfs.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+    /// The command line.
+    #[error(transparent)]
+    Cmdline(#[from] CmdlineTooLong),
+    /// A table in low memory.
+    #[error(transparent)]
+    Table(#[from] WriteError),
+}
+
+/// Why a machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MapError),
+    /// Eventfds or a thread.
+    #[error("setting up {what} failed")]
+    Resources {
+        /// What for.
+        what: &'static str,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// KVM.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// Guest memory's content.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+}
+
+/// Builds the machine; the console log stays with the caller.
+pub fn build(
+    config: &VmConfig,
+    opened: Opened,
+    console: Arc<Mutex<Console>>,
+    reporter: Arc<Reporter>,
+) -> Result<Machine, BuildError> {
+    let Opened { kvm, mut kernel, initramfs, disks, console_log: _ } = opened;
+    let regions = layout::memory_regions(config.memory_bytes());
+    let memory = guest_memory::map(&regions)?;
+    let resources = |what| move |source| BuildError::Resources { what, source };
+
+    let mut devices = Devices::new(&memory);
+    for (disk, id) in disks {
+        devices.add(Box::new(Block::new(disk, &id))).map_err(resources("a block device"))?;
+    }
+    if config.rng {
+        devices.add(Box::new(Rng)).map_err(resources("the entropy device"))?;
+    }
+    let serial_line = EventFd::new(EFD_NONBLOCK).map_err(resources("the serial port"))?;
+    let serial_interrupt = serial_line.try_clone().map_err(resources("the serial port"))?;
+    devices.wiring.interrupts.push((serial_line, serial::INTERRUPT_LINE));
+
+    let wiring = &devices.wiring;
+    let (created, loaded) = thread::scope(|scope| {
+        let creating = thread::Builder::new().name("kvm-setup".into()).spawn_scoped(scope, || {
+            let created = create(&kvm, &memory, config.vcpus, wiring);
+            reporter.mark(Mark::KvmReady);
+            created
+        });
+        let loaded = load(config, &memory, &mut kernel, initramfs, &devices.lines);
+        reporter.mark(Mark::KernelLoaded);
+        (creating.map(thread::ScopedJoinHandle::join), loaded)
+    });
+    let start = loaded?;
+    let created = created.map_err(resources("a thread"))?;
+    let (vm, vcpus) = created
+        .map_err(|_| io::Error::other("it panicked"))
+        .map_err(resources("the virtual machine in a thread"))??;
+    if let Some(boot_vcpu) = vcpus.first() {
+        cpu::set_registers(boot_vcpu, start.entry, start.page_tables)
+            .map_err(|source| CreateError { call: "setting the boot vCPU's registers", source })?;
+    }
+
+    let end = EventFd::new(EFD_NONBLOCK).map_err(resources("the event loop"))?;
+    let wake = end.try_clone().map_err(resources("the event loop"))?;
+    let bus = Bus::new(SerialPort::new(Box::new(IrqFd(serial_interrupt)), console), devices.transports);
+    let shared = Arc::new(Shared::new(bus, Endings::new(wake), reporter));
+    Ok(Machine { vm, vcpus, workers: devices.workers, shared, end })
+}
+
+/// An interrupt line that KVM pulses when the eventfd is signalled.
+struct IrqFd(EventFd);
+
+impl Interrupt for IrqFd {
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Eventfds between devices and KVM.
+#[derive(Default)]
+struct Wiring {
+    /// Those that pulse an interrupt line.
+    interrupts: Vec<(EventFd, u32)>,
+    /// Those that a write to a virtio device's doorbell signals, in the order of the devices.
+    doorbells: Vec<EventFd>,
+}
+
+/// virtio devices as they are added, each with the next address and interrupt line.
+struct Devices<'a> {
+    memory: &'a GuestMemory,
+    workers: Vec<Worker>,
+    transports: Vec<MmioTransport>,
+    /// Interrupt line of each device.
+    lines: Vec<u32>,
+    wiring: Wiring,
+}
+
+impl<'a> Devices<'a> {
+    fn new(memory: &'a GuestMemory) -> Self {
+        Self { memory, workers: vec![], transports: vec![], lines: vec![], wiring: Wiring::default() }
+    }
+
+    fn add(&mut self, device: Box<dyn Device>) -> io::Result<()> {
+        let line = VIRTIO_LINES.iter().copied().cycle().nth(self.lines.len()).unwrap_or_default();
+        let irqfd = EventFd::new(EFD_NONBLOCK)?;
+        let interrupt = Arc::new(InterruptStatus::new(Box::new(IrqFd(irqfd.try_clone()?))));
+        let (worker, handle) = Worker::new(device, self.memory.clone(), interrupt)?;
+        self.wiring.interrupts.push((irqfd, line));
+        self.wiring.doorbells.push(worker.doorbell().try_clone()?);
+        self.lines.push(line);
+        self.workers.push(worker);
+        self.transports.push(MmioTransport::new(handle));
+        Ok(())
+    }
+}
+
+/// KVM's side: everything but the boot vCPU's registers.
+fn create(
+    kvm: &Kvm,
+    memory: &GuestMemory,
+    vcpus: u8,
+    wiring: &Wiring,
+) -> Result<(VmFd, Vec<VcpuFd>), CreateError> {
+    let failed = |call| move |source| CreateError { call, source };
+    let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+    kvm_memory::set_memory(&vm, memory).map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+    if kvm.check_extension(Cap::SetTssAddr) {
+        vm.set_tss_address(layout::KVM_TSS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+    }
+    vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+    if !kvm.check_extension(Cap::TscDeadlineTimer) && kvm.check_extension(Cap::Pit2) {
+        // Only to calibrate a local APIC timer that counts at an unknown rate; it costs a kernel thread.
+        let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(config).map_err(failed("KVM_CREATE_PIT2"))?;
+    }
+    let cpuid = cpu::machine_cpuid(kvm, vcpus).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+    let mut fds = Vec::with_capacity(vcpus.into());
+    for index in 0..vcpus {
+        let vcpu = vm.create_vcpu(index.into()).map_err(failed("KVM_CREATE_VCPU"))?;
+        vcpu.set_cpuid2(&cpu::for_vcpu(&cpuid, index)).map_err(failed("KVM_SET_CPUID2"))?;
+        cpu::set_msrs(&vcpu).map_err(failed("KVM_SET_MSRS"))?;
+        cpu::set_local_interrupts(&vcpu).map_err(failed("KVM_SET_LAPIC"))?;
+        fds.push(vcpu);
+    }
+    for (irqfd, line) in &wiring.interrupts {
+        vm.register_irqfd(irqfd, *line).map_err(failed("KVM_IRQFD"))?;
+    }
+    let mut address = layout::VIRTIO_MMIO_START + QUEUE_NOTIFY;
+    for doorbell in &wiring.doorbells {
+        // One doorbell for all queues of a device: each registration waits for the host's SRCU.
+        vm.register_ioevent(doorbell, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(failed("KVM_IOEVENTFD"))?;
+        address += layout::VIRTIO_MMIO_BYTES;
+    }
+    Ok((vm, fds))
+}
+
+/// How the boot vCPU starts.
+struct Start {
+    entry: EntryPoint,
+    page_tables: Option<vm_memory::GuestAddress>,
+}
+
+/// Guest memory's side.
+fn load(
+    config: &VmConfig,
+    memory: &GuestMemory,
+    kernel: &mut File,
+    initramfs: Vec<Part>,
+    lines: &[u32],
+) -> Result<Start, LoadError> {
+    let regions = layout::memory_regions(config.memory_bytes());
+    let low_memory_bytes = regions.first().map_or(0, |(_, bytes)| *bytes);
+    let usable = layout::usable_ranges(&regions);
+    let line = cmdline::build(config.vcpus, lines, &config.cmdline_extra)?;
+    let kernel = kernel::load(memory, kernel, low_memory_bytes)
+        .map_err(|source| LoadError::Kernel { path: config.kernel.clone(), source })?;
+    let initramfs = initramfs::load(memory, initramfs, kernel.end, kernel.initramfs_limit)?;
+    boot::write_cmdline(memory, &line)?;
+    mp_table::write(memory, config.vcpus)?;
+    let page_tables = match (kernel.entry, kernel.setup_header) {
+        (EntryPoint::Linux64 { .. }, Some(header)) => {
+            bzimage::write_zero_page(memory, &header, &usable, initramfs)?;
+            long_mode::write_gdt(memory, long_mode::descriptor::CODE_64)?;
+            Some(long_mode::write_page_tables(memory)?)
+        }
+        _ => {
+            pvh::write_start_info(memory, &usable, initramfs)?;
+            long_mode::write_gdt(memory, long_mode::descriptor::CODE_32)?;
+            None
+        }
+    };
+    Ok(Start { entry: kernel.entry, page_tables })
+}

@@ -1,0 +1,86 @@
+//! The parts of KVM for which kvm-ioctls has no safe wrapper: handing guest memory to a VM, interrupting a running
+//! vCPU, and what KVM leaves in the shared `kvm_run` page when it gives up.
+#![allow(unsafe_code)]
+
+use std::{cell::Cell, io, ptr};
+
+use kvm_bindings::{kvm_run, kvm_userspace_memory_region};
+use kvm_ioctls::{VcpuFd, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use crate::guest_memory::GuestMemory;
+
+/// Makes all of `memory` the guest's, one slot for each region.
+pub fn set_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), kvm_ioctls::Error> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let Ok(host_address) = region.get_host_address(vm_memory::MemoryRegionAddress(0)) else { continue };
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: host_address as u64,
+        };
+        // SAFETY: the region is mapped with exactly this size until the process ends, does not overlap another one
+        // (GuestMemory's invariant), and nobody in this process holds references into it.
+        unsafe { vm.set_user_memory_region(region) }?;
+    }
+    Ok(())
+}
+
+thread_local! {
+    /// The `kvm_run` page of the vCPU that runs on this thread.
+    static RUNNING: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// The signal that makes a vCPU thread leave `KVM_RUN`.
+pub fn kick_signal() -> i32 {
+    SIGRTMIN()
+}
+
+/// Installs the handler of [`kick_signal`], for the process.
+pub fn install_kick_handler() -> io::Result<()> {
+    extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        RUNNING.with(|running| {
+            let run = running.get();
+            if !run.is_null() {
+                // SAFETY: a thread sets RUNNING only while its VcpuFd, which maps the page, is alive (`Kickable`).
+                let flag = unsafe { &raw mut (*run).immediate_exit };
+                // SAFETY: as above; the kernel reads this byte when it enters and leaves KVM_RUN, hence volatile.
+                unsafe { flag.write_volatile(1) };
+            }
+        });
+    }
+    register_signal_handler(kick_signal(), on_kick)
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))
+}
+
+/// While it lives, [`kick_signal`] ends this thread's current or next `KVM_RUN`.
+///
+/// The flag is set in the page that the kernel reads, so a signal that comes just before `KVM_RUN` is not lost.
+pub struct Kickable<'a> {
+    /// The vCPU of this thread.
+    pub vcpu: &'a mut VcpuFd,
+}
+
+impl<'a> Kickable<'a> {
+    /// Makes this thread's vCPU kickable.
+    pub fn new(vcpu: &'a mut VcpuFd) -> Self {
+        RUNNING.set(vcpu.get_kvm_run());
+        Self { vcpu }
+    }
+}
+
+impl Drop for Kickable<'_> {
+    fn drop(&mut self) {
+        RUNNING.set(ptr::null_mut());
+    }
+}
+
+/// `suberror` of the last `KVM_EXIT_INTERNAL_ERROR`.
+pub fn internal_suberror(vcpu: &mut VcpuFd) -> u32 {
+    // SAFETY: every field of this union is plain integers, valid for any bytes; the caller has seen the exit reason
+    // that makes it this one.
+    unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror }
+}

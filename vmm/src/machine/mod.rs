@@ -1,0 +1,174 @@
+//! A machine from its configuration to its end.
+//!
+//! ```text
+//!  validate ──▶ open ──▶ build (create-vm ∥ load-kernel) ──▶ run ──▶ ended
+//!      └──────────┴─────────────┴───────── VmError ◀──────────┘
+//! ```
+//! Files are opened in `open` only; guest code runs in `run` only.
+
+mod builder;
+mod bus;
+mod cpu;
+mod host;
+mod kvm;
+mod open;
+mod report;
+mod supervisor;
+mod vcpu;
+
+use std::{
+    io::Write,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tracing::warn;
+
+pub use self::{
+    builder::{BuildError, CreateError, LoadError},
+    open::OpenError,
+    report::monotonic_ns,
+    vcpu::RunError,
+};
+use self::{report::Reporter, vcpu::Ending};
+use crate::{
+    config::{ConfigError, VmConfig},
+    devices::console::Console,
+    event::{CONSOLE_TAIL_BYTES, Event, ExitReason, Mark, Stats},
+    syscalls,
+};
+
+/// Why there is no VM, or no longer. [`VmError::step`] names the step.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// A field has a value that no VM can have.
+    #[error("the VM's configuration is not valid")]
+    Config(#[source] ConfigError),
+    /// More memory than the host has.
+    #[error("memory_mib is {memory_mib}; this host has {host_mib} MiB in all; give the guest less memory")]
+    HostMemory {
+        /// What was asked for.
+        memory_mib: u32,
+        /// What there is.
+        host_mib: u64,
+    },
+    /// The parent's file descriptor for events is not open.
+    #[error("the events_fd {fd} cannot be used")]
+    EventsFd {
+        /// Its number.
+        fd: i32,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The machine.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// Signals, timers and threads.
+    #[error("setting up {what} failed")]
+    Resources {
+        /// What for.
+        what: &'static str,
+        /// The system's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A vCPU.
+    #[error(transparent)]
+    Run(#[from] RunError),
+}
+
+impl VmError {
+    /// The step that failed, as in [`Event::Failed`].
+    pub fn step(&self) -> &'static str {
+        match self {
+            Self::Config(_) | Self::HostMemory { .. } => "validate",
+            Self::EventsFd { .. } | Self::Open(_) => "open",
+            Self::Build(BuildError::Create(_)) => "create-vm",
+            Self::Build(BuildError::Load(_)) => "load-kernel",
+            Self::Build(_) | Self::Resources { .. } => "build",
+            Self::Run(_) => "run",
+        }
+    }
+}
+
+/// Builds and runs a VM on the calling thread, which should be the process's main thread: the process is the VM's from
+/// now on. SIGTERM is blocked and ends the VM; guest memory stays mapped until the process ends.
+///
+/// Marks and the end, whichever it is, are also written to the configuration's `events_fd`.
+pub fn run(config: VmConfig, embedded_initramfs: &[u8]) -> Result<ExitReason, VmError> {
+    let entered = Event::Mark { name: Mark::VmmEntry, ns: monotonic_ns() };
+    let events = config.events_fd.map(take_events_fd).transpose()?;
+    let reporter = Arc::new(Reporter::new(events));
+    reporter.push(entered);
+    let console = Arc::new(Mutex::new(Console::default()));
+    let mut stats = Stats::default();
+    let result = run_reporting(&config, embedded_initramfs, &console, &reporter, &mut stats);
+    let console_tail = console.lock().unwrap_or_else(PoisonError::into_inner).tail(CONSOLE_TAIL_BYTES);
+    reporter.push(match &result {
+        Ok(reason) => Event::Exited { reason: reason.clone(), console_tail, stats },
+        Err(error) => Event::Failed { step: error.step().into(), message: error_chain(error), console_tail },
+    });
+    reporter.flush();
+    result
+}
+
+fn take_events_fd(fd: i32) -> Result<OwnedFd, VmError> {
+    syscalls::take_inherited_fd(fd).map_err(|source| VmError::EventsFd { fd, source })
+}
+
+fn run_reporting(
+    config: &VmConfig,
+    embedded_initramfs: &[u8],
+    console: &Arc<Mutex<Console>>,
+    reporter: &Arc<Reporter>,
+    stats: &mut Stats,
+) -> Result<ExitReason, VmError> {
+    validate(config)?;
+    let mut opened = open::open(config, embedded_initramfs)?;
+    let console_log = opened.console_log.take();
+    let machine = builder::build(config, opened, console.clone(), reporter.clone())?;
+    let ending = supervisor::run(machine, config.start_timeout_ms, stats)?;
+    let console = console.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(mut log) = console_log
+        && let Err(error) = log.write_all(&console.contents())
+    {
+        warn!(%error, path = ?config.console_log, "the console log could not be written");
+    }
+    match ending {
+        Ending::GuestExit(code) => Ok(ExitReason::GuestExit { code }),
+        Ending::Reset => Ok(match console.panic_message() {
+            Some(message) => ExitReason::KernelPanic { message },
+            None => ExitReason::GuestReset,
+        }),
+        Ending::StartTimeout => {
+            Ok(ExitReason::StartTimeout { timeout_ms: config.start_timeout_ms.unwrap_or_default() })
+        }
+        Ending::Stopped => Ok(ExitReason::Stopped),
+        Ending::Failed(error) => Err(error.into()),
+    }
+}
+
+fn validate(config: &VmConfig) -> Result<(), VmError> {
+    config.validate().map_err(VmError::Config)?;
+    let host_bytes = host::memory_bytes();
+    if config.memory_bytes() > host_bytes {
+        return Err(VmError::HostMemory { memory_mib: config.memory_mib, host_mib: host_bytes >> 20 });
+    }
+    Ok(())
+}
+
+/// An error and its causes in one line.
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

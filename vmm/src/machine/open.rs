@@ -1,0 +1,140 @@
+//! The open phase: every file that a VM needs is opened here, before anything of the VM exists. After it, a process
+//! that locks itself in needs no path any more (the vsock device's connects excepted).
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    path::PathBuf,
+};
+
+use kvm_ioctls::{Cap, Kvm};
+
+use crate::{
+    backends::disk::{Disk, DiskError},
+    boot::initramfs::Part,
+    config::{InitramfsPart, VmConfig},
+};
+
+/// Version of the KVM API; it has not changed since Linux 2.6.22 (Linux `Documentation/virt/kvm/api.rst` §4.1).
+const KVM_API_VERSION: i32 = 12;
+
+/// What a machine cannot do without.
+const REQUIRED_CAPABILITIES: [(Cap, &str); 6] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+];
+
+/// Everything that was opened.
+pub struct Opened<'a> {
+    /// `/dev/kvm`.
+    pub kvm: Kvm,
+    /// The kernel's file.
+    pub kernel: File,
+    /// The initramfs.
+    pub initramfs: Vec<Part<'a>>,
+    /// Disks with their ids, in the configuration's order.
+    pub disks: Vec<(Disk, String)>,
+    /// Where the console's contents go in the end.
+    pub console_log: Option<File>,
+}
+
+/// Why something could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No usable `/dev/kvm`.
+    #[error("opening /dev/kvm failed; run `cloche doctor`")]
+    Kvm(#[source] kvm_ioctls::Error),
+    /// Not the KVM that this program was written for.
+    #[error("KVM has API version {0}, and {KVM_API_VERSION} is needed; run `cloche doctor`")]
+    KvmVersion(i32),
+    /// A capability is missing.
+    #[error("this host's KVM lacks {0}; run `cloche doctor`")]
+    Capability(&'static str),
+    /// A file.
+    #[error("opening the {role} {path:?} failed")]
+    File {
+        /// What it is for.
+        role: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A disk.
+    #[error("the disk {path:?} cannot be used")]
+    Disk {
+        /// Where it should be.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: DiskError,
+    },
+}
+
+/// Opens everything that `config` names.
+pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opened<'a>, OpenError> {
+    let initramfs = config.initramfs.iter().map(|part| match part {
+        InitramfsPart::Embedded => Ok(Part::Bytes(embedded_initramfs)),
+        InitramfsPart::File(path) => Part::open(path).map_err(file_error("initramfs", path)),
+    });
+    let disks = config.disks.iter().map(|disk| {
+        Disk::open(&disk.path, disk.read_only)
+            .map(|opened| (opened, disk.id.clone()))
+            .map_err(|source| OpenError::Disk { path: disk.path.clone(), source })
+    });
+    Ok(Opened {
+        kernel: open_kernel(config)?,
+        initramfs: initramfs.collect::<Result<_, _>>()?,
+        disks: disks.collect::<Result<_, _>>()?,
+        console_log: config
+            .console_log
+            .as_ref()
+            .map(|path| {
+                OpenOptions::new()
+                    .write(true)
+                    .create(true)
+                    .truncate(true)
+                    .open(path)
+                    .map_err(file_error("console log", path))
+            })
+            .transpose()?,
+        // Last, so that a wrong path is reported on any host.
+        kvm: open_kvm()?,
+    })
+}
+
+fn open_kernel(config: &VmConfig) -> Result<File, OpenError> {
+    let failed = file_error("guest kernel", &config.kernel);
+    let file = match File::open(&config.kernel) {
+        Ok(file) => file,
+        Err(error) => return Err(failed(error)),
+    };
+    match file.metadata() {
+        Ok(metadata) if metadata.is_file() => Ok(file),
+        Ok(_) => Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+fn file_error<'a>(role: &'static str, path: &'a std::path::Path) -> impl Fn(io::Error) -> OpenError + 'a {
+    move |source| OpenError::File { role, path: path.to_owned(), source }
+}
+
+fn open_kvm() -> Result<Kvm, OpenError> {
+    let kvm = Kvm::new().map_err(OpenError::Kvm)?;
+    let version = kvm.get_api_version();
+    if version != KVM_API_VERSION {
+        return Err(OpenError::KvmVersion(version));
+    }
+    for (capability, name) in REQUIRED_CAPABILITIES {
+        if !kvm.check_extension(capability) {
+            return Err(OpenError::Capability(name));
+        }
+    }
+    Ok(kvm)
+}

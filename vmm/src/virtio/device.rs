@@ -1,0 +1,153 @@
+//! What a virtio device is to the transport ([`Identity`]) and to the event loop ([`Device`]).
+
+use std::{
+    io,
+    os::fd::RawFd,
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+};
+
+use super::queue::{QueueError, VirtQueue};
+use crate::{devices::Interrupt, guest_memory::GuestMemory};
+
+/// Device types (virtio 1.2 §5).
+pub mod device_type {
+    /// Block device.
+    pub const BLOCK: u32 = 2;
+    /// Entropy device.
+    pub const ENTROPY: u32 = 4;
+    /// Socket device.
+    pub const SOCKET: u32 = 19;
+}
+
+/// What never changes about a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// One of [`device_type`].
+    pub device_type: u32,
+    /// Feature bits of this kind of device; the transport adds those of all devices.
+    pub features: u64,
+    /// Largest size of each queue; powers of two.
+    pub queue_sizes: &'static [u16],
+    /// The device configuration space, read-only.
+    pub config: Vec<u8>,
+}
+
+/// What a file descriptor is ready for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Readiness {
+    /// Reading yields data, end of file or an error.
+    pub readable: bool,
+    /// Writing is possible, or yields an error.
+    pub writable: bool,
+}
+
+/// Where a device registers its file descriptors.
+pub trait Poller {
+    /// Watches `fd` for both directions, edge-triggered: it is reported when it becomes ready, not while it is.
+    fn add(&mut self, fd: RawFd) -> io::Result<()>;
+    /// Stops watching. Must be called before `fd` is closed.
+    fn remove(&mut self, fd: RawFd);
+}
+
+/// What a running device works with.
+pub struct Running<'a> {
+    /// Its queues.
+    pub queues: &'a mut [VirtQueue],
+    /// Where their buffers are.
+    pub memory: &'a GuestMemory,
+    /// Its event loop.
+    pub poller: &'a mut dyn Poller,
+}
+
+impl Running<'_> {
+    /// Queue `index`; `None` only if the device asks for one that its identity does not have.
+    pub fn queue(&mut self, index: usize) -> Option<&mut VirtQueue> {
+        self.queues.get_mut(index)
+    }
+}
+
+/// Whether a device has handled all there was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// Until the next doorbell or readiness there is nothing to do.
+    Done,
+    /// There is more, but other devices must have their turn: a driver that is as fast as its device would otherwise
+    /// keep the event loop for ever.
+    More,
+}
+
+/// What a device does on the event loop's thread. An error fails the device until its driver resets it.
+pub trait Device: Send {
+    /// What the transport shows to the driver.
+    fn identity(&self) -> Identity;
+
+    /// The driver rang: any of the queues may have new buffers.
+    fn queues_ready(&mut self, running: &mut Running) -> Result<Progress, QueueError>;
+
+    /// A file descriptor that the device added to its poller is ready.
+    fn fd_ready(
+        &mut self,
+        _fd: RawFd,
+        _ready: Readiness,
+        _running: &mut Running,
+    ) -> Result<Progress, QueueError> {
+        Ok(Progress::Done)
+    }
+
+    /// The queues are gone: forget everything that belongs to this driver.
+    fn stop(&mut self, _poller: &mut dyn Poller) {}
+}
+
+/// A device's interrupt with the status that its driver reads (virtio 1.2 §4.2.2: `InterruptStatus`).
+pub struct InterruptStatus {
+    pending: AtomicU32,
+    needs_reset: AtomicBool,
+    line: Box<dyn Interrupt>,
+}
+
+impl InterruptStatus {
+    const USED_BUFFER: u32 = 1;
+    const CONFIGURATION_CHANGE: u32 = 2;
+
+    /// With nothing pending.
+    pub fn new(line: Box<dyn Interrupt>) -> Self {
+        Self { pending: AtomicU32::new(0), needs_reset: AtomicBool::new(false), line }
+    }
+
+    /// Tells the driver that buffers came back.
+    pub fn signal_used(&self) -> io::Result<()> {
+        self.signal(Self::USED_BUFFER)
+    }
+
+    /// Tells the driver that the device gave up (virtio 1.2 §2.1.2: DEVICE_NEEDS_RESET).
+    pub fn signal_needs_reset(&self) -> io::Result<()> {
+        self.needs_reset.store(true, Ordering::Release);
+        self.signal(Self::CONFIGURATION_CHANGE)
+    }
+
+    fn signal(&self, cause: u32) -> io::Result<()> {
+        self.pending.fetch_or(cause, Ordering::Release);
+        self.line.trigger()
+    }
+
+    /// The register that the driver reads.
+    pub fn pending(&self) -> u32 {
+        self.pending.load(Ordering::Acquire)
+    }
+
+    /// The driver has handled these.
+    pub fn acknowledge(&self, handled: u32) {
+        self.pending.fetch_and(!handled, Ordering::AcqRel);
+    }
+
+    /// Whether the device gave up.
+    pub fn needs_reset(&self) -> bool {
+        self.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// The driver has reset the device.
+    pub fn clear(&self) {
+        self.pending.store(0, Ordering::Release);
+        self.needs_reset.store(false, Ordering::Release);
+    }
+}

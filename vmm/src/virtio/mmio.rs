@@ -1,0 +1,315 @@
+//! The MMIO transport's registers (virtio 1.2 §4.2.2) and the negotiation that they carry (§3.1.1).
+//!
+//! ```text
+//!  0 ─▶ ACKNOWLEDGE ─▶ DRIVER ─▶ FEATURES_OK ─▶ DRIVER_OK          any ─▶ FAILED      any ─ write 0 ─▶ 0
+//!                      features   queues         device runs
+//! ```
+//! A write out of this order sets DEVICE_NEEDS_RESET; the device then does nothing until it is reset.
+
+use super::{device::InterruptStatus, queue::QueueSetup, worker::WorkerHandle};
+
+/// Offset of the register that a driver writes to ring; the machine gives it an eventfd.
+pub const QUEUE_NOTIFY: u64 = 0x050;
+
+/// Register offsets (virtio 1.2 table 4.1).
+mod register {
+    pub const MAGIC: u64 = 0x000;
+    pub const VERSION: u64 = 0x004;
+    pub const DEVICE_ID: u64 = 0x008;
+    pub const VENDOR_ID: u64 = 0x00c;
+    pub const DEVICE_FEATURES: u64 = 0x010;
+    pub const DEVICE_FEATURES_SELECT: u64 = 0x014;
+    pub const DRIVER_FEATURES: u64 = 0x020;
+    pub const DRIVER_FEATURES_SELECT: u64 = 0x024;
+    pub const QUEUE_SELECT: u64 = 0x030;
+    pub const QUEUE_SIZE_MAX: u64 = 0x034;
+    pub const QUEUE_SIZE: u64 = 0x038;
+    pub const QUEUE_READY: u64 = 0x044;
+    pub const INTERRUPT_STATUS: u64 = 0x060;
+    pub const INTERRUPT_ACK: u64 = 0x064;
+    pub const STATUS: u64 = 0x070;
+    pub const QUEUE_DESC_LOW: u64 = 0x080;
+    pub const QUEUE_DESC_HIGH: u64 = 0x084;
+    pub const QUEUE_DRIVER_LOW: u64 = 0x090;
+    pub const QUEUE_DRIVER_HIGH: u64 = 0x094;
+    pub const QUEUE_DEVICE_LOW: u64 = 0x0a0;
+    pub const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    pub const SHM_LEN_LOW: u64 = 0x0b0;
+    pub const SHM_BASE_HIGH: u64 = 0x0bc;
+    pub const CONFIG_GENERATION: u64 = 0x0fc;
+    pub const CONFIG: u64 = 0x100;
+}
+
+/// Device status bits (virtio 1.2 §2.1).
+mod status {
+    pub const ACKNOWLEDGE: u32 = 1;
+    pub const DRIVER: u32 = 2;
+    pub const DRIVER_OK: u32 = 4;
+    pub const FEATURES_OK: u32 = 8;
+    pub const DEVICE_NEEDS_RESET: u32 = 64;
+    pub const FAILED: u32 = 128;
+}
+
+/// Features that this implementation of queues and transport has, whatever the device (virtio 1.2 §6).
+mod feature {
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    pub const EVENT_IDX: u64 = 1 << 29;
+    pub const VERSION_1: u64 = 1 << 32;
+}
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"CLCH");
+
+/// A queue's registers.
+#[derive(Debug, Clone, Copy, Default)]
+struct QueueRegisters {
+    setup: QueueSetup,
+    ready: bool,
+}
+
+/// A device's registers.
+pub struct MmioTransport {
+    worker: WorkerHandle,
+    status: u32,
+    offered: u64,
+    accepted: u64,
+    device_features_select: u32,
+    driver_features_select: u32,
+    queue_select: u32,
+    queues: Vec<QueueRegisters>,
+}
+
+impl MmioTransport {
+    /// The registers of a device after power-on.
+    pub fn new(worker: WorkerHandle) -> Self {
+        let offered =
+            worker.identity().features | feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC;
+        let queues = vec![QueueRegisters::default(); worker.identity().queue_sizes.len()];
+        Self {
+            worker,
+            status: 0,
+            offered,
+            accepted: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            queue_select: 0,
+            queues,
+        }
+    }
+
+    fn interrupt(&self) -> &InterruptStatus {
+        self.worker.interrupt()
+    }
+
+    /// The driver reads `data.len()` bytes at `offset`. What is not there reads as zero.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(config_offset) = offset.checked_sub(register::CONFIG) {
+            self.read_config(config_offset, data);
+        } else if let Ok(word) = <&mut [u8; 4]>::try_from(data)
+            && offset.is_multiple_of(4)
+        {
+            // §4.2.2.2: registers are accessed by aligned 32-bit reads and writes.
+            *word = self.read_register(offset).to_le_bytes();
+        }
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config =
+            usize::try_from(offset).ok().and_then(|offset| self.worker.identity().config.get(offset..));
+        for (to, from) in data.iter_mut().zip(config.unwrap_or_default()) {
+            *to = *from;
+        }
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        match offset {
+            register::MAGIC => MAGIC,
+            register::VERSION => VERSION,
+            register::DEVICE_ID => self.worker.identity().device_type,
+            register::VENDOR_ID => VENDOR,
+            register::DEVICE_FEATURES => half(self.offered, self.device_features_select),
+            register::QUEUE_SIZE_MAX => self.queue_size_max().into(),
+            register::QUEUE_READY => self.selected().is_some_and(|queue| queue.ready).into(),
+            register::INTERRUPT_STATUS => self.interrupt().pending(),
+            register::STATUS => self.status(),
+            // There are no shared memory regions: length and base read as all ones (§4.2.2.1).
+            register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
+            register::CONFIG_GENERATION => 0,
+            _ => 0,
+        }
+    }
+
+    fn status(&self) -> u32 {
+        let needs_reset = if self.interrupt().needs_reset() { status::DEVICE_NEEDS_RESET } else { 0 };
+        self.status | needs_reset
+    }
+
+    /// The driver writes `data` at `offset`. What is not there is ignored.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        let Ok(word) = <[u8; 4]>::try_from(data) else { return };
+        let value = u32::from_le_bytes(word);
+        match offset {
+            register::DEVICE_FEATURES_SELECT => self.device_features_select = value,
+            register::DRIVER_FEATURES_SELECT => self.driver_features_select = value,
+            register::QUEUE_SELECT => self.queue_select = value,
+            register::INTERRUPT_ACK => self.interrupt().acknowledge(value),
+            register::STATUS => self.write_status(value),
+            register::DRIVER_FEATURES => self.write_features(value),
+            QUEUE_NOTIFY => self.worker.ring(),
+            register::QUEUE_READY if value == 0 && self.status & status::DRIVER_OK == 0 => {
+                // Also part of tearing down after a reset.
+                if let Some(queue) = self.selected_mut() {
+                    queue.ready = false;
+                }
+            }
+            register::QUEUE_SIZE..=register::QUEUE_READY
+            | register::QUEUE_DESC_LOW..=register::QUEUE_DEVICE_HIGH => self.write_queue(offset, value),
+            _ => {}
+        }
+    }
+
+    fn write_status(&mut self, value: u32) {
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        let steps = [
+            status::ACKNOWLEDGE,
+            status::ACKNOWLEDGE | status::DRIVER,
+            status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK,
+            status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK,
+        ];
+        let progress = value & !(status::FAILED | status::DEVICE_NEEDS_RESET);
+        let current = self.status & !status::FAILED;
+        let position = |bits: u32| steps.iter().position(|step| *step == bits);
+        let legal = match (position(current), position(progress)) {
+            // §2.1.1: the driver must not clear a bit, and §3.1.1 gives the order.
+            (None, Some(0)) => current == 0,
+            (Some(from), Some(to)) => to == from || to == from + 1,
+            // FAILED may come at any time, even first.
+            (_, None) => progress == current && value & status::FAILED != 0,
+            (None, Some(_)) => false,
+        };
+        if !legal {
+            self.violation();
+            return;
+        }
+        self.status |= value & status::FAILED;
+        if progress == current || self.interrupt().needs_reset() {
+            return;
+        }
+        let gained = progress & !current;
+        if gained == status::FEATURES_OK && !self.features_acceptable() {
+            // §2.2.2: the device refuses by leaving FEATURES_OK off, and the driver reads it back.
+            return;
+        }
+        if gained == status::DRIVER_OK {
+            if self.queues.iter().all(|queue| queue.ready) {
+                let setups = self.queues.iter().map(|queue| queue.setup).collect();
+                self.worker.start(setups, self.accepted & feature::EVENT_IDX != 0);
+            } else {
+                self.violation();
+                return;
+            }
+        }
+        self.status |= gained;
+    }
+
+    fn features_acceptable(&self) -> bool {
+        self.accepted & !self.offered == 0 && self.accepted & feature::VERSION_1 != 0
+    }
+
+    fn write_features(&mut self, value: u32) {
+        // §3.1.1: between DRIVER and FEATURES_OK.
+        if self.status & (status::DRIVER | status::FEATURES_OK) != status::DRIVER {
+            self.violation();
+            return;
+        }
+        self.accepted = match self.driver_features_select {
+            0 => (self.accepted & !0xffff_ffff) | u64::from(value),
+            1 => (self.accepted & 0xffff_ffff) | (u64::from(value) << 32),
+            // There are no feature bits beyond 63, so that accepting one is accepting what was not offered.
+            _ if value != 0 => return self.violation(),
+            _ => self.accepted,
+        };
+    }
+
+    fn write_queue(&mut self, offset: u64, value: u32) {
+        // §3.1.1: between FEATURES_OK and DRIVER_OK; §4.2.2.2: not while the queue is ready.
+        let negotiated = self.status & (status::FEATURES_OK | status::DRIVER_OK) == status::FEATURES_OK;
+        if !negotiated || self.interrupt().needs_reset() {
+            self.violation();
+            return;
+        }
+        let size_max = u32::from(self.queue_size_max());
+        let Some(queue) = self.selected_mut().filter(|queue| !queue.ready) else {
+            self.violation();
+            return;
+        };
+        let setup = &mut queue.setup;
+        match offset {
+            register::QUEUE_SIZE if value.is_power_of_two() && value <= size_max => setup.size = value as u16,
+            register::QUEUE_SIZE => self.violation(),
+            register::QUEUE_READY => queue.ready = value == 1,
+            register::QUEUE_DESC_LOW => set_low(&mut setup.descriptors, value),
+            register::QUEUE_DESC_HIGH => set_high(&mut setup.descriptors, value),
+            register::QUEUE_DRIVER_LOW => set_low(&mut setup.available, value),
+            register::QUEUE_DRIVER_HIGH => set_high(&mut setup.available, value),
+            register::QUEUE_DEVICE_LOW => set_low(&mut setup.used, value),
+            register::QUEUE_DEVICE_HIGH => set_high(&mut setup.used, value),
+            _ => {}
+        }
+    }
+
+    fn selected(&self) -> Option<&QueueRegisters> {
+        self.queues.get(self.queue_select as usize)
+    }
+
+    fn selected_mut(&mut self) -> Option<&mut QueueRegisters> {
+        self.queues.get_mut(self.queue_select as usize)
+    }
+
+    fn queue_size_max(&self) -> u16 {
+        self.worker.identity().queue_sizes.get(self.queue_select as usize).copied().unwrap_or(0)
+    }
+
+    fn violation(&mut self) {
+        if !self.interrupt().needs_reset() {
+            if self.status & status::DRIVER_OK != 0 {
+                self.worker.stop();
+            }
+            let _ = self.interrupt().signal_needs_reset();
+        }
+    }
+
+    fn reset(&mut self) {
+        if self.status & status::DRIVER_OK != 0 {
+            self.worker.stop();
+        }
+        self.interrupt().clear();
+        self.status = 0;
+        self.accepted = 0;
+        self.device_features_select = 0;
+        self.driver_features_select = 0;
+        self.queue_select = 0;
+        self.queues.fill(QueueRegisters::default());
+    }
+}
+
+fn half(value: u64, select: u32) -> u32 {
+    match select {
+        0 => value as u32,
+        1 => (value >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_low(address: &mut u64, value: u32) {
+    *address = (*address & !0xffff_ffff) | u64::from(value);
+}
+
+fn set_high(address: &mut u64, value: u32) {
+    *address = (*address & 0xffff_ffff) | (u64::from(value) << 32);
+}

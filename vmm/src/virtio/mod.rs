@@ -1,0 +1,23 @@
+//! virtio 1.2 devices behind the MMIO transport. They know no KVM: an interrupt is a trait, a doorbell an eventfd.
+//!
+//! ```text
+//!   vCPU thread                                  event loop thread
+//!   MmioTransport ── start(queues) / stop ─────▶ Worker ──▶ a Device: block, vsock, rng
+//!     registers, negotiation                       ▲  owns queues while they run
+//!        ▲                                         │
+//!        └── interrupt status (atomic) ◀───────────┘   doorbell: eventfd, without a vCPU exit to this process
+//! ```
+//!
+//! Whatever a driver does wrong is a [`queue::QueueError`]: the device stops, sets DEVICE_NEEDS_RESET once, and waits
+//! for the driver to reset it.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
+
+pub mod block;
+pub mod device;
+pub mod mmio;
+pub mod queue;
+pub mod rng;
+pub mod worker;

@@ -1,0 +1,272 @@
+//! Split virtqueues as devices use them: chains come out checked, and any that is not as virtio 1.2 §2.7 demands is an
+//! error that ends the queue.
+
+use std::sync::atomic::Ordering;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use crate::guest_memory::GuestMemory;
+
+/// Addresses and size of a queue as its driver wrote them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct QueueSetup {
+    /// Entries.
+    pub size: u16,
+    /// Descriptor area.
+    pub descriptors: u64,
+    /// Driver area.
+    pub available: u64,
+    /// Device area.
+    pub used: u64,
+}
+
+/// What a driver did wrong with a queue.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// Size or addresses are impossible.
+    #[error("queue {index} cannot be used: {setup:?} (virtio 1.2 §2.7)")]
+    Setup {
+        /// Number of the queue.
+        index: usize,
+        /// What the driver wrote.
+        setup: QueueSetup,
+    },
+    /// The ring's index ran ahead, or a ring left guest memory.
+    #[error("the available ring is corrupt (virtio 1.2 §2.7.6)")]
+    Ring(#[source] virtio_queue::Error),
+    /// The chain ends in the middle: a bad index, a loop, an address of a table outside memory.
+    #[error("descriptor chain {head} is broken (virtio 1.2 §2.7.5)")]
+    BrokenChain {
+        /// Its first descriptor.
+        head: u16,
+    },
+    /// More descriptors than the queue has entries.
+    #[error("descriptor chain {head} has more than {limit} descriptors (virtio 1.2 §2.7.5.3.1)")]
+    LongChain {
+        /// Its first descriptor.
+        head: u16,
+        /// Size of the queue.
+        limit: u16,
+    },
+    /// A device-readable descriptor after a device-writable one.
+    #[error("descriptor chain {head} has a readable buffer after a writable one (virtio 1.2 §2.7.4.2)")]
+    ReadableAfterWritable {
+        /// Its first descriptor.
+        head: u16,
+    },
+    /// A buffer that is not, or not all, in guest memory.
+    #[error("descriptor chain {head} has a buffer outside of memory: {bytes} bytes at {address:#x}")]
+    BufferOutsideMemory {
+        /// Its first descriptor.
+        head: u16,
+        /// Guest physical address.
+        address: u64,
+        /// Length.
+        bytes: u32,
+    },
+    /// The device cannot make sense of the chain's layout.
+    #[error("descriptor chain {head} is not a request: {problem}")]
+    BadRequest {
+        /// Its first descriptor.
+        head: u16,
+        /// What is missing, with the place in the specification.
+        problem: &'static str,
+    },
+}
+
+/// A queue that runs.
+#[derive(Debug)]
+pub struct VirtQueue {
+    ring: Queue,
+    /// Whether buffers were returned since the driver was last told.
+    returned: bool,
+}
+
+/// Buffers that a driver made available together.
+#[derive(Debug)]
+pub struct Chain<'m> {
+    /// Its first descriptor, by which it is returned.
+    pub head: u16,
+    /// What the device may read.
+    pub readable: Buffers<'m>,
+    /// What the device may write.
+    pub writable: Buffers<'m>,
+}
+
+impl VirtQueue {
+    /// A queue as its driver set it up; `index` is for the error.
+    pub fn new(
+        index: usize,
+        setup: QueueSetup,
+        event_idx: bool,
+        memory: &GuestMemory,
+    ) -> Result<Self, QueueError> {
+        let bad = || QueueError::Setup { index, setup };
+        let mut ring = Queue::new(setup.size).map_err(|_| bad())?;
+        ring.try_set_size(setup.size).map_err(|_| bad())?;
+        ring.try_set_desc_table_address(GuestAddress(setup.descriptors)).map_err(|_| bad())?;
+        ring.try_set_avail_ring_address(GuestAddress(setup.available)).map_err(|_| bad())?;
+        ring.try_set_used_ring_address(GuestAddress(setup.used)).map_err(|_| bad())?;
+        ring.set_event_idx(event_idx);
+        ring.set_ready(true);
+        if !ring.is_valid(memory) {
+            return Err(bad());
+        }
+        Ok(Self { ring, returned: false })
+    }
+
+    /// The next chain that the driver made available.
+    pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueError> {
+        let Some(chain) = self.ring.iter(memory).map_err(QueueError::Ring)?.next() else { return Ok(None) };
+        let head = chain.head_index();
+        let limit = self.ring.size();
+        let mut readable = Buffers::default();
+        let mut writable = Buffers::default();
+        let mut complete = false;
+        for (position, descriptor) in chain.enumerate() {
+            if position >= usize::from(limit) {
+                return Err(QueueError::LongChain { head, limit });
+            }
+            complete = !descriptor.has_next();
+            let (address, bytes) = (descriptor.addr(), descriptor.len());
+            let slice = memory
+                .get_slice(address, bytes as usize)
+                .map_err(|_| QueueError::BufferOutsideMemory { head, address: address.0, bytes })?;
+            if descriptor.is_write_only() {
+                writable.push(slice);
+            } else if writable.slices.is_empty() {
+                readable.push(slice);
+            } else {
+                return Err(QueueError::ReadableAfterWritable { head });
+            }
+        }
+        // The iterator ends early and silently where a link leads nowhere.
+        if complete {
+            Ok(Some(Chain { head, readable, writable }))
+        } else {
+            Err(QueueError::BrokenChain { head })
+        }
+    }
+
+    /// Makes the next [`VirtQueue::pop`] return the last chain once more.
+    pub fn undo_pop(&mut self) {
+        self.ring.go_to_previous_position();
+    }
+
+    /// Whether the driver has made anything available.
+    pub fn is_empty(&self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        let available = self.ring.avail_idx(memory, Ordering::Acquire).map_err(QueueError::Ring)?;
+        Ok(available.0 == self.ring.next_avail())
+    }
+
+    /// Returns a chain, of which the device has written `written` bytes.
+    pub fn push_used(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), QueueError> {
+        self.ring.add_used(memory, head, written).map_err(QueueError::Ring)?;
+        self.returned = true;
+        Ok(())
+    }
+
+    /// Whether the driver wants to be told of what was returned since the last call.
+    pub fn take_notification(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        if !std::mem::take(&mut self.returned) {
+            return Ok(false);
+        }
+        self.ring.needs_notification(memory).map_err(QueueError::Ring)
+    }
+
+    /// Asks the driver to ring when it makes something available. True if it has done so meanwhile: look again.
+    pub fn enable_doorbell(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        self.ring.enable_notification(memory).map_err(QueueError::Ring)
+    }
+
+    /// Tells the driver that it need not ring.
+    pub fn disable_doorbell(&mut self, memory: &GuestMemory) -> Result<(), QueueError> {
+        self.ring.disable_notification(memory).map_err(QueueError::Ring)
+    }
+}
+
+/// Guest buffers, one after the other; reading and writing consume them from the front.
+#[derive(Debug, Default)]
+pub struct Buffers<'m> {
+    slices: Vec<VolatileSlice<'m>>,
+}
+
+impl<'m> Buffers<'m> {
+    fn push(&mut self, slice: VolatileSlice<'m>) {
+        if !slice.is_empty() {
+            self.slices.push(slice);
+        }
+    }
+
+    /// Bytes left. A chain has less than 4 GiB (virtio 1.2 §2.7.5.2), so this cannot overflow.
+    pub fn len(&self) -> usize {
+        self.slices.iter().map(VolatileSlice::len).sum()
+    }
+
+    /// Whether no byte is left.
+    pub fn is_empty(&self) -> bool {
+        self.slices.is_empty()
+    }
+
+    /// The buffers that are left.
+    pub fn slices(&self) -> &[VolatileSlice<'m>] {
+        &self.slices
+    }
+
+    /// Splits off the first `bytes` bytes; `None`, and nothing is taken, if there are fewer.
+    pub fn take(&mut self, bytes: usize) -> Option<Buffers<'m>> {
+        if self.len() < bytes {
+            return None;
+        }
+        let mut front = Buffers::default();
+        let mut rest = Buffers::default();
+        let mut missing = bytes;
+        for slice in self.slices.drain(..) {
+            let here = missing.min(slice.len());
+            missing -= here;
+            // Both are within the slice, by `here`'s definition.
+            if let (Ok(head), Ok(tail)) = (slice.subslice(0, here), slice.offset(here)) {
+                front.push(head);
+                rest.push(tail);
+            }
+        }
+        *self = rest;
+        Some(front)
+    }
+
+    /// Reads the first `N` bytes; `None`, and nothing is taken, if there are fewer.
+    pub fn read<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        let mut rest = bytes.as_mut_slice();
+        for slice in self.take(N)?.slices {
+            let (here, after) = rest.split_at_mut_checked(slice.len())?;
+            slice.copy_to(here);
+            rest = after;
+        }
+        Some(bytes)
+    }
+
+    /// Copies all bytes that are left, without consuming them. The caller has bounded their number.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len()];
+        let mut rest = bytes.as_mut_slice();
+        for slice in &self.slices {
+            let Some((here, after)) = rest.split_at_mut_checked(slice.len()) else { break };
+            slice.copy_to(here);
+            rest = after;
+        }
+        bytes
+    }
+
+    /// Writes `bytes` to the front; false, and nothing is written, if they do not fit.
+    pub fn write(&mut self, mut bytes: &[u8]) -> bool {
+        let Some(front) = self.take(bytes.len()) else { return false };
+        for slice in front.slices {
+            let Some((here, after)) = bytes.split_at_checked(slice.len()) else { return false };
+            slice.copy_from(here);
+            bytes = after;
+        }
+        true
+    }
+}

@@ -1,0 +1,51 @@
+//! The entropy device (virtio 1.2 §5.4): one queue of buffers to fill with random bytes.
+
+use super::{
+    device::{Device, Identity, Progress, Running, device_type},
+    queue::QueueError,
+};
+use crate::backends::entropy;
+
+const QUEUE_SIZE: u16 = 16;
+const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE];
+/// Bytes given for one request; the driver asks again if it wants more (§5.4.6.1: filling less is allowed).
+const MAX_BYTES: usize = 4096;
+
+/// The device.
+pub struct Rng;
+
+impl Device for Rng {
+    fn identity(&self) -> Identity {
+        Identity {
+            device_type: device_type::ENTROPY,
+            features: 0,
+            queue_sizes: QUEUE_SIZES,
+            config: Vec::new(),
+        }
+    }
+
+    fn queues_ready(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
+        let memory = running.memory;
+        let Some(queue) = running.queue(0) else { return Ok(Progress::Done) };
+        let mut budget = QUEUE_SIZE;
+        loop {
+            queue.disable_doorbell(memory)?;
+            while let Some(mut chain) = queue.pop(memory)? {
+                if chain.writable.is_empty() {
+                    let problem = "it has no room for random bytes (virtio 1.2 §5.4.6)";
+                    return Err(QueueError::BadRequest { head: chain.head, problem });
+                }
+                let bytes = entropy::bytes(chain.writable.len().min(MAX_BYTES));
+                chain.writable.write(&bytes);
+                queue.push_used(memory, chain.head, bytes.len() as u32)?;
+                budget -= 1;
+                if budget == 0 {
+                    return Ok(Progress::More);
+                }
+            }
+            if !queue.enable_doorbell(memory)? {
+                return Ok(Progress::Done);
+            }
+        }
+    }
+}

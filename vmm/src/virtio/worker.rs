@@ -1,0 +1,239 @@
+//! A device on the event loop: takes commands from its transport, doorbells from its driver, and readiness of its file
+//! descriptors, and hands them to the [`Device`].
+//!
+//! ```text
+//!   idle ──start──▶ running ──stop──▶ idle
+//!                      │ QueueError
+//!                      ▼
+//!                   failed (= idle, DEVICE_NEEDS_RESET set) ──stop──▶ idle
+//! ```
+
+use std::{
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    },
+};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use tracing::warn;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{
+    device::{Device, Identity, InterruptStatus, Poller, Progress, Readiness, Running},
+    queue::{QueueError, QueueSetup, VirtQueue},
+};
+use crate::guest_memory::GuestMemory;
+
+/// What a transport tells its worker.
+enum Command {
+    Start { queues: Vec<QueueSetup>, event_idx: bool },
+    Stop { done: SyncSender<()> },
+}
+
+/// The transport's end: starts and stops the device.
+pub struct WorkerHandle {
+    commands: Sender<Command>,
+    wake: EventFd,
+    doorbell: EventFd,
+    interrupt: Arc<InterruptStatus>,
+    identity: Identity,
+}
+
+impl WorkerHandle {
+    /// What the device is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// The device's interrupt status.
+    pub fn interrupt(&self) -> &InterruptStatus {
+        &self.interrupt
+    }
+
+    /// Lets the device run on these queues. Does not wait: buffers that come before are found then.
+    pub fn start(&self, queues: Vec<QueueSetup>, event_idx: bool) {
+        self.send(Command::Start { queues, event_idx });
+    }
+
+    /// Stops the device, and waits until it no longer touches its queues.
+    pub fn stop(&self) {
+        let (done, stopped) = sync_channel(1);
+        self.send(Command::Stop { done });
+        // An error means that the event loop is gone, and with it the device.
+        let _ = stopped.recv();
+    }
+
+    /// The driver rang by a register write that did not take the eventfd's short way.
+    pub fn ring(&self) {
+        // It only fails when the counter is full, and then the doorbell is pending anyway.
+        let _ = self.doorbell.write(1);
+    }
+
+    fn send(&self, command: Command) {
+        if self.commands.send(command).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// Failures of one device that are logged at most: a guest can reset and fail it for ever.
+const MAX_LOGGED_FAILURES: u32 = 5;
+
+/// The event loop's end.
+pub struct Worker {
+    device: Box<dyn Device>,
+    commands: Receiver<Command>,
+    wake: EventFd,
+    doorbell: EventFd,
+    interrupt: Arc<InterruptStatus>,
+    memory: GuestMemory,
+    queues: Option<Vec<VirtQueue>>,
+    failures: u32,
+}
+
+impl Worker {
+    /// A worker for `device` and the handle for its transport.
+    pub fn new(
+        device: Box<dyn Device>,
+        memory: GuestMemory,
+        interrupt: Arc<InterruptStatus>,
+    ) -> io::Result<(Self, WorkerHandle)> {
+        let (sender, commands) = channel();
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        let doorbell = EventFd::new(EFD_NONBLOCK)?;
+        let handle = WorkerHandle {
+            commands: sender,
+            wake: wake.try_clone()?,
+            doorbell: doorbell.try_clone()?,
+            interrupt: interrupt.clone(),
+            identity: device.identity(),
+        };
+        let worker = Self { device, commands, wake, doorbell, interrupt, memory, queues: None, failures: 0 };
+        Ok((worker, handle))
+    }
+
+    /// The eventfd that a write to the device's `QueueNotify` register signals.
+    pub fn doorbell(&self) -> &EventFd {
+        &self.doorbell
+    }
+
+    /// Runs every command that has come.
+    fn handle_commands(&mut self, poller: &mut dyn Poller) {
+        let _ = self.wake.read();
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Start { queues, event_idx } => {
+                    let built: Result<Vec<_>, _> = queues
+                        .into_iter()
+                        .enumerate()
+                        .map(|(index, setup)| VirtQueue::new(index, setup, event_idx, &self.memory))
+                        .collect();
+                    match built {
+                        Ok(queues) => {
+                            self.queues = Some(queues);
+                            self.drive(poller, |device, running| device.queues_ready(running));
+                        }
+                        Err(error) => self.fail(error, poller),
+                    }
+                }
+                Command::Stop { done } => {
+                    self.stop(poller);
+                    // The transport waits, unless the machine is going down.
+                    let _ = done.send(());
+                }
+            }
+        }
+    }
+
+    /// Lets the device work, if it runs, and then tells the driver what came back.
+    fn drive(
+        &mut self,
+        poller: &mut dyn Poller,
+        work: impl FnOnce(&mut dyn Device, &mut Running) -> Result<Progress, QueueError>,
+    ) {
+        let Some(queues) = &mut self.queues else { return };
+        let mut running = Running { queues, memory: &self.memory, poller };
+        let result = work(self.device.as_mut(), &mut running).and_then(|progress| {
+            let mut notify = false;
+            for queue in queues.iter_mut() {
+                notify |= queue.take_notification(&self.memory)?;
+            }
+            Ok((progress, notify))
+        });
+        match result {
+            Ok((progress, notify)) => {
+                if notify && let Err(error) = self.interrupt.signal_used() {
+                    warn!(%error, "a virtio interrupt was lost");
+                }
+                if progress == Progress::More {
+                    let _ = self.doorbell.write(1);
+                }
+            }
+            Err(error) => self.fail(error, poller),
+        }
+    }
+
+    fn fail(&mut self, error: QueueError, poller: &mut dyn Poller) {
+        self.failures = self.failures.saturating_add(1);
+        if self.failures <= MAX_LOGGED_FAILURES {
+            let device_type = self.device.identity().device_type;
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            warn!(device_type, %error, cause, "the guest's driver broke a virtio device");
+        }
+        self.stop(poller);
+        let _ = self.interrupt.signal_needs_reset();
+    }
+
+    fn stop(&mut self, poller: &mut dyn Poller) {
+        if self.queues.take().is_some() {
+            self.device.stop(poller);
+        }
+    }
+}
+
+impl MutEventSubscriber for Worker {
+    fn init(&mut self, ops: &mut EventOps) {
+        for fd in [&self.wake, &self.doorbell] {
+            if let Err(error) = ops.add(Events::new(fd, EventSet::IN)) {
+                warn!(%error, "a virtio device could not join the event loop");
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let fd = events.fd();
+        let mut poller = OpsPoller { ops };
+        if fd == self.wake.as_raw_fd() {
+            self.handle_commands(&mut poller);
+        } else if fd == self.doorbell.as_raw_fd() {
+            let _ = self.doorbell.read();
+            self.drive(&mut poller, |device, running| device.queues_ready(running));
+        } else {
+            let set = events.event_set();
+            let gone = set.intersects(EventSet::ERROR | EventSet::HANG_UP);
+            let ready = Readiness {
+                readable: gone || set.intersects(EventSet::IN | EventSet::READ_HANG_UP),
+                writable: gone || set.contains(EventSet::OUT),
+            };
+            self.drive(&mut poller, |device, running| device.fd_ready(fd, ready, running));
+        }
+    }
+}
+
+struct OpsPoller<'a, 'b> {
+    ops: &'a mut EventOps<'b>,
+}
+
+impl Poller for OpsPoller<'_, '_> {
+    fn add(&mut self, fd: RawFd) -> io::Result<()> {
+        let interest = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        self.ops.add(Events::new_raw(fd, interest)).map_err(io::Error::other)
+    }
+
+    fn remove(&mut self, fd: RawFd) {
+        let _ = self.ops.remove(Events::empty_raw(fd));
+    }
+}
