@@ -89,6 +89,13 @@ impl<'a> Bed<'a> {
         Ok(bed)
     }
 
+    /// A bed with its state in `state`.
+    pub fn with_state(&self, state: &Path) -> Result<Bed<'a>> {
+        let mut bed = self.under(self.isolation)?;
+        bed.state = state.to_path_buf();
+        Ok(bed)
+    }
+
     /// A bed with an empty image store of its own.
     pub fn with_empty_store(&self) -> Result<Bed<'a>> {
         self.with_store(&self.scratch().join("store"))

@@ -331,6 +331,13 @@ impl Finished {
         Ok(self)
     }
 
+    /// Expects a failure of cloche itself, in words, whatever the exit code's number.
+    pub fn refused(self) -> Result<Self> {
+        let code = self.code();
+        ensure!([1, 2, 125].contains(&code), "expected to be refused\n{self}");
+        self.refused_with(code)
+    }
+
     /// Expects a failure of cloche itself: this exit code and a message of its own, without a panic's traces.
     pub fn refused_with(self, code: i32) -> Result<Self> {
         let finished = self.exits_with(code)?;

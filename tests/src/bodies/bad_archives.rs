@@ -43,7 +43,7 @@ fn small_image() -> Image {
 fn is_refused(bed: &Bed, what: &str, from: &Path) -> Story {
     let store = bed.with_store(&bed.scratch().join("refusing"))?;
     let before = store.store_listing()?;
-    store.load("bad", from)?.refused_with(125).with_context(|| format!("{what} was loaded"))?;
+    store.load("bad", from)?.refused().with_context(|| format!("{what} was loaded"))?;
     let after = store.store_listing()?;
     let grown: Vec<_> = after.iter().filter(|line| !before.contains(line)).collect();
     ensure!(grown.is_empty(), "{what} left files in the store: {grown:#?}");
@@ -154,7 +154,7 @@ fn layer_through_a_symlink_stays_inside(bed: &Bed) -> Story {
     let file = bed.write("way.tar", &Image::new(vec![archive.finish()]).to_docker_archive("way"))?;
     let finished = bed.with_empty_store()?.load("way", &file)?;
     if finished.code() != 0 {
-        finished.refused_with(125)?;
+        finished.refused()?;
     }
     ensure!(!target.join("escape").exists(), "a file was made through the link");
     Ok(())
@@ -311,7 +311,7 @@ fn full_disk_is_reported_and_the_store_lives_on(bed: &Bed) -> Story {
     let large = bed.write("large.tar", &Image::new(vec![archive.finish()]).to_docker_archive("large"))?;
     let small = bed.write("small.tar", &small_image().to_docker_archive("small"))?;
     let bed = bed.with_store(&root)?;
-    let finished = bed.load("large", &large)?.refused_with(125)?;
+    let finished = bed.load("large", &large)?.refused()?;
     let said = finished.err().to_lowercase();
     ensure!(said.contains("space") || said.contains("disk"), "the full disk is not named\n{finished}");
     ensure!(

