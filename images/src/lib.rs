@@ -1,1 +1,32 @@
-//! (under construction)
+//! OCI images: archives in, a content store on disk, and each layer as an EROFS file system.
+//!
+//! ```text
+//!   archive ──▶ load ──▶ layer (tar, erofs) ──▶ store ──▶ image
+//!               what is in it    conversion      on disk    what it holds
+//! ```
+//!
+//! This crate knows nothing of VMs, containers or mounts: it hands out paths of layer blobs and the image's
+//! configuration, and its callers do the rest. Everything that comes from an image is hostile until it is checked;
+//! the bounds are in `limits`.
+
+mod digest;
+mod erofs;
+mod image;
+mod inspect;
+mod layer;
+mod limits;
+mod load;
+pub mod reference;
+mod store;
+mod tar;
+mod tree;
+
+pub use digest::{Digest, ParseDigestError};
+pub use erofs::BlobError;
+pub use image::{Image, Layer};
+pub use inspect::{Inspect, InspectConfig, InspectRootFs};
+pub use layer::{DecodeError, LayerError, PathProblem};
+pub use load::{LayerStart, LoadError, LoadOptions, Loaded, NoProgress, Progress};
+pub use reference::{Reference, ReferenceError};
+pub use store::{Hold, RemoveError, Removed, ResolveError, Store, StoreError};
+pub use tar::{TarError, TarProblem};

@@ -1,0 +1,296 @@
+//! Applies a layer's entries, one after the other, to a tree. The rules are in the parent module's documentation.
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::path::{self, PathProblem, Target};
+use crate::erofs::{EncodedXattrs, XattrProblem};
+use crate::limits::{MAX_LINK_DEPTH, MAX_LINK_STEPS};
+use crate::tar::{Timestamp, Xattr};
+use crate::tree::{Attributes, Body, Node, NodeId, Tree, XattrSet};
+
+const OPAQUE: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
+const IMPLIED: (&[u8], &[u8]) = (b"trusted.overlay.cloche.implied", b"y");
+
+/// Attributes of a directory that has no entry, and of a whiteout.
+const IMPLIED_ATTRIBUTES: Attributes =
+    Attributes { mode: 0o755, uid: 0, gid: 0, mtime: Timestamp { seconds: 0, nanoseconds: 0 }, xattrs: None };
+
+/// Why an entry cannot be applied.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum EntryProblem {
+    #[error(transparent)]
+    Path(#[from] PathProblem),
+    #[error("the path goes through something that is not a directory")]
+    NotADirectory,
+    #[error("the path goes through too many symbolic links")]
+    LinkLoop,
+    #[error("the layer sends too many of its paths through symbolic links")]
+    LinkSteps,
+    #[error("only a directory can be the image's root")]
+    RootReplaced,
+    #[error("it is a hard link to {0}, which is not an earlier file of the same layer")]
+    LinkTarget(String),
+    #[error("its link target is empty")]
+    EmptyTarget,
+    #[error("its link target is longer than 4095 bytes")]
+    TargetTooLong,
+    #[error("its device number {0}:{1} does not exist on Linux")]
+    Device(u32, u32),
+    #[error("its extended attribute {0} cannot be stored: {1}")]
+    Xattr(String, &'static str),
+}
+
+/// A layer in the making.
+pub(super) struct LayerBuilder {
+    tree: Tree,
+    /// Directories without an entry, so far.
+    implied: HashSet<NodeId>,
+    opaque: HashSet<NodeId>,
+    whiteouts: Vec<(NodeId, Box<[u8]>)>,
+    link_steps: u64,
+}
+
+impl LayerBuilder {
+    pub(super) fn new() -> Self {
+        LayerBuilder {
+            tree: Tree::new(IMPLIED_ATTRIBUTES),
+            implied: HashSet::from([Tree::ROOT]),
+            opaque: HashSet::new(),
+            whiteouts: Vec::new(),
+            link_steps: 0,
+        }
+    }
+
+    /// An estimate of the memory taken.
+    pub(super) fn bytes(&self) -> u64 {
+        let whiteouts: u64 = 64 * self.whiteouts.len() as u64;
+        self.tree.bytes() + whiteouts + 16 * (self.implied.len() + self.opaque.len()) as u64
+    }
+
+    /// Encodes an entry's extended attributes, without those that are dropped.
+    pub(super) fn encode_xattrs(
+        &mut self,
+        mut xattrs: Vec<Xattr>,
+        allow_user: bool,
+    ) -> Result<Option<XattrSet>, EntryProblem> {
+        xattrs.retain(|(name, _)| {
+            let steers_overlay = name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.");
+            !steers_overlay && (allow_user || !name.starts_with(b"user."))
+        });
+        let mut kept = Vec::new();
+        for xattr in xattrs {
+            match EncodedXattrs::encode(std::slice::from_ref(&xattr)) {
+                Ok(_) => kept.push(xattr),
+                Err(XattrProblem::Namespace) => {}
+                Err(problem) => return Err(xattr_error(&xattr.0, &problem)),
+            }
+        }
+        match EncodedXattrs::encode(&kept) {
+            Ok(encoded) => Ok(encoded.map(|encoded| self.tree.add_xattrs(encoded))),
+            Err(problem) => Err(xattr_error(b"", &problem)),
+        }
+    }
+
+    /// Applies an entry that is a file of any kind, or a directory.
+    pub(super) fn add(
+        &mut self,
+        name: &[u8],
+        attributes: Attributes,
+        body: Body,
+    ) -> Result<(), EntryProblem> {
+        match path::target(name)? {
+            Target::File(components) => self.add_node(&components, Node { attributes, body }),
+            Target::Whiteout(parents, hidden) => {
+                let directory = self.directory(&parents)?;
+                self.whiteouts.push((directory, hidden.into()));
+                Ok(())
+            }
+            Target::Opaque(parents) => {
+                let directory = self.directory(&parents)?;
+                self.opaque.insert(directory);
+                Ok(())
+            }
+            Target::Skip => Ok(()),
+        }
+    }
+
+    /// Applies a hard link entry.
+    pub(super) fn link(&mut self, name: &[u8], target: &[u8]) -> Result<(), EntryProblem> {
+        let Target::File(components) = path::target(name)? else {
+            // A whiteout is one whatever its type.
+            return self.add(name, IMPLIED_ATTRIBUTES, Body::Fifo);
+        };
+        let missing = || EntryProblem::LinkTarget(crate::tar::shown(target));
+        let target_components = path::components(target)?;
+        let (last, parents) = target_components.split_last().ok_or_else(missing)?;
+        let parent = self.find_directory(parents, false)?.ok_or_else(missing)?;
+        let node = self.tree.child(parent, last).ok_or_else(missing)?;
+        if self.tree[node].is_directory() {
+            return Err(missing());
+        }
+        let (last, parents) = components.split_last().ok_or(EntryProblem::RootReplaced)?;
+        let directory = self.directory(parents)?;
+        self.tree.name(directory, last, node);
+        Ok(())
+    }
+
+    fn add_node(&mut self, components: &[&[u8]], node: Node) -> Result<(), EntryProblem> {
+        let Some((last, parents)) = components.split_last() else {
+            if !node.is_directory() {
+                return Err(EntryProblem::RootReplaced);
+            }
+            self.set_directory(Tree::ROOT, node.attributes);
+            return Ok(());
+        };
+        let directory = self.directory(parents)?;
+        if let Some(existing) = self.tree.child(directory, last)
+            && node.is_directory()
+            && self.tree[existing].is_directory()
+        {
+            self.set_directory(existing, node.attributes);
+            return Ok(());
+        }
+        let id = self.tree.add(node);
+        self.tree.name(directory, last, id);
+        Ok(())
+    }
+
+    fn set_directory(&mut self, directory: NodeId, attributes: Attributes) {
+        self.tree[directory].attributes = attributes;
+        self.implied.remove(&directory);
+    }
+
+    /// The directory at a path, made if it is missing.
+    fn directory(&mut self, components: &[&[u8]]) -> Result<NodeId, EntryProblem> {
+        Ok(self.find_directory(components, true)?.unwrap_or(Tree::ROOT))
+    }
+
+    /// The directory at a path. If it is missing, it is made, or the answer is `None`.
+    fn find_directory(&mut self, components: &[&[u8]], make: bool) -> Result<Option<NodeId>, EntryProblem> {
+        let mut current = Tree::ROOT;
+        for (index, component) in components.iter().enumerate() {
+            let Some(child) = self.child_or_new(current, component, make) else { return Ok(None) };
+            match self.tree[child].body {
+                Body::Directory(_) => current = child,
+                Body::Symlink(_) => return self.follow(components, index, make),
+                _ => return Err(EntryProblem::NotADirectory),
+            }
+        }
+        Ok(Some(current))
+    }
+
+    fn child_or_new(&mut self, directory: NodeId, name: &[u8], make: bool) -> Option<NodeId> {
+        match self.tree.child(directory, name) {
+            None if make => {
+                let body = Body::Directory(BTreeMap::new());
+                let new = self.tree.add(Node { attributes: IMPLIED_ATTRIBUTES, body });
+                self.tree.name(directory, name, new);
+                self.implied.insert(new);
+                Some(new)
+            }
+            child => child,
+        }
+    }
+
+    /// As [`Self::find_directory`], for a path of which the first `plain` components are directories and the next
+    /// one is a link. All is resolved below the root.
+    fn follow(
+        &mut self,
+        components: &[&[u8]],
+        plain: usize,
+        make: bool,
+    ) -> Result<Option<NodeId>, EntryProblem> {
+        // Directories from the root down to where we are; the root itself is not in it.
+        let mut stack: Vec<NodeId> = Vec::new();
+        for component in &components[..plain] {
+            let current = stack.last().copied().unwrap_or(Tree::ROOT);
+            stack.extend(self.tree.child(current, component));
+        }
+        let mut pending: Vec<Box<[u8]>> = components[plain..].iter().rev().map(|&name| name.into()).collect();
+        let mut links = 0;
+        while let Some(component) = pending.pop() {
+            self.link_steps += 1;
+            if self.link_steps > MAX_LINK_STEPS {
+                return Err(EntryProblem::LinkSteps);
+            }
+            match &*component {
+                b"" | b"." => continue,
+                b".." => {
+                    stack.pop();
+                    continue;
+                }
+                name if name.len() > crate::limits::NAME_MAX => return Err(PathProblem::NameTooLong.into()),
+                _ => {}
+            }
+            let current = stack.last().copied().unwrap_or(Tree::ROOT);
+            let Some(child) = self.child_or_new(current, &component, make) else { return Ok(None) };
+            match &self.tree[child].body {
+                Body::Directory(_) => stack.push(child),
+                Body::Symlink(target) => {
+                    links += 1;
+                    if links > MAX_LINK_DEPTH {
+                        return Err(EntryProblem::LinkLoop);
+                    }
+                    if target.starts_with(b"/") {
+                        stack.clear();
+                    }
+                    pending.extend(target.split(|&byte| byte == b'/').rev().map(Box::from));
+                }
+                _ => return Err(EntryProblem::NotADirectory),
+            }
+        }
+        Ok(Some(stack.last().copied().unwrap_or(Tree::ROOT)))
+    }
+
+    /// All entries were applied: whiteouts and marks become what overlayfs understands.
+    pub(super) fn finish(mut self) -> Result<Tree, EntryProblem> {
+        let mut whiteout = None;
+        for (directory, name) in std::mem::take(&mut self.whiteouts) {
+            match self.tree.child(directory, &name) {
+                Some(child) if self.tree[child].is_directory() => {
+                    self.opaque.insert(child);
+                }
+                Some(_) => {}
+                None if self.opaque.contains(&directory) => {}
+                None => {
+                    // One inode for all, as overlayfs itself does.
+                    let node = *whiteout.get_or_insert_with(|| {
+                        let attributes = Attributes { mode: 0, ..IMPLIED_ATTRIBUTES };
+                        self.tree.add(Node { attributes, body: Body::CharDevice(0) })
+                    });
+                    self.tree.name(directory, &name, node);
+                }
+            }
+        }
+        let (opaque, implied) = (std::mem::take(&mut self.opaque), std::mem::take(&mut self.implied));
+        for (directories, mark) in [(opaque, OPAQUE), (implied, IMPLIED)] {
+            // In a fixed order, so that the same layer gives the same bytes.
+            let mut directories: Vec<_> = directories.into_iter().collect();
+            directories.sort_unstable();
+            for directory in directories {
+                self.mark(directory, mark)?;
+            }
+        }
+        Ok(self.tree)
+    }
+
+    fn mark(&mut self, directory: NodeId, (name, value): (&[u8], &[u8])) -> Result<(), EntryProblem> {
+        let attributes = &self.tree[directory].attributes;
+        let marked = EncodedXattrs::with(attributes.xattrs.map(|set| self.tree.xattrs(set)), name, value)
+            .map_err(|problem| xattr_error(name, &problem))?;
+        let set = self.tree.add_xattrs(marked);
+        self.tree[directory].attributes.xattrs = Some(set);
+        Ok(())
+    }
+}
+
+fn xattr_error(name: &[u8], problem: &XattrProblem) -> EntryProblem {
+    let reason = match problem {
+        XattrProblem::Namespace => "its namespace does not exist on Linux",
+        XattrProblem::Name => "its name is empty or longer than 255 bytes",
+        XattrProblem::Value => "its value is longer than 65535 bytes",
+        XattrProblem::Acl => "it is not an access control list as the kernel knows them",
+        XattrProblem::Total => "all attributes of one file together exceed 256 KiB",
+    };
+    EntryProblem::Xattr(crate::tar::shown(name), reason)
+}

@@ -1,0 +1,214 @@
+//! One layer's conversion: archive entries into file data and a tree, then the checks, then the blob's end.
+
+use std::fs::File;
+use std::io::{self, Read};
+
+use super::builder::{EntryProblem, LayerBuilder};
+use super::decode::{self, DecodeError, Digests, LayerStream};
+use crate::digest::Digest;
+use crate::erofs::{self, BlobError, BlobWriter, DataWriter, FileData};
+use crate::limits::{MAX_CHUNKS, MAX_ENTRIES, MAX_TREE_BYTES, PATH_MAX};
+use crate::tar::{Entry, EntryKind, Extent, TarError, TarReader, shown};
+use crate::tree::{Attributes, Body};
+
+/// Why a layer was not converted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayerError {
+    /// The blob cannot be read or decompressed.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// The tar archive is malformed or torn.
+    #[error(transparent)]
+    Tar(#[from] TarError),
+    /// An entry would do what no layer may.
+    #[error("tar entry {entry}: {reason}")]
+    Entry {
+        /// The entry's name, quoted.
+        entry: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The layer has too many entries.
+    #[error("more than {0} entries")]
+    TooManyEntries(u64),
+    /// The layer's names and attributes take too much memory.
+    #[error("names and attributes of more than {0} MiB")]
+    TreeTooLarge(u64),
+    /// The layer's sparse files have too large maps.
+    #[error("sparse files in more than {0} pieces")]
+    TooManyChunks(u64),
+    /// The blob could not be written.
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    /// The blob is not the one that was asked for.
+    #[error("the blob has the digest {actual}, expected was {expected}; get the image again")]
+    BlobDigest {
+        /// Named by the manifest.
+        expected: Digest,
+        /// Of the bytes that came.
+        actual: Digest,
+    },
+    /// The blob's size is not the one that was announced.
+    #[error("the blob has {actual} bytes, expected were {expected}; get the image again")]
+    BlobSize {
+        /// Named by the manifest.
+        expected: u64,
+        /// Of what came.
+        actual: u64,
+    },
+    /// The archive is not the one that the image's configuration names.
+    #[error("the layer's content has the digest {actual}, expected was {expected}; get the image again")]
+    DiffId {
+        /// Named by the configuration.
+        expected: Digest,
+        /// Of the archive that came.
+        actual: Digest,
+    },
+}
+
+/// What is known of a layer before it is read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ExpectedLayer {
+    /// Digest and size of the blob, where there is a manifest that says so.
+    pub(crate) blob: Option<(Digest, u64)>,
+    pub(crate) diff_id: Digest,
+}
+
+/// Converts the layer in `source` into `output`, an empty file, which is complete only if this succeeds. Returns its
+/// length in bytes.
+pub(crate) fn convert(
+    source: impl Read + Send,
+    expected: &ExpectedLayer,
+    output: &File,
+    seen: impl FnMut(u64) + Send,
+) -> Result<u64, LayerError> {
+    let mut conversion =
+        Conversion { blob: BlobWriter::new(output), builder: LayerBuilder::new(), entries: 0, chunks: 0 };
+    let ((), digests) = decode::decode(source, seen, |stream| conversion.run(stream))?;
+    verify(&digests, expected)?;
+    let tree = conversion.builder.finish().map_err(|problem| entry_error(b"", &problem))?;
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&expected.diff_id.as_bytes()[..16]);
+    // RFC 9562 §5.8: version 8, a value of our own making.
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    Ok(erofs::finish(&tree, conversion.blob, uuid)?)
+}
+
+/// Checks a layer that needs no conversion any more.
+pub(crate) fn check(
+    source: impl Read + Send,
+    expected: &ExpectedLayer,
+    seen: impl FnMut(u64) + Send,
+) -> Result<(), LayerError> {
+    let ((), digests) = decode::decode(source, seen, |_| Ok::<_, LayerError>(()))?;
+    verify(&digests, expected)
+}
+
+fn verify(digests: &Digests, expected: &ExpectedLayer) -> Result<(), LayerError> {
+    if let Some((digest, bytes)) = expected.blob {
+        if digests.blob_bytes != bytes {
+            return Err(LayerError::BlobSize { expected: bytes, actual: digests.blob_bytes });
+        }
+        if digests.blob != digest {
+            return Err(LayerError::BlobDigest { expected: digest, actual: digests.blob });
+        }
+    }
+    if digests.diff_id != expected.diff_id {
+        return Err(LayerError::DiffId { expected: expected.diff_id, actual: digests.diff_id });
+    }
+    Ok(())
+}
+
+fn entry_error(name: &[u8], problem: &EntryProblem) -> LayerError {
+    LayerError::Entry { entry: shown(name), reason: problem.to_string() }
+}
+
+struct Conversion<'a> {
+    blob: BlobWriter<'a>,
+    builder: LayerBuilder,
+    entries: u64,
+    chunks: u64,
+}
+
+impl Conversion<'_> {
+    fn run(&mut self, stream: &mut LayerStream) -> Result<(), LayerError> {
+        let mut tar = TarReader::new(stream);
+        while let Some(entry) = tar.next()? {
+            self.entries += 1;
+            if self.entries > MAX_ENTRIES {
+                return Err(LayerError::TooManyEntries(MAX_ENTRIES));
+            }
+            self.add(&mut tar, entry)?;
+            if self.builder.bytes() > MAX_TREE_BYTES {
+                return Err(LayerError::TreeTooLarge(MAX_TREE_BYTES >> 20));
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, tar: &mut TarReader<&mut LayerStream>, entry: Entry) -> Result<(), LayerError> {
+        let Entry { path, mode, uid, gid, mtime, xattrs, kind } = entry;
+        let error = |problem: EntryProblem| entry_error(&path, &problem);
+        let body = match kind {
+            EntryKind::HardLink { target } => return self.builder.link(&path, &target).map_err(error),
+            EntryKind::File { size, extents } => {
+                let data = self.copy_data(tar, size, extents)?;
+                self.chunks += data.chunks(size);
+                if self.chunks > MAX_CHUNKS {
+                    return Err(LayerError::TooManyChunks(MAX_CHUNKS));
+                }
+                Body::File { size, data }
+            }
+            EntryKind::Symlink { target } if target.is_empty() => {
+                return Err(error(EntryProblem::EmptyTarget));
+            }
+            EntryKind::Symlink { target } if target.len() >= PATH_MAX => {
+                return Err(error(EntryProblem::TargetTooLong));
+            }
+            EntryKind::Symlink { target } => Body::Symlink(target.into()),
+            EntryKind::CharDevice { major, minor } => Body::CharDevice(device(major, minor).map_err(error)?),
+            EntryKind::BlockDevice { major, minor } => {
+                Body::BlockDevice(device(major, minor).map_err(error)?)
+            }
+            EntryKind::Directory => Body::Directory(Default::default()),
+            EntryKind::Fifo => Body::Fifo,
+        };
+        let allow_user = matches!(body, Body::File { .. } | Body::Directory(_));
+        let xattrs = self.builder.encode_xattrs(xattrs, allow_user).map_err(error)?;
+        self.builder.add(&path, Attributes { mode, uid, gid, mtime, xattrs }, body).map_err(error)
+    }
+
+    fn copy_data(
+        &mut self,
+        tar: &mut TarReader<&mut LayerStream>,
+        size: u64,
+        extents: Option<Vec<Extent>>,
+    ) -> Result<FileData, LayerError> {
+        let mut data = DataWriter::new(&mut self.blob, size);
+        let mut position = 0;
+        for extent in extents.unwrap_or_else(|| vec![Extent { offset: 0, length: size }]) {
+            data.skip(extent.offset - position)?;
+            let mut left = extent.length;
+            while left > 0 {
+                let piece = tar.read_data(left)?;
+                left -= piece.len() as u64;
+                data.write(piece)?;
+            }
+            position = extent.offset + extent.length;
+        }
+        data.skip(size - position)?;
+        Ok(data.finish()?)
+    }
+}
+
+fn device(major: u32, minor: u32) -> Result<u32, EntryProblem> {
+    erofs::encode_device(major, minor).ok_or(EntryProblem::Device(major, minor))
+}
+
+impl From<io::Error> for LayerError {
+    fn from(error: io::Error) -> Self {
+        LayerError::Decode(DecodeError::Read(error))
+    }
+}

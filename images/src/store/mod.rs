@@ -1,0 +1,399 @@
+//! The image store on disk.
+//!
+//! ```text
+//! ROOT/
+//!   index.json               images and their names; replaced whole, by rename
+//!   index.lock               held (flock, exclusive) while index.json is read, changed and replaced
+//!   lock                     held shared by whoever uses or adds blobs, exclusive by whoever deletes some
+//!   blobs/sha256/HEX         configurations and manifests, byte for byte
+//!   layers/sha256/HEX.erofs  converted layers; HEX is the layer's diffID, the digest of its tar archive
+//! ```
+//!
+//! The compressed layer blobs are not kept. A push will need them; they then go under `blobs/` like the rest, and
+//! nothing here changes.
+//!
+//! **Always whole.** Blobs and layers are written without a name and linked once they are complete and on disk
+//! (`files`), and `index.json` is replaced by rename after all it refers to is there. So whatever has a name is
+//! complete, and a process killed at any moment, or a full disk, leaves no half of anything. It may leave complete
+//! blobs that no image refers to; the next sweep deletes them.
+//!
+//! **The roots** are the images in `index.json`; a blob that none of them refers to is garbage. A sweep runs after
+//! each removal and each load, if it gets `lock` exclusively at once. If not, someone is adding or using blobs, and
+//! the sweep is left to the next one: deleting is never waited for and never hurries anyone.
+//!
+//! **Locks** are taken in the order `lock`, `index.lock`. Reading `index.json` needs neither. Whoever resolves an
+//! image and then opens its layers does so under [`Store::hold`], or must expect a concurrent removal in between;
+//! layers that are open or mounted outlive their removal.
+
+mod files;
+mod index;
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use crate::digest::Digest;
+use crate::image::{Image, Layer};
+use crate::limits::MAX_CONFIG_BYTES;
+use crate::reference::{Reference, ReferenceError};
+
+use files::{Lock, NewFile};
+use index::Index;
+pub(crate) use index::{ImageRecord, LayerRecord};
+
+/// The images on this machine. Cheap to open; any number of processes may use the same store.
+#[derive(Debug)]
+pub struct Store {
+    root: PathBuf,
+}
+
+/// Why the store could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The system refused an operation on the store's files.
+    #[error("cannot {action} {path} in the image store")]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// The store lies on a file system that cannot create nameless files.
+    #[error(
+        "the file system of the image store at {0} does not support O_TMPFILE; put the store on ext4, xfs, btrfs or tmpfs"
+    )]
+    NoTmpfile(PathBuf),
+    /// A file is not what its digest says, or is missing.
+    #[error("the image store is damaged: {path} {problem}; remove image {image} and load it again")]
+    Damaged {
+        /// The image that needs the file.
+        image: Digest,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+}
+
+/// Why no image could be found.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResolveError {
+    /// There is no such image.
+    #[error("there is no image {0}; see `cloche image ls`")]
+    NotFound(String),
+    /// Several images' IDs start like this.
+    #[error("{count} images have IDs that start with {prefix}; give more digits")]
+    Ambiguous {
+        /// What was asked for.
+        prefix: String,
+        /// How many there are.
+        count: usize,
+    },
+    /// What was asked for can be neither a name nor an ID.
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    /// The store could not be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why an image was not removed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RemoveError {
+    /// It was not found.
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    /// It was given by its ID, and has several names.
+    #[error("image {id} has several names; remove each of {}", .names.join(", "))]
+    SeveralNames {
+        /// The image.
+        id: Digest,
+        /// Its names.
+        names: Vec<String>,
+    },
+    /// The store could not be changed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What a removal did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Removed {
+    /// Names that are gone.
+    pub untagged: Vec<String>,
+    /// The image, if it is gone too.
+    pub deleted: Option<Digest>,
+}
+
+/// While this lives, no blob or layer is deleted.
+#[derive(Debug)]
+pub struct Hold {
+    _lock: Lock,
+}
+
+impl Store {
+    /// Opens the store at `root`, and makes it if there is none.
+    pub fn open(root: &Path) -> Result<Store, StoreError> {
+        let root = std::path::absolute(root).map_err(io_error("find", root))?;
+        let store = Store { root };
+        for directory in [store.blobs(), store.layers()] {
+            fs::create_dir_all(&directory).map_err(io_error("create", &directory))?;
+        }
+        Ok(store)
+    }
+
+    /// Where the store lies.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Keeps all blobs and layers from being deleted, as long as the answer lives.
+    pub fn hold(&self) -> Result<Hold, StoreError> {
+        let path = self.root.join("lock");
+        let lock = Lock::shared(&path).map_err(io_error("lock", &path))?;
+        Ok(Hold { _lock: lock })
+    }
+
+    /// All images, in the order they came.
+    pub fn images(&self) -> Result<Vec<Image>, StoreError> {
+        self.read_index()?.images.iter().map(|record| self.image(record)).collect()
+    }
+
+    /// The image with this name (as people write it), this ID, or an ID that starts like this.
+    pub fn resolve(&self, name_or_id: &str) -> Result<Image, ResolveError> {
+        let index = self.read_index()?;
+        let (record, _) = find(&index, name_or_id)?;
+        Ok(self.image(record)?)
+    }
+
+    /// Takes a name from an image. With its last name, or when it is given by its ID, the image goes, and with it all
+    /// layers that no other image has.
+    pub fn remove(&self, name_or_id: &str) -> Result<Removed, RemoveError> {
+        let removed = {
+            let _lock = self.lock_index()?;
+            let mut index = self.read_index()?;
+            let (record, name) = find(&index, name_or_id)?;
+            let id = record.id;
+            if name.is_none() && record.names.len() > 1 {
+                return Err(RemoveError::SeveralNames { id, names: record.names.clone() });
+            }
+            let removed = index
+                .remove(id, name.as_ref())
+                .ok_or_else(|| ResolveError::NotFound(name_or_id.to_owned()))?;
+            self.write_index(&index)?;
+            Removed { untagged: removed.untagged, deleted: removed.deleted.then_some(id) }
+        };
+        self.sweep()?;
+        Ok(removed)
+    }
+
+    /// Adds images whose blobs and layers are all there. The caller holds a [`Hold`] since before it made them.
+    pub(crate) fn commit(&self, records: Vec<ImageRecord>) -> Result<(), StoreError> {
+        let _lock = self.lock_index()?;
+        let mut index = self.read_index()?;
+        for record in records {
+            index.add(record);
+        }
+        self.write_index(&index)
+    }
+
+    /// Stores a configuration or manifest.
+    pub(crate) fn put_blob(&self, content: &[u8]) -> Result<Digest, StoreError> {
+        let digest = Digest::of(content);
+        let path = self.blobs().join(digest.hex());
+        if path.exists() {
+            return Ok(digest);
+        }
+        let new = self.new_file(&self.blobs())?;
+        let write = || {
+            io::Write::write_all(&mut new.file(), content)?;
+            io::Result::Ok(())
+        };
+        write().map_err(io_error("write", &path))?;
+        new.publish(&digest.hex()).map_err(io_error("write", &path))?;
+        Ok(digest)
+    }
+
+    /// Where the layer with this diffID lies, whether it is there or not.
+    pub(crate) fn layer_path(&self, diff_id: Digest) -> PathBuf {
+        self.layers().join(layer_name(diff_id))
+    }
+
+    /// A nameless file that is to become a layer.
+    pub(crate) fn new_layer(&self) -> Result<NewLayer, StoreError> {
+        Ok(NewLayer { file: self.new_file(&self.layers())?, directory: self.layers() })
+    }
+
+    /// A nameless file on the store's file system, for what must be seekable for a while.
+    pub(crate) fn scratch(&self) -> Result<fs::File, StoreError> {
+        let new = self.new_file(&self.root)?;
+        new.file().try_clone().map_err(io_error("create a file in", &self.root))
+    }
+
+    /// Deletes what no image refers to, unless someone is using or adding blobs.
+    pub(crate) fn sweep(&self) -> Result<(), StoreError> {
+        let path = self.root.join("lock");
+        let Some(_lock) = Lock::try_exclusive(&path).map_err(io_error("lock", &path))? else {
+            return Ok(());
+        };
+        let index = self.read_index()?;
+        let blobs = index.images.iter().flat_map(|image| [Some(image.id), image.manifest]).flatten();
+        let layers = index.images.iter().flat_map(|image| &image.layers);
+        sweep_directory(&self.blobs(), blobs.map(|digest| digest.hex()).collect())?;
+        sweep_directory(&self.layers(), layers.map(|layer| layer_name(layer.diff_id)).collect())
+    }
+
+    fn image(&self, record: &ImageRecord) -> Result<Image, StoreError> {
+        let path = self.blobs().join(record.id.hex());
+        let damaged =
+            |path: &Path, problem| StoreError::Damaged { image: record.id, path: path.to_owned(), problem };
+        let raw_config = match read_bounded(&path, MAX_CONFIG_BYTES) {
+            Ok(content) => content,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(damaged(&path, "is missing"));
+            }
+            Err(error) => return Err(io_error("read", &path)(error)),
+        };
+        if Digest::of(&raw_config) != record.id {
+            return Err(damaged(&path, "does not have its digest"));
+        }
+        let layers = record.layers.iter().map(|layer| Layer {
+            diff_id: layer.diff_id,
+            erofs: self.layer_path(layer.diff_id),
+            erofs_bytes: layer.erofs_bytes,
+        });
+        let names = record.names.iter().filter_map(|name| name.parse().ok()).collect();
+        Image::new(record.id, record.manifest, names, layers.collect(), raw_config)
+            .map_err(|_| damaged(&path, "is not an image configuration"))
+    }
+
+    fn blobs(&self) -> PathBuf {
+        self.root.join("blobs/sha256")
+    }
+
+    fn layers(&self) -> PathBuf {
+        self.root.join("layers/sha256")
+    }
+
+    fn index_path(&self) -> PathBuf {
+        self.root.join("index.json")
+    }
+
+    fn lock_index(&self) -> Result<Lock, StoreError> {
+        let path = self.root.join("index.lock");
+        Lock::exclusive(&path).map_err(io_error("lock", &path))
+    }
+
+    fn read_index(&self) -> Result<Index, StoreError> {
+        let path = self.index_path();
+        Index::read(&path).map_err(io_error("read", &path))
+    }
+
+    /// Only under [`Self::lock_index`].
+    fn write_index(&self, index: &Index) -> Result<(), StoreError> {
+        let path = self.index_path();
+        index.encode().and_then(|content| files::replace(&path, &content)).map_err(io_error("replace", &path))
+    }
+
+    fn new_file(&self, directory: &Path) -> Result<NewFile, StoreError> {
+        NewFile::create(directory).map_err(|error| match error.raw_os_error() {
+            Some(code) if code == rustix::io::Errno::OPNOTSUPP.raw_os_error() => {
+                StoreError::NoTmpfile(self.root.clone())
+            }
+            _ => io_error("create a file in", directory)(error),
+        })
+    }
+}
+
+/// A layer that is being written.
+pub(crate) struct NewLayer {
+    file: NewFile,
+    directory: PathBuf,
+}
+
+impl NewLayer {
+    pub(crate) fn file(&self) -> &fs::File {
+        self.file.file()
+    }
+
+    /// Makes the layer appear.
+    pub(crate) fn publish(self, diff_id: Digest) -> Result<(), StoreError> {
+        let name = layer_name(diff_id);
+        let path = self.directory.join(&name);
+        self.file.publish(&name).map_err(io_error("write", &path))
+    }
+}
+
+fn layer_name(diff_id: Digest) -> String {
+    format!("{}.erofs", diff_id.hex())
+}
+
+/// The image meant, and the name by which it was, unless it was by its ID.
+fn find<'a>(
+    index: &'a Index,
+    name_or_id: &str,
+) -> Result<(&'a ImageRecord, Option<Reference>), ResolveError> {
+    let reference = name_or_id.parse::<Reference>();
+    if let Ok(reference) = &reference
+        && let Some(record) = index.images.iter().find(|image| has_name(image, reference))
+    {
+        let tagged = reference.digest().is_none().then(|| reference.clone());
+        return Ok((record, tagged));
+    }
+    let prefix = name_or_id.strip_prefix("sha256:").unwrap_or(name_or_id);
+    let is_hex = !prefix.is_empty() && prefix.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    if !is_hex {
+        reference?;
+        return Err(ResolveError::NotFound(name_or_id.to_owned()));
+    }
+    let matches: Vec<_> = index.images.iter().filter(|image| image.id.hex().starts_with(prefix)).collect();
+    match matches.as_slice() {
+        [] => Err(ResolveError::NotFound(name_or_id.to_owned())),
+        [record] => Ok((record, None)),
+        more => Err(ResolveError::Ambiguous { prefix: name_or_id.to_owned(), count: more.len() }),
+    }
+}
+
+fn has_name(image: &ImageRecord, reference: &Reference) -> bool {
+    match reference.digest() {
+        // A digest says it all; the tag beside it is for people.
+        Some(digest) => {
+            let of_repository = |name: &String| {
+                name.parse::<Reference>().is_ok_and(|name| name.repository() == reference.repository())
+            };
+            image.manifest == Some(digest) && image.names.iter().any(of_repository)
+        }
+        None => image.names.contains(&reference.to_string()),
+    }
+}
+
+/// Deletes all files of a directory but those in `keep`.
+fn sweep_directory(directory: &Path, keep: HashSet<String>) -> Result<(), StoreError> {
+    let entries = fs::read_dir(directory).map_err(io_error("list", directory))?;
+    for entry in entries {
+        let entry = entry.map_err(io_error("list", directory))?;
+        if entry.file_name().to_str().is_some_and(|name| keep.contains(name)) {
+            continue;
+        }
+        let path = entry.path();
+        fs::remove_file(&path).map_err(io_error("delete", &path))?;
+    }
+    Ok(())
+}
+
+fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    io::Read::read_to_end(&mut io::Read::take(fs::File::open(path)?, limit), &mut content)?;
+    Ok(content)
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    let path = path.to_owned();
+    move |source| StoreError::Io { action, path, source }
+}

@@ -1,0 +1,155 @@
+//! A directory tree in memory: what a layer holds once its archive has been read, without the file data.
+//!
+//! A node is what the file system calls an inode; a directory's children give nodes names, several names may give
+//! one node. Nodes live in an arena and never leave it; one that has lost its last name is simply not reached any
+//! more. There may be millions, so they are small.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::{Index, IndexMut};
+
+use crate::erofs::{EncodedXattrs, FileData};
+use crate::tar::Timestamp;
+
+/// A node of one [`Tree`]; only a tree makes them, so they are always valid there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct NodeId(u32);
+
+/// A set of extended attributes of one [`Tree`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct XattrSet(u32);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Node {
+    pub attributes: Attributes,
+    pub body: Body,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Attributes {
+    /// Permission, set-id and sticky bits; the type is the body's.
+    pub mode: u16,
+    pub uid: u32,
+    pub gid: u32,
+    pub mtime: Timestamp,
+    pub xattrs: Option<XattrSet>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Body {
+    /// Children by name, sorted as EROFS wants them.
+    Directory(BTreeMap<Box<[u8]>, NodeId>),
+    File {
+        size: u64,
+        data: FileData,
+    },
+    Symlink(Box<[u8]>),
+    /// With the encoded device number.
+    CharDevice(u32),
+    BlockDevice(u32),
+    Fifo,
+}
+
+pub(crate) struct Tree {
+    nodes: Vec<Node>,
+    xattrs: Vec<EncodedXattrs>,
+    xattr_sets: HashMap<EncodedXattrs, XattrSet>,
+    /// An estimate of the memory taken.
+    bytes: u64,
+}
+
+impl Tree {
+    pub(crate) const ROOT: NodeId = NodeId(0);
+
+    /// A tree of a root directory and nothing else.
+    pub(crate) fn new(root: Attributes) -> Tree {
+        let root = Node { attributes: root, body: Body::Directory(BTreeMap::new()) };
+        Tree { nodes: vec![root], xattrs: Vec::new(), xattr_sets: HashMap::new(), bytes: 0 }
+    }
+
+    /// Adds a node that has no name yet.
+    pub(crate) fn add(&mut self, node: Node) -> NodeId {
+        self.bytes += size_of::<Node>() as u64
+            + match &node.body {
+                Body::Symlink(target) => target.len() as u64,
+                Body::File { data, .. } => data.heap_bytes(),
+                _ => 0,
+            };
+        // Far fewer than 2^32: `limits::MAX_ENTRIES`, and a path's worth of implied parents for each at most,
+        // which the bound on `bytes` cuts off.
+        let id = NodeId(self.nodes.len() as u32);
+        self.nodes.push(node);
+        id
+    }
+
+    /// Stores a set of extended attributes, once for all nodes that have the same.
+    pub(crate) fn add_xattrs(&mut self, encoded: EncodedXattrs) -> XattrSet {
+        if let Some(&set) = self.xattr_sets.get(&encoded) {
+            return set;
+        }
+        self.bytes += 2 * encoded.bytes().len() as u64;
+        let set = XattrSet(self.xattrs.len() as u32);
+        self.xattrs.push(encoded.clone());
+        self.xattr_sets.insert(encoded, set);
+        set
+    }
+
+    pub(crate) fn xattrs(&self, set: XattrSet) -> &EncodedXattrs {
+        &self.xattrs[set.0 as usize]
+    }
+
+    /// The child of a directory; `None` too if the node is no directory.
+    pub(crate) fn child(&self, directory: NodeId, name: &[u8]) -> Option<NodeId> {
+        match &self[directory].body {
+            Body::Directory(children) => children.get(name).copied(),
+            _ => None,
+        }
+    }
+
+    /// Gives a node a name, taking the name from whatever had it. On a node that is no directory this does nothing.
+    pub(crate) fn name(&mut self, directory: NodeId, name: &[u8], node: NodeId) {
+        if let Body::Directory(children) = &mut self[directory].body {
+            // The string, its allocation, and a map slot at typical fill.
+            let cost = name.len() as u64 + 48;
+            if children.insert(name.into(), node).is_none() {
+                self.bytes += cost;
+            }
+        }
+    }
+
+    /// An estimate of the memory this takes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Nodes in the arena, named or not.
+    pub(crate) fn len(&self) -> usize {
+        self.nodes.len()
+    }
+}
+
+impl NodeId {
+    /// The node's place in the arena.
+    pub(crate) fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl Node {
+    pub(crate) fn is_directory(&self) -> bool {
+        matches!(self.body, Body::Directory(_))
+    }
+}
+
+impl Index<NodeId> for Tree {
+    type Output = Node;
+
+    fn index(&self, id: NodeId) -> &Node {
+        &self.nodes[id.index()]
+    }
+}
+
+impl IndexMut<NodeId> for Tree {
+    fn index_mut(&mut self, id: NodeId) -> &mut Node {
+        &mut self.nodes[id.index()]
+    }
+}
