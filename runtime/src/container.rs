@@ -1,8 +1,20 @@
 //! A running container as its parent sees it.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
-use crate::cgroup::{Cgroup, CgroupError};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+    process::{WaitId, WaitIdOptions, waitid},
+};
+
+use crate::{
+    cgroup::{Cgroup, CgroupError},
+    syscalls,
+};
 
 /// A started container. Dropping it leaves the process running; [`Container::delete`] ends it.
 #[derive(Debug)]
@@ -37,12 +49,16 @@ pub enum ExitStatus {
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action} process {pid}")]
 pub struct WaitError {
-    action: &'static str,
+    action: String,
     pid: i32,
-    source: std::io::Error,
+    source: io::Error,
 }
 
 impl Container {
+    pub(crate) fn new(pid: i32, pidfd: OwnedFd, oom_event: Option<OwnedFd>, cgroup: Cgroup) -> Self {
+        Self { pid, pidfd, oom_event, cgroup }
+    }
+
     /// Process id in the caller's PID namespace.
     pub fn pid(&self) -> i32 {
         self.pid
@@ -53,16 +69,19 @@ impl Container {
         self.pidfd.as_fd()
     }
 
-    /// On cgroup v1 with a memory limit: readable once the limit was hit. The caller then calls
-    /// [`Container::kill`], since only cgroup v2 kills the whole sandbox by itself. [`Container::wait`] does so.
+    /// On cgroup v1 with a memory limit: readable once the limit was hit. A caller that polls [`Container::pidfd`]
+    /// itself polls this, too, and then calls [`Container::kill`], since only cgroup v2 kills the whole sandbox by
+    /// itself. [`Container::wait`] does so.
     pub fn oom_event(&self) -> Option<BorrowedFd<'_>> {
         self.oom_event.as_ref().map(AsFd::as_fd)
     }
 
-    /// Sends a signal to the first process. No error if it has ended already.
+    /// Sends a signal (1 to 64) to the first process. No error if it has ended already.
     pub fn signal(&self, signo: i32) -> Result<(), WaitError> {
-        let _ = signo;
-        Ok(())
+        match syscalls::pidfd_send_signal(self.pidfd.as_fd(), signo) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            result => result.map_err(|source| self.failed(&format!("send signal {signo} to"), source)),
+        }
     }
 
     /// Kills every process of the container.
@@ -72,7 +91,49 @@ impl Container {
 
     /// Waits until the first process has ended, and reaps it.
     pub fn wait(&mut self) -> Result<Exit, WaitError> {
-        Err(WaitError { action: "wait for", pid: self.pid, source: std::io::ErrorKind::Unsupported.into() })
+        if let Some(oom_event) = &self.oom_event {
+            let events = [&self.pidfd, oom_event].map(|fd| PollFd::new(fd, PollFlags::IN));
+            self.kill_when_out_of_memory(events).map_err(|source| self.failed("wait for", source))?;
+        }
+        let status = loop {
+            match waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED) {
+                Err(Errno::INTR) => {}
+                Ok(Some(status)) => break status,
+                Ok(None) => return Err(self.failed("wait for", io::ErrorKind::NotFound.into())),
+                Err(errno) => return Err(self.failed("wait for", errno.into())),
+            }
+        };
+        let status = match (status.exit_status(), status.terminating_signal()) {
+            // The kernel passes on the lower eight bits only.
+            (Some(code), _) => ExitStatus::Code(code as u8),
+            (None, signo) => ExitStatus::Signal(signo.unwrap_or(libc::SIGKILL)),
+        };
+        Ok(Exit {
+            status,
+            oom_killed: self.cgroup.oom_kills() > 0,
+            memory_peak_bytes: self.cgroup.memory_peak_bytes(),
+        })
+    }
+
+    /// Waits for the process to end, and helps it when the memory limit is hit.
+    fn kill_when_out_of_memory(&self, mut events: [PollFd<'_>; 2]) -> io::Result<()> {
+        loop {
+            match poll(&mut events, None) {
+                Err(Errno::INTR) => continue,
+                result => result?,
+            };
+            let [ended, out_of_memory] = &events;
+            if !ended.revents().is_empty() {
+                return Ok(());
+            }
+            if !out_of_memory.revents().is_empty() {
+                return self.kill().map_err(io::Error::other);
+            }
+        }
+    }
+
+    fn failed(&self, action: &str, source: io::Error) -> WaitError {
+        WaitError { action: action.to_owned(), pid: self.pid, source }
     }
 
     /// The container's cgroup.
@@ -82,7 +143,7 @@ impl Container {
 
     /// Kills what is left of the container and removes its cgroup.
     pub fn delete(self) -> Result<(), CgroupError> {
-        self.cgroup.kill_all()?;
-        self.cgroup.delete()
+        let killed = self.cgroup.kill_all();
+        killed.and(self.cgroup.delete())
     }
 }

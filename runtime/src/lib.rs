@@ -14,7 +14,22 @@
 
 pub mod cgroup;
 mod container;
+mod devices;
+mod init;
 mod launch;
+mod mounts;
+mod namespaces;
+mod process;
+mod rootfs;
+mod seccomp;
+mod spec_check;
+mod syscalls;
+mod sysctls;
 
 pub use container::{Container, Exit, ExitStatus, WaitError};
 pub use launch::{Launch, LaunchError, Rootfs, Stdio, launch};
+pub use mounts::{MountError, OptionError};
+pub use namespaces::NamespaceError;
+pub use seccomp::SeccompError;
+pub use spec_check::{SpecError, check as check_spec};
+pub use sysctls::SysctlError;

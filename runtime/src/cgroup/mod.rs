@@ -1,13 +1,38 @@
-//! Control groups on v1, hybrid and v2.
+//! Control groups on v1, hybrid and v2: making one, limiting it, asking it, killing and removing it.
+//!
+//! A [`Cgroup`] is one path, e.g. `/cloche/ID`, in every hierarchy that matters for it. On v2 that is one
+//! directory, into which `clone3` puts the container's process. On v1 it is one directory for each controller in
+//! use, which the process is moved into; on a hybrid machine the v2 hierarchy beside them is used for killing.
+//!
+//! Hierarchies are expected where systemd, Docker and everybody else mount them: under `/sys/fs/cgroup`.
 
-use std::path::{Path, PathBuf};
+mod device_bpf;
+mod device_policy;
+mod files;
+mod limits;
+mod removal;
+mod v1;
+mod v2;
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Component, Path, PathBuf},
+};
+
+use oci_spec::runtime::LinuxResources;
+
+pub use device_policy::DeviceRuleError;
+use limits::Limits;
+
+const ROOT: &str = "/sys/fs/cgroup";
 
 /// How the machine's cgroup hierarchies are laid out under `/sys/fs/cgroup`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     /// One hierarchy for each controller.
     V1,
-    /// As [`Layout::V1`], with a v2 hierarchy beside them.
+    /// As [`Layout::V1`], with a v2 hierarchy beside them at `/sys/fs/cgroup/unified`.
     Hybrid,
     /// The one unified hierarchy.
     V2,
@@ -16,44 +41,280 @@ pub enum Layout {
 /// Why a cgroup operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
+    /// There are no cgroup hierarchies where they are expected.
+    #[error("no cgroup file system at {ROOT}; mount one there: mount -t cgroup2 cgroup2 {ROOT}")]
+    NotMounted,
+    /// The path cannot name a container's cgroup.
+    #[error("the cgroup path {0:?} is not usable; it must be absolute, below the root, and without `..`")]
+    Path(PathBuf),
+    /// A limit's controller is not there.
+    #[error(
+        "the limit {limit} needs the cgroup controller `{controller}`, which this machine does not offer{reason}"
+    )]
+    NoController {
+        /// The controller's name.
+        controller: &'static str,
+        /// The spec's field.
+        limit: &'static str,
+        /// What is known about why, starting with `: `, or nothing.
+        reason: String,
+    },
+    /// A limit cannot be expressed on this machine.
+    #[error("the limit {limit} is not possible here: {reason}")]
+    Limit {
+        /// The spec's field, with its value.
+        limit: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// A device rule cannot be enforced.
+    #[error(transparent)]
+    DeviceRule(#[from] DeviceRuleError),
+    /// The kernel refused the device program.
+    #[error("cannot {action} the program that enforces linux.resources.devices; it needs CONFIG_CGROUP_BPF")]
+    DeviceProgram {
+        /// What was attempted.
+        action: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Processes or cgroups of somebody else are in it.
+    #[error("the cgroup {0} is in use already; is a container of this id still running?")]
+    InUse(PathBuf),
     /// A file or directory of the cgroup file system refused.
     #[error("cannot {action} {path}")]
     Io {
         /// What was attempted.
-        action: &'static str,
+        action: String,
         /// The file or directory.
         path: PathBuf,
         /// The kernel's answer.
-        source: std::io::Error,
+        source: io::Error,
     },
+}
+
+impl Layout {
+    /// Finds out how hierarchies are mounted.
+    pub fn detect() -> Result<Self, CgroupError> {
+        if files::is_cgroup2(Path::new(ROOT)) {
+            Ok(Self::V2)
+        } else if files::is_cgroup2(&Path::new(ROOT).join("unified")) {
+            Ok(Self::Hybrid)
+        } else if v1::any_hierarchy(Path::new(ROOT)) {
+            Ok(Self::V1)
+        } else {
+            Err(CgroupError::NotMounted)
+        }
+    }
 }
 
 /// One container's cgroup, in every hierarchy where it has one.
 #[derive(Debug)]
 pub struct Cgroup {
-    directories: Vec<PathBuf>,
+    /// Its directory in the v2 hierarchy.
+    unified: Option<PathBuf>,
+    /// Its directories in v1 hierarchies.
+    v1: Vec<v1::Directory>,
+    layout: Layout,
+}
+
+/// A hierarchy as a container's cgroup mount shows it.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct View<'a> {
+    /// The controllers of a v1 hierarchy, e.g. `cpu,cpuacct`; `None` for v2.
+    pub(crate) controllers: Option<&'a str>,
+    /// The container's own directory on the caller's side.
+    pub(crate) directory: &'a Path,
 }
 
 impl Cgroup {
-    /// The cgroup of this path (absolute within the hierarchy, e.g. `/cloche/ID`) as it exists now, in whichever
-    /// hierarchies it exists; possibly none.
+    /// Makes the cgroup of this path (absolute within the hierarchies), its parents included, and sets the
+    /// limits. If that fails, nothing but possibly parents is left.
+    pub fn create(path: &Path, resources: Option<&LinuxResources>) -> Result<Self, CgroupError> {
+        let limits = Limits::from_spec(resources)?;
+        let relative = relative(path)?;
+        let layout = Layout::detect()?;
+        let mut made = Self { unified: None, v1: Vec::new(), layout };
+        let result = made.fill(&relative, &limits);
+        if result.is_err() {
+            // The first failure is what the caller has to know.
+            let _ = removal::remove(made.paths());
+        }
+        result.map(|()| made)
+    }
+
+    fn fill(&mut self, relative: &Path, limits: &Limits) -> Result<(), CgroupError> {
+        match self.layout {
+            Layout::V2 => self.unified = Some(v2::create(Path::new(ROOT), relative, limits)?),
+            Layout::V1 | Layout::Hybrid => {
+                if self.layout == Layout::Hybrid {
+                    self.unified = Some(v2::create_bare(&Path::new(ROOT).join("unified"), relative)?);
+                }
+                v1::create(Path::new(ROOT), relative, limits, &mut self.v1)?;
+            }
+        }
+        self.apply_limits(limits)
+    }
+
+    /// Changes the limits of a running container. Limits that `resources` does not mention stay as they are.
+    /// The device policy of a running container cannot be changed.
+    pub fn apply(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
+        if resources.devices().as_ref().is_some_and(|rules| !rules.is_empty()) {
+            return Err(CgroupError::Limit {
+                limit: "linux.resources.devices".into(),
+                reason: "device rules are fixed when the container starts",
+            });
+        }
+        self.apply_limits(&Limits::from_spec(Some(resources))?)
+    }
+
+    fn apply_limits(&self, limits: &Limits) -> Result<(), CgroupError> {
+        match (self.layout, &self.unified) {
+            (Layout::V2, Some(unified)) => v2::apply(unified, limits),
+            _ => v1::apply(&self.v1, limits),
+        }
+    }
+
+    /// The cgroup of this path as it exists now, in whichever hierarchies it exists; possibly none. For cleaning
+    /// up after a process that was killed.
     pub fn open(path: &Path) -> Result<Self, CgroupError> {
-        let _ = path;
-        Ok(Self { directories: Vec::new() })
+        let relative = relative(path)?;
+        let layout = Layout::detect()?;
+        let unified = match layout {
+            Layout::V1 => None,
+            Layout::Hybrid => Some(Path::new(ROOT).join("unified").join(&relative)),
+            Layout::V2 => Some(Path::new(ROOT).join(&relative)),
+        };
+        let v1 = if layout == Layout::V2 { Vec::new() } else { v1::open(Path::new(ROOT), &relative) };
+        Ok(Self { unified: unified.filter(|unified| unified.is_dir()), v1, layout })
     }
 
     /// Its directories, one for each hierarchy.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
-        self.directories.iter().map(PathBuf::as_path)
+        self.unified.as_deref().into_iter().chain(self.v1.iter().map(v1::Directory::path))
+    }
+
+    /// The hierarchies that a cgroup mount in the container shows.
+    pub(crate) fn views(&self) -> impl Iterator<Item = View<'_>> {
+        let unified = self.unified.as_deref().map(|directory| View { controllers: None, directory });
+        let v1 = self.v1.iter().map(|v1| View { controllers: Some(v1.controllers()), directory: v1.path() });
+        unified.into_iter().chain(v1)
+    }
+
+    /// How hierarchies are laid out on this machine.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The v2 directory, for `CLONE_INTO_CGROUP`.
+    pub(crate) fn clone_target(&self) -> Result<Option<OwnedFd>, CgroupError> {
+        self.unified.as_deref().map(files::open_directory).transpose()
+    }
+
+    /// Whether a process has to be moved into v1 hierarchies with [`Cgroup::attach`] after `clone3`.
+    pub(crate) fn needs_attach(&self) -> bool {
+        !self.v1.is_empty()
+    }
+
+    /// Moves a process into the v1 directories.
+    pub(crate) fn attach(&self, pid: i32) -> Result<(), CgroupError> {
+        self.v1.iter().try_for_each(|v1| files::write(v1.path(), "cgroup.procs", &pid.to_string()))
+    }
+
+    /// On v1: an eventfd that becomes readable when the memory limit is hit. On v2 the kernel itself kills the
+    /// whole cgroup then (`memory.oom.group`).
+    pub(crate) fn oom_event(&self) -> Result<Option<OwnedFd>, CgroupError> {
+        v1::memory(&self.v1).map(v1::oom_event).transpose()
+    }
+
+    /// How many processes the kernel has killed because the memory limit was hit.
+    pub fn oom_kills(&self) -> u64 {
+        match (self.layout, &self.unified, v1::memory(&self.v1)) {
+            (Layout::V2, Some(unified), _) => files::read_field(unified, "memory.events", "oom_kill"),
+            (_, _, Some(memory)) => files::read_field(memory, "memory.oom_control", "oom_kill"),
+            _ => None,
+        }
+        .unwrap_or(0)
+    }
+
+    /// Highest memory use in bytes since it was made; `None` where the kernel does not tell (v2 before Linux 5.19,
+    /// or no memory controller).
+    pub fn memory_peak_bytes(&self) -> Option<u64> {
+        match (self.layout, &self.unified, v1::memory(&self.v1)) {
+            (Layout::V2, Some(unified), _) => files::read_number(unified, "memory.peak"),
+            (_, _, Some(memory)) => files::read_number(memory, "memory.max_usage_in_bytes"),
+            _ => None,
+        }
     }
 
     /// Kills every process in it and below it.
     pub fn kill_all(&self) -> Result<(), CgroupError> {
-        Ok(())
+        match &self.unified {
+            Some(unified) if unified.join("cgroup.kill").exists() => {
+                files::write(unified, "cgroup.kill", "1")
+            }
+            _ => self.paths().try_for_each(removal::kill_listed),
+        }
     }
 
-    /// Removes it and whatever is below it. It must be empty of processes, or emptying.
+    /// Removes it and whatever is below it. Waits for killed processes to be gone, but not for ever.
     pub fn delete(self) -> Result<(), CgroupError> {
-        Ok(())
+        removal::remove(self.paths())
+    }
+}
+
+/// The path below a hierarchy's root.
+fn relative(path: &Path) -> Result<PathBuf, CgroupError> {
+    let relative: Option<PathBuf> = path
+        .components()
+        .filter(|component| *component != Component::RootDir)
+        .map(|component| match component {
+            Component::Normal(name) => Some(name),
+            _ => None,
+        })
+        .collect();
+    relative
+        .filter(|relative| path.is_absolute() && !relative.as_os_str().is_empty())
+        .ok_or_else(|| CgroupError::Path(path.to_owned()))
+}
+
+/// Makes a container's directory in one hierarchy. An empty one of that name is a leftover whose limits are
+/// unknown, so it is made anew.
+fn make_leaf(directory: &Path) -> Result<(), CgroupError> {
+    let made = fs::create_dir(directory).or_else(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => fs::remove_dir(directory).and_then(|()| fs::create_dir(directory)),
+        _ => Err(error),
+    });
+    made.map_err(|source| match source.raw_os_error() {
+        Some(libc::EBUSY | libc::ENOTEMPTY) => CgroupError::InUse(directory.to_owned()),
+        _ => CgroupError::Io { action: "create".into(), path: directory.to_owned(), source },
+    })
+}
+
+/// Makes a directory between the root and a container's, if it is not there yet.
+fn make_parent(directory: &Path) -> Result<(), CgroupError> {
+    match fs::create_dir(directory) {
+        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+            Err(CgroupError::Io { action: "create".into(), path: directory.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relative_of_usable_paths_drops_the_root() {
+        assert_eq!(relative(Path::new("/cloche/a")).unwrap(), Path::new("cloche/a"));
+        assert_eq!(relative(Path::new("//cloche/./a/")).unwrap(), Path::new("cloche/a"));
+    }
+
+    #[test]
+    fn relative_of_paths_that_could_leave_the_hierarchy_is_refused() {
+        for path in ["", "/", "cloche/a", "/cloche/../a", "/..", "."] {
+            assert!(matches!(relative(Path::new(path)), Err(CgroupError::Path(_))), "{path:?}");
+        }
     }
 }

@@ -1,0 +1,163 @@
+//! The unified hierarchy: making a cgroup whose parents hand the needed controllers down, and its limits.
+
+use std::path::{Path, PathBuf};
+
+use super::{
+    CgroupError, device_bpf, files,
+    limits::{Limit, Limits},
+    make_leaf, make_parent,
+};
+
+/// Wanted for every container where they exist: for its peak memory, and so that out-of-memory is seen.
+const WANTED: [&str; 2] = ["memory", "pids"];
+
+/// Makes `relative` under `root` with the controllers that `limits` need.
+pub(super) fn create(root: &Path, relative: &Path, limits: &Limits) -> Result<PathBuf, CgroupError> {
+    let needed = limits.controllers();
+    let mut directory = root.to_owned();
+    let mut names = relative.iter().peekable();
+    while let Some(name) = names.next() {
+        enable(&directory, &needed)?;
+        directory.push(name);
+        if names.peek().is_some() {
+            make_parent(&directory)?;
+        } else {
+            make_leaf(&directory)?;
+        }
+    }
+    Ok(directory)
+}
+
+/// Makes `relative` under `root` without controllers.
+pub(super) fn create_bare(root: &Path, relative: &Path) -> Result<PathBuf, CgroupError> {
+    let directory = root.join(relative);
+    let parents: Vec<_> = directory.ancestors().skip(1).take_while(|parent| *parent != root).collect();
+    parents.into_iter().rev().try_for_each(make_parent)?;
+    make_leaf(&directory)?;
+    Ok(directory)
+}
+
+/// Hands controllers down to the children of `directory`.
+fn enable(directory: &Path, needed: &[(&'static str, &'static str)]) -> Result<(), CgroupError> {
+    let read = |file| {
+        files::read(directory, file).map_err(|source| CgroupError::Io {
+            action: "read".into(),
+            path: directory.join(file),
+            source,
+        })
+    };
+    let enabled = read("cgroup.subtree_control")?;
+    let is_in = |list: &str, controller: &str| list.split_whitespace().any(|listed| listed == controller);
+    let wanted =
+        WANTED.into_iter().filter(|wanted| !needed.iter().any(|(controller, _)| controller == wanted));
+    let missing = |controller: &&'static str| !is_in(&enabled, controller);
+    let missing_needed: Vec<_> =
+        needed.iter().copied().filter(|(controller, _)| missing(controller)).collect();
+    let missing_wanted: Vec<_> = wanted.filter(missing).collect();
+    if missing_needed.is_empty() && missing_wanted.is_empty() {
+        return Ok(());
+    }
+    let available = read("cgroup.controllers")?;
+    for (controller, limit) in missing_needed {
+        let refused = |reason| CgroupError::NoController { controller, limit, reason };
+        if !is_in(&available, controller) {
+            return Err(refused(format!(": {}/cgroup.controllers lacks it", directory.display())));
+        }
+        files::write(directory, "cgroup.subtree_control", &format!("+{controller}")).map_err(|error| {
+            match error {
+                // "No internal processes": only the real root may have both.
+                CgroupError::Io { source, .. } if source.raw_os_error() == Some(libc::EBUSY) => refused(
+                    format!(": {} has processes of its own; move them to a child", directory.display()),
+                ),
+                other => other,
+            }
+        })?;
+    }
+    for controller in missing_wanted.into_iter().filter(|controller| is_in(&available, controller)) {
+        // Nobody asked for it: without it, only statistics are missing.
+        let _ = files::write(directory, "cgroup.subtree_control", &format!("+{controller}"));
+    }
+    Ok(())
+}
+
+/// Sets the limits of the container's directory.
+pub(super) fn apply(directory: &Path, limits: &Limits) -> Result<(), CgroupError> {
+    if let Some(memory) = limits.memory {
+        files::write(directory, "memory.max", &memory.or_max())?;
+        // Hitting the limit ends the whole sandbox, not whichever of its processes the kernel picks.
+        files::write(directory, "memory.oom.group", "1")?;
+    }
+    if let Some(both) = limits.memory_and_swap {
+        set_swap(directory, limits.memory, both)?;
+    }
+    if let Some(reservation) = limits.memory_reservation {
+        files::write(directory, "memory.low", &reservation.or_max())?;
+    }
+    if let Some(shares) = limits.cpu_shares {
+        files::write(directory, "cpu.weight", &weight(shares).to_string())?;
+    }
+    match (limits.cpu_quota, limits.cpu_period) {
+        (None, None) => {}
+        (quota, None) => files::write(directory, "cpu.max", &quota.unwrap_or(Limit::Unlimited).or_max())?,
+        (quota, Some(period)) => {
+            let quota = quota.unwrap_or(Limit::Unlimited).or_max();
+            files::write(directory, "cpu.max", &format!("{quota} {period}"))?;
+        }
+    }
+    if let Some(cpus) = &limits.cpus {
+        files::write(directory, "cpuset.cpus", cpus)?;
+    }
+    if let Some(mems) = &limits.mems {
+        files::write(directory, "cpuset.mems", mems)?;
+    }
+    if let Some(pids) = limits.pids {
+        let written = files::write_if_present(directory, "pids.max", &pids.or_max())?;
+        // An unlimited number is what a cgroup without the controller has, too.
+        if !written && pids != Limit::Unlimited {
+            let reason = format!(": {} was made without it", directory.display());
+            return Err(CgroupError::NoController {
+                controller: "pids",
+                limit: "linux.resources.pids",
+                reason,
+            });
+        }
+    }
+    if let Some(devices) = &limits.devices {
+        device_bpf::attach(directory, devices)?;
+    }
+    limits.unified.iter().try_for_each(|(file, value)| files::write(directory, file, value))
+}
+
+/// v2 limits swap alone, the spec memory and swap together.
+fn set_swap(directory: &Path, memory: Option<Limit>, both: Limit) -> Result<(), CgroupError> {
+    let swap = match (memory, both) {
+        (Some(Limit::At(memory)), Limit::At(both)) => Limit::At(both.saturating_sub(memory)),
+        _ => Limit::Unlimited,
+    };
+    let written = files::write_if_present(directory, "memory.swap.max", &swap.or_max())?;
+    match swap {
+        // A kernel that does not account for swap can still keep to "none" or "any".
+        _ if written => Ok(()),
+        Limit::At(0) | Limit::Unlimited => Ok(()),
+        Limit::At(swap) => Err(CgroupError::Limit {
+            limit: format!("linux.resources.memory.swap ({swap} bytes of swap)"),
+            reason: "this kernel does not account for swap",
+        }),
+    }
+}
+
+/// v1's CPU shares, 2 to 262144, on v2's scale, 1 to 10000. The formula is the one of the runtime-spec's users
+/// (Kubernetes KEP-2254), so a container gets the same share from each of them.
+fn weight(shares: u64) -> u64 {
+    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weight_of_the_extremes_and_the_default_is_on_the_v2_scale() {
+        assert_eq!([0, 2, 1024, 262_144, u64::MAX].map(weight), [1, 1, 39, 10_000, 10_000]);
+    }
+}

@@ -1,0 +1,156 @@
+//! Device nodes and links in the container's `/dev`.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
+use rustix::{
+    fs::{AtFlags, FileType, Gid, Mode, Uid, chownat, makedev, mknodat, statat, symlinkat, unlinkat},
+    io::Errno,
+};
+
+use crate::mounts::paths::{self, Make, Symlinks};
+
+/// Why a device node or link could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The node cannot be made.
+    #[error("cannot make the device node {path}")]
+    Node {
+        /// Path in the container.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Something else has the node's name.
+    #[error("cannot make the device node {0}: the image has something else there")]
+    Occupied(PathBuf),
+    /// The numbers or the path are not possible.
+    #[error("the device {path} of linux.devices is not usable: {reason}")]
+    Invalid {
+        /// Path in the container.
+        path: PathBuf,
+        /// Why.
+        reason: &'static str,
+    },
+    /// The link cannot be made.
+    #[error("cannot link {path} to {target}")]
+    Link {
+        /// Path in the container.
+        path: PathBuf,
+        /// Where it leads.
+        target: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+struct Node {
+    path: PathBuf,
+    kind: FileType,
+    major: u32,
+    minor: u32,
+    mode: u32,
+    owner: Option<(u32, u32)>,
+}
+
+/// config-linux.md#default-devices. `/dev/console` belongs to terminals.
+const DEFAULT: [(&str, u32, u32); 6] = [
+    ("/dev/null", 1, 3),
+    ("/dev/zero", 1, 5),
+    ("/dev/full", 1, 7),
+    ("/dev/random", 1, 8),
+    ("/dev/urandom", 1, 9),
+    ("/dev/tty", 5, 0),
+];
+
+/// runtime-linux.md#dev-symbolic-links, and `/dev/ptmx` of config-linux.md#default-devices.
+const LINKS: [(&str, &str); 5] = [
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+    ("ptmx", "pts/ptmx"),
+];
+
+/// Makes the default nodes and those of the spec, and the links. The caller's umask must be 0.
+pub(crate) fn create(root: BorrowedFd<'_>, listed: &[LinuxDevice]) -> Result<(), DeviceError> {
+    for (path, major, minor) in DEFAULT {
+        let path = PathBuf::from(path);
+        // The spec's own entry for a default device says more: mode and owner.
+        if !listed.iter().any(|device| *device.path() == path) {
+            let kind = FileType::CharacterDevice;
+            make_node(root, &Node { path, kind, major, minor, mode: 0o666, owner: None })?;
+        }
+    }
+    for device in listed {
+        make_node(root, &node(device)?)?;
+    }
+    LINKS.into_iter().try_for_each(|(name, target)| make_link(root, name, target))
+}
+
+fn node(device: &LinuxDevice) -> Result<Node, DeviceError> {
+    let path = device.path().clone();
+    let invalid = |reason| DeviceError::Invalid { path: device.path().clone(), reason };
+    let kind = match device.typ() {
+        LinuxDeviceType::B => FileType::BlockDevice,
+        LinuxDeviceType::C | LinuxDeviceType::U => FileType::CharacterDevice,
+        LinuxDeviceType::P => FileType::Fifo,
+        LinuxDeviceType::A => return Err(invalid("the type must be b, c, u or p")),
+    };
+    let number = |number| u32::try_from(number).map_err(|_| invalid("a device number is out of range"));
+    let (major, minor) =
+        if kind == FileType::Fifo { (0, 0) } else { (number(device.major())?, number(device.minor())?) };
+    if !path.is_absolute() || path.file_name().is_none() {
+        return Err(invalid("the path must be absolute and name a file"));
+    }
+    // Some callers put the type's bits into the mode, too.
+    let mode = device.file_mode().unwrap_or(0o666) & 0o7777;
+    let owner = Some((device.uid().unwrap_or(0), device.gid().unwrap_or(0))).filter(|owner| *owner != (0, 0));
+    Ok(Node { path, kind, major, minor, mode, owner })
+}
+
+fn make_node(root: BorrowedFd<'_>, node: &Node) -> Result<(), DeviceError> {
+    let failed = |source| DeviceError::Node { path: node.path.clone(), source };
+    let errno_failed = |errno: Errno| failed(errno.into());
+    let (Some(parent), Some(name)) = (node.path.parent(), node.path.file_name()) else {
+        return Err(errno_failed(Errno::INVAL));
+    };
+    let directory = paths::open_or_make(root, parent, Symlinks::Follow, Make::Directory).map_err(failed)?;
+    let number = makedev(node.major, node.minor);
+    match mknodat(&directory, name, node.kind, Mode::from_raw_mode(node.mode), number) {
+        Err(Errno::EXIST) => {
+            let stat = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(errno_failed)?;
+            let same = FileType::from_raw_mode(stat.st_mode) == node.kind
+                && (node.kind == FileType::Fifo || stat.st_rdev == number);
+            if !same {
+                return Err(DeviceError::Occupied(node.path.clone()));
+            }
+        }
+        result => result.map_err(errno_failed)?,
+    }
+    if let Some((uid, gid)) = node.owner {
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        chownat(&directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(errno_failed)?;
+    }
+    Ok(())
+}
+
+fn make_link(root: BorrowedFd<'_>, name: &'static str, target: &'static str) -> Result<(), DeviceError> {
+    let failed = |source| DeviceError::Link { path: Path::new("/dev").join(name), target, source };
+    let directory =
+        paths::open_or_make(root, Path::new("/dev"), Symlinks::Follow, Make::Directory).map_err(failed)?;
+    let make = || symlinkat(target, directory.as_fd(), name);
+    let made = match make() {
+        // The image's ptmx would be the caller's multiplexer; the other links may well be the image's own.
+        Err(Errno::EXIST) if name == "ptmx" => {
+            unlinkat(&directory, name, AtFlags::empty()).and_then(|()| make())
+        }
+        Err(Errno::EXIST) => Ok(()),
+        result => result,
+    };
+    made.map_err(|errno| failed(errno.into()))
+}

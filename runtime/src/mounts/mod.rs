@@ -1,0 +1,335 @@
+//! The mounts that a spec lists.
+//!
+//! They are made after `pivot_root`, when no path can lead out of the container any more. What they need from the
+//! caller's side, the sources of bind mounts, is opened before ([`open_sources`]). Each mount is made unattached
+//! and gets all its properties before it appears at its destination.
+
+mod cgroups;
+mod options;
+pub(crate) mod paths;
+pub(crate) mod protect;
+
+use std::{
+    ffi::c_int,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::Mount as SpecMount;
+use rustix::{
+    fs::CWD,
+    io::Errno,
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
+        fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+    },
+};
+
+use crate::{
+    cgroup::Cgroup,
+    namespaces::Namespaces,
+    syscalls::{MountAttr, mount_setattr},
+};
+pub use options::OptionError;
+use options::{ATTR_RDONLY, Bind, Options, Propagation};
+use paths::{Make, Symlinks};
+
+/// Why a mount could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// An option cannot be honoured.
+    #[error("cannot mount {destination}")]
+    Option {
+        /// Path in the container.
+        destination: PathBuf,
+        /// The option.
+        source: OptionError,
+    },
+    /// The mount is not described well.
+    #[error("cannot mount {destination}: {reason}")]
+    Invalid {
+        /// Path in the container.
+        destination: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The source of a bind mount cannot be used.
+    #[error("cannot bind {origin} to {destination}: the source")]
+    Source {
+        /// Path on the caller's side.
+        origin: PathBuf,
+        /// Path in the container.
+        destination: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The mount failed.
+    #[error("cannot mount {what} at {destination}: {step}")]
+    Mount {
+        /// The file system's type, or `bind`.
+        what: String,
+        /// Path in the container.
+        destination: PathBuf,
+        /// What was attempted, with the kernel's explanation if it gave one.
+        step: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A path could not be masked or made read-only.
+    #[error("cannot {action} {path}")]
+    Protect {
+        /// What was attempted.
+        action: &'static str,
+        /// Path in the container.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// One mount of the spec, understood.
+#[derive(Debug)]
+pub(crate) struct Mount {
+    destination: PathBuf,
+    kind: Kind,
+    options: Options,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Bind {
+        origin: PathBuf,
+        extent: Bind,
+    },
+    /// The container's view of its cgroups, whatever the machine's cgroup version is.
+    Cgroup,
+    FileSystem {
+        name: String,
+        source: String,
+    },
+}
+
+/// File systems of the kernel's own: instances may be shared with the caller, so `ro` is a matter of this mount
+/// only; and they must be where their path says, since masked paths are protected by that path.
+const KERNEL_OWN: [&str; 10] =
+    ["proc", "sysfs", "cgroup", "cgroup2", "mqueue", "devpts", "debugfs", "tracefs", "securityfs", "bpf"];
+
+impl Mount {
+    /// Reads one entry of the spec's `mounts`.
+    pub(crate) fn from_spec(mount: &SpecMount) -> Result<Self, MountError> {
+        let destination = mount.destination().clone();
+        let invalid = |reason| MountError::Invalid { destination: destination.clone(), reason };
+        if destination.parent().is_none() || !destination.has_root() {
+            return Err(invalid("the destination must be an absolute path other than /"));
+        }
+        let listed = mount.options().as_deref().unwrap_or_default();
+        let of_option = |source| MountError::Option { destination: destination.clone(), source };
+        let options = options::parse(listed).map_err(of_option)?;
+        let source = mount.source().as_deref();
+        let kind = match (options.bind, mount.typ().as_deref()) {
+            (Some(_), _) | (None, Some("bind")) => {
+                options.check_for_bind().map_err(of_option)?;
+                let origin = source.filter(|source| source.is_absolute());
+                let origin =
+                    origin.ok_or_else(|| invalid("the source of a bind must be an absolute path"))?;
+                Kind::Bind { origin: origin.to_owned(), extent: options.bind.unwrap_or(Bind::Alone) }
+            }
+            (None, Some("cgroup" | "cgroup2")) => Kind::Cgroup,
+            (None, Some(name)) if !name.is_empty() => Kind::FileSystem {
+                name: name.to_owned(),
+                source: source.unwrap_or(Path::new(name)).to_string_lossy().into_owned(),
+            },
+            _ => return Err(invalid("it has neither a type nor the option bind")),
+        };
+        Ok(Self { destination, kind, options })
+    }
+
+    pub(crate) fn destination(&self) -> &Path {
+        &self.destination
+    }
+
+    pub(crate) fn is_bind(&self) -> bool {
+        matches!(self.kind, Kind::Bind { .. })
+    }
+
+    fn failed(&self, step: impl Into<String>) -> impl FnOnce(io::Error) -> MountError {
+        let what = match &self.kind {
+            Kind::Bind { origin, .. } => origin.display().to_string(),
+            Kind::Cgroup => "cgroup".into(),
+            Kind::FileSystem { name, .. } => name.clone(),
+        };
+        let (destination, step) = (self.destination.clone(), step.into());
+        |source| MountError::Mount { what, destination, step, source }
+    }
+}
+
+/// Mounts cloned from the caller's side, by position in the spec.
+#[derive(Debug)]
+pub(crate) struct Sources {
+    binds: Vec<Option<OwnedFd>>,
+    cgroups: Vec<OwnedFd>,
+}
+
+/// Opens what the mounts need from the caller's side.
+pub(crate) fn open_sources(
+    mounts: &[Mount],
+    namespaces: &Namespaces,
+    cgroup: &Cgroup,
+) -> Result<Sources, MountError> {
+    let mut sources = Sources { binds: Vec::new(), cgroups: Vec::new() };
+    for mount in mounts {
+        let source = match &mount.kind {
+            Kind::Bind { origin, extent } => {
+                Some(clone_tree(CWD, origin, *extent).map_err(|errno| MountError::Source {
+                    origin: origin.clone(),
+                    destination: mount.destination.clone(),
+                    source: errno.into(),
+                })?)
+            }
+            // Without a namespace of its own, a new mount would show the caller's whole hierarchy.
+            Kind::Cgroup if !namespaces.has_cgroup() && sources.cgroups.is_empty() => {
+                for view in cgroup.views() {
+                    let tree = clone_tree(CWD, view.directory, Bind::Alone);
+                    let tree =
+                        tree.map_err(io::Error::from).map_err(mount.failed("clone the cgroup directory"));
+                    sources.cgroups.push(tree?);
+                }
+                None
+            }
+            _ => None,
+        };
+        sources.binds.push(source);
+    }
+    Ok(sources)
+}
+
+/// Makes the mounts in their order. `before_cgroups` is called before the first cgroup mount, when the process must
+/// be in its cgroups and their namespace.
+pub(crate) fn mount_all(
+    root: BorrowedFd<'_>,
+    mounts: &[Mount],
+    sources: Sources,
+    cgroup: &Cgroup,
+    mut before_cgroups: impl FnMut() -> Result<(), io::Error>,
+) -> Result<(), MountError> {
+    for (mount, source) in mounts.iter().zip(sources.binds) {
+        match (&mount.kind, source) {
+            (Kind::Bind { .. }, Some(tree)) => attach_bind(root, mount, tree.as_fd())?,
+            (Kind::FileSystem { name, source }, _) => {
+                let made =
+                    make(name, source, &mount.options).map_err(|(step, error)| mount.failed(step)(error))?;
+                let symlinks =
+                    if name == "proc" || name == "sysfs" { Symlinks::Refuse } else { Symlinks::Follow };
+                attach(root, mount, made.as_fd(), symlinks, Make::Directory)?;
+            }
+            (Kind::Cgroup, _) => {
+                before_cgroups().map_err(mount.failed("enter the cgroup"))?;
+                cgroups::mount(root, mount, cgroup, &sources.cgroups)?;
+            }
+            (Kind::Bind { .. }, None) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Clones a mount, and those below it if asked for, without attaching it anywhere.
+fn clone_tree(at: BorrowedFd<'_>, path: &Path, extent: Bind) -> Result<OwnedFd, Errno> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if extent == Bind::WithSubmounts {
+        flags |= OpenTreeFlags::from_bits_retain(libc::AT_RECURSIVE as u32);
+    }
+    if path.as_os_str().is_empty() {
+        flags |= OpenTreeFlags::AT_EMPTY_PATH;
+    }
+    open_tree(at, path, flags)
+}
+
+fn attach_bind(root: BorrowedFd<'_>, mount: &Mount, tree: BorrowedFd<'_>) -> Result<(), MountError> {
+    let is_directory =
+        paths::is_directory(tree).map_err(|errno| mount.failed("stat the source")(errno.into()))?;
+    let make = if is_directory { Make::Directory } else { Make::EmptyFile };
+    for (attr, recursive) in [(mount.options.attr, false), (mount.options.recursive_attr, true)] {
+        if !attr.is_noop() {
+            mount_setattr(tree, recursive, attr).map_err(mount.failed("set its options"))?;
+        }
+    }
+    attach(root, mount, tree, Symlinks::Follow, make)
+}
+
+/// Attaches a mount at its destination, which is made if it is missing, and sets its propagation.
+fn attach(
+    root: BorrowedFd<'_>,
+    mount: &Mount,
+    made: BorrowedFd<'_>,
+    symlinks: Symlinks,
+    make: Make,
+) -> Result<(), MountError> {
+    let target = paths::open_or_make(root, &mount.destination, symlinks, make).map_err(|error| {
+        let step = match error.raw_os_error() {
+            Some(libc::ELOOP) => "find the mount point, which must not be a symbolic link",
+            _ => "find or make the mount point",
+        };
+        mount.failed(step)(error)
+    })?;
+    attach_at(made, target.as_fd()).map_err(|errno| mount.failed("attach it")(errno.into()))?;
+    for Propagation { kind, recursive } in &mount.options.propagation {
+        mount_setattr(made, *recursive, MountAttr::propagating(*kind))
+            .map_err(mount.failed("set its propagation"))?;
+    }
+    Ok(())
+}
+
+fn attach_at(made: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<(), Errno> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(made, "", target, "", flags)
+}
+
+/// Makes a file system, unattached. An error says at which step, and what the kernel said about it.
+fn make(name: &str, source: &str, options: &Options) -> Result<OwnedFd, (String, io::Error)> {
+    let context = fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC)
+        .map_err(|errno| ("ask the kernel for this file system".to_owned(), errno.into()))?;
+    let configured = configure(&context, name, source, options);
+    let attr = options.attr.set as c_int as u32;
+    configured
+        .and_then(|()| {
+            let attr = MountAttrFlags::from_bits_retain(attr);
+            let made = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attr);
+            made.map_err(|errno| ("make the mount".to_owned(), errno.into()))
+        })
+        .map_err(|(step, error)| match explanation(&context) {
+            Some(explanation) => (format!("{step}: {explanation}"), error),
+            None => (step, error),
+        })
+}
+
+fn configure(
+    context: &OwnedFd,
+    name: &str,
+    source: &str,
+    options: &Options,
+) -> Result<(), (String, io::Error)> {
+    let set = |key: &str, value: Option<&str>| {
+        let result = match value {
+            Some(value) => fsconfig_set_string(context, key, value),
+            None => fsconfig_set_flag(context, key),
+        };
+        result.map_err(|errno| (format!("set the option {key:?}"), errno.into()))
+    };
+    set("source", Some(source))?;
+    if options.is_readonly() && !KERNEL_OWN.contains(&name) {
+        set("ro", None)?;
+    }
+    for datum in &options.data {
+        set(&datum.key, datum.value.as_deref())?;
+    }
+    fsconfig_create(context).map_err(|errno| ("create it".to_owned(), errno.into()))
+}
+
+/// What the file system itself says about a failure (`e file-system: message`).
+fn explanation(context: &OwnedFd) -> Option<String> {
+    let mut message = [0; 256];
+    let length = rustix::io::read(context, &mut message).ok()?;
+    let message = String::from_utf8_lossy(message.get(..length)?);
+    message.strip_prefix("e ").map(|message| message.trim().to_owned())
+}

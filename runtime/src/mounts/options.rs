@@ -1,0 +1,213 @@
+//! The options of a spec's mount: flags of mount(8), propagation, and what is the file system's own business.
+
+use crate::syscalls::MountAttr;
+
+// `linux/mount.h`.
+pub(super) const ATTR_RDONLY: u64 = 0x01;
+const ATTR_NOSUID: u64 = 0x02;
+const ATTR_NODEV: u64 = 0x04;
+const ATTR_NOEXEC: u64 = 0x08;
+const ATTR_ATIME_MASK: u64 = 0x70;
+const ATTR_NOATIME: u64 = 0x10;
+const ATTR_STRICTATIME: u64 = 0x20;
+const ATTR_NODIRATIME: u64 = 0x80;
+const ATTR_NOSYMFOLLOW: u64 = 0x20_0000;
+
+/// What the options of one mount ask for.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Options {
+    /// For bind mounts: whether mounts below the source come along.
+    pub(super) bind: Option<Bind>,
+    /// Properties of the mount itself.
+    pub(super) attr: MountAttr,
+    /// Properties of the mount and all below it.
+    pub(super) recursive_attr: MountAttr,
+    /// `MS_SHARED` and the like; several are applied in turn (`slave` and then `shared`).
+    pub(super) propagation: Vec<Propagation>,
+    /// Given to the file system.
+    pub(super) data: Vec<Datum>,
+}
+
+/// How much of the source a bind mount takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Bind {
+    Alone,
+    WithSubmounts,
+}
+
+/// A propagation type (`MS_…`), for one mount or for all below it, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Propagation {
+    pub(super) kind: u64,
+    pub(super) recursive: bool,
+}
+
+/// A parameter of the file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Datum {
+    pub(super) key: String,
+    pub(super) value: Option<String>,
+}
+
+/// An option that cannot be honoured; why.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("option {option:?} {reason}")]
+pub struct OptionError {
+    option: String,
+    reason: &'static str,
+}
+
+/// Options for a whole file system, which the generic mount code understands as parameters by these names.
+const SUPERBLOCK: [&str; 8] =
+    ["sync", "async", "dirsync", "lazytime", "nolazytime", "mand", "nomand", "iversion"];
+
+/// Options that other runtimes give a meaning of their own.
+const UNSUPPORTED: [&str; 6] = ["remount", "tmpcopyup", "idmap", "ridmap", "copy-symlink", "noiversion"];
+
+pub(super) fn parse(options: &[String]) -> Result<Options, OptionError> {
+    let mut parsed = Options::default();
+    for option in options {
+        let refuse = |reason| Err(OptionError { option: option.clone(), reason });
+        if let Some((set, clear)) = attribute(option) {
+            change(&mut parsed.attr, set, clear);
+        } else if let Some((set, clear)) = option.strip_prefix('r').and_then(attribute) {
+            change(&mut parsed.recursive_attr, set, clear);
+        } else if let Some(propagation) = propagation(option) {
+            parsed.propagation.push(propagation);
+        } else if UNSUPPORTED.contains(&option.as_str()) {
+            return refuse("is not supported yet");
+        } else {
+            match option.as_str() {
+                "bind" => parsed.bind = parsed.bind.or(Some(Bind::Alone)),
+                "rbind" => parsed.bind = Some(Bind::WithSubmounts),
+                // What one gets anyway.
+                "defaults" | "norelatime" | "nostrictatime" | "silent" | "loud" | "" => {}
+                option => {
+                    let (key, value) = match option.split_once('=') {
+                        Some((key, value)) => (key, Some(value.to_owned())),
+                        None => (option, None),
+                    };
+                    parsed.data.push(Datum { key: key.to_owned(), value });
+                }
+            }
+        }
+    }
+    Ok(parsed)
+}
+
+impl Options {
+    /// A bind mount has no file system to give parameters to, and shares the flags of a whole file system.
+    pub(super) fn check_for_bind(&self) -> Result<(), OptionError> {
+        let Some(datum) = self.data.first() else { return Ok(()) };
+        let reason = if SUPERBLOCK.contains(&datum.key.as_str()) {
+            "concerns a whole file system, and cannot be changed by a bind mount"
+        } else {
+            "means nothing for a bind mount"
+        };
+        Err(OptionError { option: datum.key.clone(), reason })
+    }
+
+    pub(super) fn is_readonly(&self) -> bool {
+        self.attr.set & ATTR_RDONLY != 0
+    }
+}
+
+/// A later option overrides an earlier one.
+fn change(attr: &mut MountAttr, set: u64, clear: u64) {
+    attr.set = attr.set & !clear | set;
+    // The kernel wants the access-time field cleared whenever it is set (mount_setattr(2)).
+    attr.clear = attr.clear & !set | clear;
+    if set & ATTR_ATIME_MASK != 0 {
+        attr.clear |= ATTR_ATIME_MASK;
+    }
+}
+
+/// Attributes to set and to clear.
+fn attribute(option: &str) -> Option<(u64, u64)> {
+    Some(match option {
+        "ro" => (ATTR_RDONLY, 0),
+        "rw" => (0, ATTR_RDONLY),
+        "nosuid" => (ATTR_NOSUID, 0),
+        "suid" => (0, ATTR_NOSUID),
+        "nodev" => (ATTR_NODEV, 0),
+        "dev" => (0, ATTR_NODEV),
+        "noexec" => (ATTR_NOEXEC, 0),
+        "exec" => (0, ATTR_NOEXEC),
+        "nodiratime" => (ATTR_NODIRATIME, 0),
+        "diratime" => (0, ATTR_NODIRATIME),
+        "nosymfollow" => (ATTR_NOSYMFOLLOW, 0),
+        "symfollow" => (0, ATTR_NOSYMFOLLOW),
+        "noatime" => (ATTR_NOATIME, ATTR_ATIME_MASK),
+        "strictatime" => (ATTR_STRICTATIME, ATTR_ATIME_MASK),
+        // The kernel's default, whose value is 0.
+        "relatime" | "atime" => (0, ATTR_ATIME_MASK),
+        _ => return None,
+    })
+}
+
+fn propagation(option: &str) -> Option<Propagation> {
+    let of = |name| {
+        Some(match name {
+            "shared" => libc::MS_SHARED,
+            "slave" => libc::MS_SLAVE,
+            "private" => libc::MS_PRIVATE,
+            "unbindable" => libc::MS_UNBINDABLE,
+            _ => return None,
+        })
+    };
+    match of(option) {
+        Some(kind) => Some(Propagation { kind, recursive: false }),
+        None => option.strip_prefix('r').and_then(of).map(|kind| Propagation { kind, recursive: true }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(options: &str) -> Options {
+        parse(&options.split(',').map(str::to_owned).collect::<Vec<_>>()).unwrap()
+    }
+
+    #[test]
+    fn options_of_a_tmpfs_are_split_into_attributes_and_data() {
+        let options = parsed("nosuid,strictatime,mode=755,size=65536k,noswap");
+        assert_eq!(options.attr.set, ATTR_NOSUID | ATTR_STRICTATIME);
+        assert_eq!(options.attr.clear, ATTR_ATIME_MASK);
+        let datum =
+            |key: &str, value: Option<&str>| Datum { key: key.into(), value: value.map(str::to_owned) };
+        assert_eq!(
+            options.data,
+            [datum("mode", Some("755")), datum("size", Some("65536k")), datum("noswap", None)]
+        );
+        assert_eq!(options.bind, None);
+    }
+
+    #[test]
+    fn later_option_overrides_the_earlier() {
+        let options = parsed("ro,rw,exec,noexec,noatime,relatime");
+        assert_eq!(options.attr.set, ATTR_NOEXEC);
+        assert_eq!(options.attr.clear, ATTR_RDONLY | ATTR_ATIME_MASK);
+        assert!(!options.is_readonly());
+        assert_eq!(parsed("rbind,bind").bind, Some(Bind::WithSubmounts));
+    }
+
+    #[test]
+    fn options_with_r_apply_recursively_and_relatime_is_not_one_of_them() {
+        let options = parsed("rbind,rro,rnosuid,relatime,rprivate");
+        assert_eq!(options.recursive_attr.set, ATTR_RDONLY | ATTR_NOSUID);
+        assert_eq!(options.attr.set, 0);
+        assert_eq!(options.propagation, [Propagation { kind: libc::MS_PRIVATE, recursive: true }]);
+        assert!(options.data.is_empty());
+    }
+
+    #[test]
+    fn options_that_cannot_be_honoured_are_refused_by_name() {
+        let refused = |option: &str| parse(&[option.to_owned()]).unwrap_err().to_string();
+        assert_eq!(refused("tmpcopyup"), "option \"tmpcopyup\" is not supported yet");
+        let error = parsed("bind,size=1m").check_for_bind().unwrap_err().to_string();
+        assert_eq!(error, "option \"size\" means nothing for a bind mount");
+        assert!(parsed("bind,sync").check_for_bind().is_err());
+        assert!(parsed("rbind,ro,rslave").check_for_bind().is_ok());
+    }
+}

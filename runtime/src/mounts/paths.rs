@@ -1,0 +1,90 @@
+//! Paths inside the container's root. The image and, through shared volumes, other containers choose what is
+//! there, so a path is resolved once, by the kernel, without leaving the root and without magic links such as
+//! `/proc/self/fd/N`; whatever is done then is done to the descriptor, not to the name again.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Component, Path, PathBuf},
+};
+
+use rustix::{
+    fs::{FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, mknodat, openat2},
+    io::Errno,
+};
+
+/// Whether symbolic links may lead to the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Symlinks {
+    /// As far as they stay inside the root.
+    Follow,
+    /// Not at all.
+    Refuse,
+}
+
+/// What to make where nothing is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Make {
+    Directory,
+    EmptyFile,
+}
+
+/// Opens a file of the container, for use as a place only (`O_PATH`).
+pub(crate) fn open(root: BorrowedFd<'_>, path: &Path, symlinks: Symlinks) -> Result<OwnedFd, Errno> {
+    /// The kernel gives up with EAGAIN if something on the path is renamed meanwhile.
+    const ATTEMPTS: u32 = 32;
+    let mut resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    if symlinks == Symlinks::Refuse {
+        resolve |= ResolveFlags::NO_SYMLINKS;
+    }
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    for _ in 1..ATTEMPTS {
+        match openat2(root, path, flags, Mode::empty(), resolve) {
+            Err(Errno::AGAIN) => {}
+            result => return result,
+        }
+    }
+    openat2(root, path, flags, Mode::empty(), resolve)
+}
+
+/// Opens a file of the container, and makes it and the directories above it where they are missing.
+pub(crate) fn open_or_make(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    symlinks: Symlinks,
+    make: Make,
+) -> io::Result<OwnedFd> {
+    match open(root, path, symlinks) {
+        Err(Errno::NOENT) => {}
+        result => return Ok(result?),
+    }
+    let mut reached = PathBuf::from("/");
+    let mut directory = open(root, &reached, symlinks)?;
+    let mut names = path.components().filter(|name| matches!(name, Component::Normal(_))).peekable();
+    while let Some(name) = names.next() {
+        reached.push(name);
+        directory = match open(root, &reached, symlinks) {
+            Err(Errno::NOENT) => {
+                let name: &Path = name.as_ref();
+                let made = match make {
+                    Make::EmptyFile if names.peek().is_none() => {
+                        mknodat(&directory, name, FileType::RegularFile, Mode::from_raw_mode(0o644), 0)
+                    }
+                    _ => mkdirat(&directory, name, Mode::from_raw_mode(0o755)),
+                };
+                match made {
+                    // What exists and yet leads nowhere is a dangling symbolic link, or somebody was faster.
+                    Ok(()) | Err(Errno::EXIST) => open(root, &reached, symlinks)?,
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            result => result?,
+        };
+    }
+    Ok(directory)
+}
+
+/// Whether the descriptor is of a directory.
+pub(crate) fn is_directory(file: impl AsFd) -> Result<bool, Errno> {
+    Ok(FileType::from_raw_mode(fstat(file)?.st_mode) == FileType::Directory)
+}

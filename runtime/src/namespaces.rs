@@ -1,0 +1,106 @@
+//! Which namespaces the container's process gets: new ones from `clone3`, existing ones by `setns`.
+
+use std::{fs::File, io, os::fd::AsFd, path::PathBuf};
+
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// The namespaces that a spec asks for.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Namespaces {
+    /// `CLONE_NEW…` flags of those to be made by `clone3`.
+    pub(crate) clone_flags: u64,
+    /// Whether to make a cgroup namespace once the process is in its cgroup, which becomes the namespace's root.
+    pub(crate) new_cgroup: bool,
+    /// Whether the network namespace is new, and so lacks even a loopback interface that is up.
+    pub(crate) new_network: bool,
+    /// Those to join.
+    pub(crate) joined: Vec<Joined>,
+}
+
+/// A namespace that exists already.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Joined {
+    kind: LinuxNamespaceType,
+    path: PathBuf,
+}
+
+/// Why a namespace could not be entered.
+#[derive(Debug, thiserror::Error)]
+pub enum NamespaceError {
+    /// `setns` failed, or the file is not there.
+    #[error("cannot join the {kind} namespace {path}")]
+    Join {
+        /// The kind of namespace.
+        kind: LinuxNamespaceType,
+        /// Its file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// `unshare` failed.
+    #[error("cannot make a cgroup namespace")]
+    Cgroup(#[source] io::Error),
+}
+
+impl Namespaces {
+    /// Reads a list that `spec_check` has passed.
+    pub(crate) fn from_spec(listed: &[LinuxNamespace]) -> Self {
+        let mut namespaces = Self::default();
+        for namespace in listed {
+            let kind = namespace.typ();
+            match namespace.path() {
+                Some(path) => namespaces.joined.push(Joined { kind, path: path.clone() }),
+                None if kind == LinuxNamespaceType::Cgroup => namespaces.new_cgroup = true,
+                None => {
+                    // The enumeration's values are the kernel's flags.
+                    namespaces.clone_flags |= kind as u64;
+                    namespaces.new_network |= kind == LinuxNamespaceType::Network;
+                }
+            }
+        }
+        namespaces
+    }
+
+    /// Whether the container sees its cgroup as the root of the hierarchy.
+    pub(crate) fn has_cgroup(&self) -> bool {
+        self.new_cgroup || self.joined.iter().any(|joined| joined.kind == LinuxNamespaceType::Cgroup)
+    }
+
+    /// The PID namespace to join. `setns` puts only later children there, so the parent has to do it.
+    pub(crate) fn joined_pid(&self) -> Option<&Joined> {
+        self.joined.iter().find(|joined| joined.kind == LinuxNamespaceType::Pid)
+    }
+
+    /// Joins all but the PID namespace.
+    pub(crate) fn join(&self) -> Result<(), NamespaceError> {
+        self.joined.iter().filter(|joined| joined.kind != LinuxNamespaceType::Pid).try_for_each(Joined::join)
+    }
+
+    /// Makes the cgroup namespace, if one is asked for.
+    pub(crate) fn unshare_cgroup(&self) -> Result<(), NamespaceError> {
+        if !self.new_cgroup {
+            return Ok(());
+        }
+        crate::syscalls::unshare_cgroup_namespace().map_err(NamespaceError::Cgroup)
+    }
+}
+
+impl Joined {
+    /// Joins it.
+    pub(crate) fn join(&self) -> Result<(), NamespaceError> {
+        let kind = match self.kind {
+            LinuxNamespaceType::Mount => LinkNameSpaceType::Mount,
+            LinuxNamespaceType::Cgroup => LinkNameSpaceType::ControlGroup,
+            LinuxNamespaceType::Uts => LinkNameSpaceType::HostNameAndNISDomainName,
+            LinuxNamespaceType::Ipc => LinkNameSpaceType::InterProcessCommunication,
+            LinuxNamespaceType::User => LinkNameSpaceType::User,
+            LinuxNamespaceType::Pid => LinkNameSpaceType::ProcessID,
+            LinuxNamespaceType::Network => LinkNameSpaceType::Network,
+            LinuxNamespaceType::Time => LinkNameSpaceType::Time,
+        };
+        File::open(&self.path)
+            .and_then(|file| Ok(move_into_link_name_space(file.as_fd(), Some(kind))?))
+            .map_err(|source| NamespaceError::Join { kind: self.kind, path: self.path.clone(), source })
+    }
+}

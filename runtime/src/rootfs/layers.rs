@@ -1,0 +1,129 @@
+//! A root file system of EROFS layers under a writable overlay, whose upper layer is a tmpfs.
+
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{CWD, Mode, OFlags, mkdirat, openat},
+    io::Errno,
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create,
+        fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount as mount_classic, move_mount,
+    },
+    process::fchdir,
+};
+
+use super::{RootfsError, cover_root};
+use crate::syscalls;
+
+/// Mounts the layers, bottom first, and the overlay over them. Leaves the working directory in the base mount.
+pub(super) fn mount(lowers: &[PathBuf], upper_bytes: Option<u64>) -> Result<OwnedFd, RootfsError> {
+    if lowers.is_empty() {
+        return Err(RootfsError::NoLayers);
+    }
+    let failed = |action| {
+        move |errno: Errno| RootfsError::Overlay { action, layers: lowers.len(), source: errno.into() }
+    };
+    // Layers are found through the caller's root, which the base is about to cover, but not to replace.
+    let layers = lowers.iter().map(|path| mount_layer(path)).collect::<Result<Vec<_>, _>>()?;
+    let base = tmpfs(upper_bytes).map_err(failed("make a tmpfs"))?;
+    cover_root(base.as_fd()).map_err(failed("attach the tmpfs"))?;
+    // What overlayfs looks up by name is relative, so that hundreds of layers fit the page that mount(2) takes.
+    fchdir(&base).map_err(failed("change to the tmpfs"))?;
+    let directory = |name: &str| {
+        mkdirat(&base, name, Mode::from_raw_mode(0o755)).map_err(failed("make directories in the tmpfs"))
+    };
+    for (number, layer) in layers.iter().enumerate() {
+        let name = number.to_string();
+        directory(&name)?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(layer, "", &base, name.as_str(), flags).map_err(failed("attach a layer"))?;
+    }
+    ["upper", "work", "root"].into_iter().try_for_each(directory)?;
+    let options = overlay_options(layers.len()).map_err(|_| failed("name the layers")(Errno::INVAL))?;
+    mount_classic("overlay", "root", "overlay", MountFlags::empty(), options.as_c_str())
+        .map_err(failed("mount an overlay"))?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, "root", flags, Mode::empty()).map_err(failed("open the root"))
+}
+
+/// overlayfs wants the top layer first.
+fn overlay_options(layers: usize) -> Result<CString, std::ffi::NulError> {
+    let lowers: Vec<_> = (0..layers).rev().map(|number| number.to_string()).collect();
+    CString::new(format!("lowerdir={},upperdir=upper,workdir=work", lowers.join(":")))
+}
+
+fn tmpfs(size_bytes: Option<u64>) -> Result<OwnedFd, Errno> {
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "mode", "755")?;
+    if let Some(size) = size_bytes {
+        fsconfig_set_string(&context, "size", size.to_string())?;
+    }
+    fsconfig_create(&context)?;
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+}
+
+/// Mounts one layer, unattached: a block device or, from Linux 6.12, an image file as it is, and what the kernel
+/// cannot read that way (older kernels, files on tmpfs) through a loop device.
+fn mount_layer(path: &Path) -> Result<OwnedFd, RootfsError> {
+    let failed = |how, source| RootfsError::Layer { path: path.to_owned(), how, source };
+    match erofs(path) {
+        Ok(mount) => Ok(mount),
+        Err(Errno::NOTBLK | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) if path.is_file() => {
+            let (device_path, device) =
+                loop_device(path).map_err(|source| failed(" through a loop device", source))?;
+            let mount =
+                erofs(&device_path).map_err(|errno| failed(" through a loop device", errno.into()))?;
+            // From here on the mount keeps the device bound.
+            drop(device);
+            Ok(mount)
+        }
+        Err(errno) => Err(failed("", errno.into())),
+    }
+}
+
+fn erofs(source: &Path) -> Result<OwnedFd, Errno> {
+    let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "source", source)?;
+    fsconfig_set_flag(&context, "ro")?;
+    fsconfig_create(&context)?;
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY)
+}
+
+/// Binds a file to a free loop device. It stays bound as long as the returned descriptor or a mount needs it.
+fn loop_device(file: &Path) -> io::Result<(PathBuf, OwnedFd)> {
+    /// Another process may take the free device first, again and again, but not for ever.
+    const ATTEMPTS: u32 = 64;
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = openat(CWD, file, flags, Mode::empty())?;
+    let control = openat(CWD, "/dev/loop-control", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    for _ in 0..ATTEMPTS {
+        let path = PathBuf::from(format!("/dev/loop{}", syscalls::loop_get_free(control.as_fd())?));
+        let device = openat(CWD, &path, flags, Mode::empty())?;
+        match syscalls::loop_configure(device.as_fd(), file.as_fd()) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            result => return result.map(|()| (path, device)),
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EBUSY))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlay_options_of_three_layers_name_the_top_first() {
+        let options = overlay_options(3).unwrap();
+        assert_eq!(options.to_str().unwrap(), "lowerdir=2:1:0,upperdir=upper,workdir=work");
+    }
+
+    #[test]
+    fn overlay_options_of_the_kernels_most_layers_fit_a_page() {
+        assert!(overlay_options(500).unwrap().as_bytes_with_nul().len() < 4096);
+    }
+}

@@ -1,0 +1,199 @@
+//! Seccomp policies: from the runtime spec's `linux.seccomp` to a BPF program in the kernel.
+//!
+//! ```text
+//!  LinuxSeccomp ──resolve──▶ one Decision for each syscall number ──bpf::assemble──▶ instructions
+//! ```
+//!
+//! Rules of one call are OR'ed, the comparisons within a rule AND'ed. If several matching rules have different
+//! actions, the strictest counts, whatever their order: kill process, kill thread, trap, errno, trace, log,
+//! allow. That is also how the kernel combines filters (seccomp(2)).
+//!
+//! Only x86_64 calls get through: a 32-bit (i386) call kills the process, and an x32 call fails with ENOSYS
+//! unless the default action kills. Other architectures that the policy lists are therefore never let in, and
+//! listing them asks for nothing that could be lost but their use.
+
+mod bpf;
+mod syscall_table;
+
+use std::{collections::BTreeMap, io};
+
+use oci_spec::runtime::{
+    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
+};
+
+use crate::syscalls;
+use bpf::{Comparison, Condition, Decision, Policy, Rule};
+
+/// Why a seccomp policy could not be compiled or installed.
+#[derive(Debug, thiserror::Error)]
+pub enum SeccompError {
+    /// The policy uses an action or a flag that this runtime does not offer.
+    #[error("not supported yet: linux.seccomp {0}")]
+    Unsupported(String),
+    /// None of the policy's architectures is this machine's.
+    #[error("the seccomp policy is for {0}, and this machine is SCMP_ARCH_X86_64")]
+    ForeignArchitecture(String),
+    /// An errno or trace value is out of range.
+    #[error("the seccomp policy returns {value} for {what}; at most {max} is possible")]
+    ReturnValue {
+        /// The action's name.
+        what: &'static str,
+        /// The value asked for.
+        value: u32,
+        /// The kernel's limit.
+        max: u32,
+    },
+    /// A comparison is of an argument that system calls do not have.
+    #[error("the seccomp policy compares argument {0}; system calls have arguments 0 to 5")]
+    Argument(usize),
+    /// The program is over the kernel's limit.
+    #[error("the seccomp policy needs {0} BPF instructions; the kernel takes {max}", max = bpf::MAX_INSTRUCTIONS)]
+    TooLong(usize),
+    /// The kernel refused the program.
+    #[error("cannot install the seccomp filter of {instructions} instructions")]
+    Install {
+        /// Its length.
+        instructions: usize,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// A compiled policy.
+#[derive(Debug)]
+pub(crate) struct Filter {
+    program: Vec<libc::sock_filter>,
+    flags: u32,
+}
+
+impl Filter {
+    /// Compiles a policy. Names of system calls that x86_64 does not have are skipped, as runc and libseccomp
+    /// do: policies list the calls of all architectures, and what cannot be called needs no rule.
+    pub(crate) fn compile(seccomp: &LinuxSeccomp) -> Result<Self, SeccompError> {
+        check_architectures(seccomp.architectures().as_deref().unwrap_or_default())?;
+        let default = action_value(seccomp.default_action(), seccomp.default_errno_ret())?;
+        let mut rules: BTreeMap<u32, Vec<Rule>> = BTreeMap::new();
+        for entry in seccomp.syscalls().iter().flatten() {
+            let action = action_value(entry.action(), entry.errno_ret())?;
+            let entry_rules = rules_of(entry.args().as_deref().unwrap_or_default(), action)?;
+            for number in entry.names().iter().filter_map(|name| syscall_table::number(name)) {
+                rules.entry(number).or_default().extend_from_slice(&entry_rules);
+            }
+        }
+        let calls = rules.into_iter().map(|(number, rules)| (number, decide(rules, default))).collect();
+        let program = bpf::assemble(&Policy { calls, default });
+        if program.len() > bpf::MAX_INSTRUCTIONS {
+            return Err(SeccompError::TooLong(program.len()));
+        }
+        Ok(Self { program, flags: flags(seccomp.flags().as_deref().unwrap_or_default())? })
+    }
+
+    /// Puts the filter into force for this thread and all that it becomes. Needs no_new_privs or CAP_SYS_ADMIN.
+    pub(crate) fn install(&self) -> Result<(), SeccompError> {
+        syscalls::seccomp_set_filter(&self.program, self.flags)
+            .map_err(|source| SeccompError::Install { instructions: self.program.len(), source })
+    }
+}
+
+fn check_architectures(listed: &[Arch]) -> Result<(), SeccompError> {
+    if listed.is_empty()
+        || listed.iter().any(|arch| matches!(arch, Arch::ScmpArchX86_64 | Arch::ScmpArchNative))
+    {
+        return Ok(());
+    }
+    let names: Vec<_> = listed.iter().map(Arch::to_string).collect();
+    Err(SeccompError::ForeignArchitecture(names.join(", ")))
+}
+
+/// The filter's return value for an action (`linux/seccomp.h`).
+fn action_value(action: LinuxSeccompAction, data: Option<u32>) -> Result<u32, SeccompError> {
+    let with_data = |what, base, max| match data.unwrap_or(libc::EPERM as u32) {
+        value if value <= max => Ok(base | value),
+        value => Err(SeccompError::ReturnValue { what, value, max }),
+    };
+    match action {
+        LinuxSeccompAction::ScmpActKillProcess => Ok(libc::SECCOMP_RET_KILL_PROCESS),
+        LinuxSeccompAction::ScmpActKill | LinuxSeccompAction::ScmpActKillThread => {
+            Ok(libc::SECCOMP_RET_KILL_THREAD)
+        }
+        LinuxSeccompAction::ScmpActTrap => Ok(libc::SECCOMP_RET_TRAP),
+        // The kernel caps errno values at MAX_ERRNO.
+        LinuxSeccompAction::ScmpActErrno => with_data("SCMP_ACT_ERRNO", libc::SECCOMP_RET_ERRNO, 4095),
+        LinuxSeccompAction::ScmpActTrace => with_data("SCMP_ACT_TRACE", libc::SECCOMP_RET_TRACE, 0xffff),
+        LinuxSeccompAction::ScmpActLog => Ok(libc::SECCOMP_RET_LOG),
+        LinuxSeccompAction::ScmpActAllow => Ok(libc::SECCOMP_RET_ALLOW),
+        LinuxSeccompAction::ScmpActNotify => Err(SeccompError::Unsupported("action SCMP_ACT_NOTIFY".into())),
+    }
+}
+
+fn flags(listed: &[LinuxSeccompFilterFlag]) -> Result<u32, SeccompError> {
+    listed.iter().try_fold(0, |flags, flag| match flag {
+        LinuxSeccompFilterFlag::SeccompFilterFlagLog => Ok(flags | libc::SECCOMP_FILTER_FLAG_LOG as u32),
+        LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => {
+            Ok(flags | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u32)
+        }
+        // Asks that all threads get the filter, and there is one.
+        LinuxSeccompFilterFlag::SeccompFilterFlagTsync => Ok(flags),
+        LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => {
+            Err(SeccompError::Unsupported(format!("flag {flag}")))
+        }
+    })
+}
+
+/// The rules that one entry of the policy means. Comparisons of different arguments must all hold; if one
+/// argument is compared twice, each comparison is a rule of its own, as in runc.
+fn rules_of(args: &[LinuxSeccompArg], action: u32) -> Result<Vec<Rule>, SeccompError> {
+    let conditions = args.iter().map(condition).collect::<Result<Vec<_>, _>>()?;
+    let repeated = conditions.iter().enumerate().any(|(at, condition)| {
+        conditions.iter().skip(at + 1).any(|other| other.argument == condition.argument)
+    });
+    if repeated {
+        Ok(conditions.into_iter().map(|condition| Rule { conditions: vec![condition], action }).collect())
+    } else {
+        Ok(vec![Rule { conditions, action }])
+    }
+}
+
+fn condition(arg: &LinuxSeccompArg) -> Result<Condition, SeccompError> {
+    let argument = u8::try_from(arg.index())
+        .ok()
+        .filter(|&argument| argument < 6)
+        .ok_or(SeccompError::Argument(arg.index()))?;
+    let value = arg.value();
+    let comparison = match arg.op() {
+        LinuxSeccompOperator::ScmpCmpNe => Comparison::NotEqual(value),
+        LinuxSeccompOperator::ScmpCmpLt => Comparison::Less(value),
+        LinuxSeccompOperator::ScmpCmpLe => Comparison::LessOrEqual(value),
+        LinuxSeccompOperator::ScmpCmpEq => Comparison::Equal(value),
+        LinuxSeccompOperator::ScmpCmpGe => Comparison::GreaterOrEqual(value),
+        LinuxSeccompOperator::ScmpCmpGt => Comparison::Greater(value),
+        // config-linux.md#seccomp: `value` is the mask, `valueTwo` what must be left under it.
+        LinuxSeccompOperator::ScmpCmpMaskedEq => {
+            Comparison::MaskedEqual { mask: value, value: arg.value_two().unwrap_or(0) }
+        }
+    };
+    Ok(Condition { argument, comparison })
+}
+
+/// What happens to one call: its rules, strictest first, up to the first that always matches.
+fn decide(mut rules: Vec<Rule>, default: u32) -> Decision {
+    rules.sort_by_key(|rule| strictness(rule.action));
+    let otherwise = match rules.iter().position(|rule| rule.conditions.is_empty()) {
+        Some(unconditional) => {
+            let action = rules.get(unconditional).map_or(default, |rule| rule.action);
+            rules.truncate(unconditional);
+            action
+        }
+        None => default,
+    };
+    // Rules at the end that do what happens anyway need no code.
+    while rules.last().is_some_and(|rule| rule.action == otherwise) {
+        rules.pop();
+    }
+    if rules.is_empty() { Decision::Always(otherwise) } else { Decision::Match { rules, otherwise } }
+}
+
+/// The kernel's order: smaller, as a signed number, is stricter (`linux/seccomp.h`).
+fn strictness(action: u32) -> i32 {
+    (action & libc::SECCOMP_RET_ACTION_FULL) as i32
+}

@@ -1,0 +1,237 @@
+//! Which fields of the OCI runtime spec this runtime acts on. Every other field is refused by its name, unless it
+//! holds a value that asks for nothing: a sandbox never runs with less than what was asked for.
+//!
+//! Fields that JSON has but the `oci-spec` crate's types lack never get here; runtime-spec `spec.md#extensibility`
+//! has runtimes ignore those.
+
+use std::path::PathBuf;
+
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxNetwork,
+    LinuxResources, LinuxSeccompAction, Mount, Process, Spec,
+};
+
+/// Why a spec was refused before anything was created.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SpecError {
+    /// The spec asks for something that this runtime does not do.
+    #[error("not supported yet: {0}")]
+    Unsupported(String),
+    /// The spec contradicts itself or lacks what a start needs.
+    #[error("the runtime spec is not usable: {0}")]
+    Invalid(String),
+}
+
+/// Collects refusals; the first one counts.
+struct Check(Result<(), SpecError>);
+
+impl Check {
+    /// Refuses the field `name` if it asks for something.
+    fn refuse(&mut self, name: &str, asked_for: bool) {
+        if asked_for && self.0.is_ok() {
+            self.0 = Err(SpecError::Unsupported(name.to_owned()));
+        }
+    }
+
+    fn require(&mut self, holds: bool, otherwise: impl FnOnce() -> String) {
+        if !holds && self.0.is_ok() {
+            self.0 = Err(SpecError::Invalid(otherwise()));
+        }
+    }
+}
+
+/// Whether an optional list or map holds nothing.
+trait Empty {
+    fn is_empty_or_absent(&self) -> bool;
+}
+
+impl<C> Empty for Option<C>
+where
+    for<'a> &'a C: IntoIterator,
+{
+    fn is_empty_or_absent(&self) -> bool {
+        self.as_ref().is_none_or(|list| list.into_iter().next().is_none())
+    }
+}
+
+fn is_set(text: &Option<String>) -> bool {
+    text.as_ref().is_some_and(|text| !text.is_empty())
+}
+
+/// Refuses a spec that asks for something this runtime would not do.
+pub fn check(spec: &Spec) -> Result<(), SpecError> {
+    let mut check = Check(Ok(()));
+    // `version`, `root`, `hostname` and `domainname` are acted on; `annotations` are the caller's.
+    check.refuse("solaris", spec.solaris().is_some());
+    check.refuse("windows", spec.windows().is_some());
+    check.refuse("vm", spec.vm().is_some());
+    check.refuse("zos", spec.zos().is_some());
+    #[allow(deprecated)]
+    {
+        check.refuse("uidMappings", !spec.uid_mappings().is_empty_or_absent());
+        check.refuse("gidMappings", !spec.gid_mappings().is_empty_or_absent());
+    }
+    if let Some(hooks) = spec.hooks() {
+        self::hooks(&mut check, hooks);
+    }
+    for mount in spec.mounts().iter().flatten() {
+        self::mount(&mut check, mount);
+    }
+    match spec.process() {
+        Some(process) => self::process(&mut check, process),
+        None => check.require(false, || "process is missing".into()),
+    }
+    match spec.linux() {
+        Some(linux) => self::linux(&mut check, spec, linux),
+        None => check.require(false, || "linux is missing".into()),
+    }
+    check.0
+}
+
+fn hooks(check: &mut Check, hooks: &Hooks) {
+    #[allow(deprecated)]
+    check.refuse("hooks.prestart", !hooks.prestart().is_empty_or_absent());
+    check.refuse("hooks.createRuntime", !hooks.create_runtime().is_empty_or_absent());
+    check.refuse("hooks.createContainer", !hooks.create_container().is_empty_or_absent());
+    check.refuse("hooks.startContainer", !hooks.start_container().is_empty_or_absent());
+    check.refuse("hooks.poststart", !hooks.poststart().is_empty_or_absent());
+    check.refuse("hooks.poststop", !hooks.poststop().is_empty_or_absent());
+}
+
+fn mount(check: &mut Check, mount: &Mount) {
+    // `destination`, `type`, `source` and `options` are acted on; see `mounts::options` for the latter.
+    check.refuse("mounts[].uidMappings", !mount.uid_mappings().is_empty_or_absent());
+    check.refuse("mounts[].gidMappings", !mount.gid_mappings().is_empty_or_absent());
+}
+
+fn process(check: &mut Check, process: &Process) {
+    // `user`, `args`, `env`, `cwd`, `capabilities`, `rlimits`, `noNewPrivileges` and `oomScoreAdj` are acted on.
+    // `consoleSize` means nothing without a terminal (config.md: "ignored if terminal is false or unset").
+    check.refuse("process.terminal", process.terminal() == Some(true));
+    check.refuse("process.commandLine", is_set(process.command_line()));
+    check.refuse("process.apparmorProfile", is_set(process.apparmor_profile()));
+    check.refuse("process.selinuxLabel", is_set(process.selinux_label()));
+    check.refuse("process.ioPriority", process.io_priority().is_some());
+    check.refuse("process.scheduler", process.scheduler().is_some());
+    check.refuse("process.execCPUAffinity", process.exec_cpu_affinity().is_some());
+    // Windows only (config.md#user).
+    check.refuse("process.user.username", is_set(process.user().username()));
+    check.require(process.args().as_ref().is_some_and(|args| !args.is_empty()), || {
+        "process.args is empty".into()
+    });
+    check.require(process.cwd().is_absolute(), || {
+        format!("process.cwd {:?} is not an absolute path", process.cwd())
+    });
+}
+
+fn linux(check: &mut Check, spec: &Spec, linux: &Linux) {
+    // `sysctl`, `cgroupsPath`, `devices`, `maskedPaths` and `readonlyPaths` are acted on.
+    check.refuse("linux.netDevices", !linux.net_devices().is_empty_or_absent());
+    check.refuse("linux.uidMappings", !linux.uid_mappings().is_empty_or_absent());
+    check.refuse("linux.gidMappings", !linux.gid_mappings().is_empty_or_absent());
+    check.refuse("linux.mountLabel", is_set(linux.mount_label()));
+    check.refuse("linux.intelRdt", linux.intel_rdt().is_some());
+    check.refuse("linux.memoryPolicy", linux.memory_policy().is_some());
+    check.refuse("linux.personality", linux.personality().is_some());
+    check.refuse("linux.timeOffsets", !linux.time_offsets().is_empty_or_absent());
+    match linux.rootfs_propagation().as_deref() {
+        None | Some("" | "private" | "rprivate" | "slave" | "rslave" | "unbindable" | "runbindable") => {}
+        Some("shared" | "rshared") => check.refuse("linux.rootfsPropagation=shared", true),
+        Some(other) => check.require(false, || format!("linux.rootfsPropagation {other:?} is unknown")),
+    }
+    if let Some(resources) = linux.resources() {
+        self::resources(check, resources);
+    }
+    if let Some(seccomp) = linux.seccomp() {
+        let notify = LinuxSeccompAction::ScmpActNotify;
+        check.refuse("linux.seccomp.listenerPath", seccomp.listener_path().is_some());
+        check.refuse("linux.seccomp.listenerMetadata", is_set(seccomp.listener_metadata()));
+        let actions = seccomp.syscalls().iter().flatten().map(|rule| rule.action());
+        let uses_notify = actions.chain([seccomp.default_action()]).any(|action| action == notify);
+        check.refuse("linux.seccomp action SCMP_ACT_NOTIFY", uses_notify);
+    }
+    namespaces(check, spec, linux.namespaces().as_deref().unwrap_or_default());
+    let path = linux.cgroups_path().clone().unwrap_or_else(|| PathBuf::from("/"));
+    check.require(path.is_absolute(), || format!("linux.cgroupsPath {path:?} is not an absolute path"));
+}
+
+fn namespaces(check: &mut Check, spec: &Spec, namespaces: &[LinuxNamespace]) {
+    let listed = |typ| namespaces.iter().filter(move |namespace| namespace.typ() == typ);
+    check.refuse("linux.namespaces[user]", listed(LinuxNamespaceType::User).next().is_some());
+    check.refuse("linux.namespaces[time]", listed(LinuxNamespaceType::Time).next().is_some());
+    let mount = listed(LinuxNamespaceType::Mount);
+    check.refuse("linux.namespaces[mount].path", mount.clone().any(|mount| mount.path().is_some()));
+    check.require(mount.count() > 0, || "linux.namespaces has no mount namespace".into());
+    for namespace in namespaces {
+        check.require(listed(namespace.typ()).count() == 1, || {
+            format!("linux.namespaces lists {} twice", namespace.typ())
+        });
+    }
+    // Without a namespace of its own, the container would rename the caller's machine.
+    let own_uts = listed(LinuxNamespaceType::Uts).any(|uts| uts.path().is_none());
+    check.require(own_uts || !is_set(spec.hostname()), || {
+        "hostname is set without a new UTS namespace".into()
+    });
+    check.require(own_uts || !is_set(spec.domainname()), || {
+        "domainname is set without a new UTS namespace".into()
+    });
+}
+
+fn resources(check: &mut Check, resources: &LinuxResources) {
+    // `devices`, `pids` and `unified` are acted on.
+    if let Some(memory) = resources.memory() {
+        self::memory(check, memory);
+    }
+    if let Some(cpu) = resources.cpu() {
+        self::cpu(check, cpu);
+    }
+    if let Some(block_io) = resources.block_io() {
+        self::block_io(check, block_io);
+    }
+    if let Some(network) = resources.network() {
+        self::network(check, network);
+    }
+    check.refuse("linux.resources.hugepageLimits", !resources.hugepage_limits().is_empty_or_absent());
+    check.refuse("linux.resources.rdma", !resources.rdma().is_empty_or_absent());
+}
+
+fn memory(check: &mut Check, memory: &LinuxMemory) {
+    // `limit`, `reservation` and `swap` are acted on; 0 means "not set" for each of them.
+    check.refuse("linux.resources.memory.kernel", memory.kernel().is_some_and(|limit| limit != 0));
+    check.refuse("linux.resources.memory.kernelTCP", memory.kernel_tcp().is_some_and(|limit| limit != 0));
+    check.refuse("linux.resources.memory.swappiness", memory.swappiness().is_some());
+    check.refuse("linux.resources.memory.disableOOMKiller", memory.disable_oom_killer() == Some(true));
+    check.refuse("linux.resources.memory.useHierarchy", memory.use_hierarchy() == Some(true));
+    check.refuse("linux.resources.memory.checkBeforeUpdate", memory.check_before_update() == Some(true));
+}
+
+fn cpu(check: &mut Check, cpu: &LinuxCpu) {
+    // `shares`, `quota`, `period`, `cpus` and `mems` are acted on.
+    check.refuse("linux.resources.cpu.burst", cpu.burst().is_some_and(|burst| burst != 0));
+    check.refuse("linux.resources.cpu.idle", cpu.idle().is_some_and(|idle| idle != 0));
+    check.refuse("linux.resources.cpu.realtimeRuntime", cpu.realtime_runtime().is_some_and(|time| time != 0));
+    check.refuse("linux.resources.cpu.realtimePeriod", cpu.realtime_period().is_some_and(|time| time != 0));
+}
+
+fn block_io(check: &mut Check, block_io: &LinuxBlockIo) {
+    check.refuse("linux.resources.blockIO.weight", block_io.weight().is_some_and(|weight| weight != 0));
+    check.refuse(
+        "linux.resources.blockIO.leafWeight",
+        block_io.leaf_weight().is_some_and(|weight| weight != 0),
+    );
+    check.refuse("linux.resources.blockIO.weightDevice", !block_io.weight_device().is_empty_or_absent());
+    let throttles = [
+        ("linux.resources.blockIO.throttleReadBpsDevice", block_io.throttle_read_bps_device()),
+        ("linux.resources.blockIO.throttleWriteBpsDevice", block_io.throttle_write_bps_device()),
+        ("linux.resources.blockIO.throttleReadIOPSDevice", block_io.throttle_read_iops_device()),
+        ("linux.resources.blockIO.throttleWriteIOPSDevice", block_io.throttle_write_iops_device()),
+    ];
+    for (name, throttle) in throttles {
+        check.refuse(name, !throttle.is_empty_or_absent());
+    }
+}
+
+fn network(check: &mut Check, network: &LinuxNetwork) {
+    check.refuse("linux.resources.network.classID", network.class_id().is_some_and(|class| class != 0));
+    check.refuse("linux.resources.network.priorities", !network.priorities().is_empty_or_absent());
+}
