@@ -12,7 +12,7 @@ use crate::statistics::Summary;
 use crate::surroundings::{Clock, Surroundings};
 
 /// The first targets, in milliseconds, for an emulated host under icount.
-const TARGETS: &[(&str, &str, u64)] = &[("vm", "first byte", 80), ("container", "exit", 20)];
+const TARGETS: &[(&str, &str, u64)] = &[("cloche vm", "first byte", 80), ("cloche container", "exit", 20)];
 
 /// Everything that was measured.
 #[derive(Debug, Serialize)]

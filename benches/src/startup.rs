@@ -74,12 +74,12 @@ pub fn measure(runs: u32, warm_up: u32, with_vm: bool) -> Result<Report> {
 
 fn own_contenders(cloche: &Path, with_vm: bool) -> Vec<Contender> {
     let mut contenders = vec![
-        Contender::cloche_true("container", cloche, "container"),
-        Contender::cloche_traced("container traced", cloche, "container"),
+        Contender::cloche_true("cloche container", cloche, "container"),
+        Contender::cloche_traced("cloche container traced", cloche, "container"),
     ];
     if with_vm {
-        contenders.push(Contender::cloche_echo("vm", cloche, "vm"));
-        contenders.push(Contender::cloche_traced("vm traced", cloche, "vm"));
+        contenders.push(Contender::cloche_echo("cloche vm", cloche, "vm"));
+        contenders.push(Contender::cloche_traced("cloche vm traced", cloche, "vm"));
     }
     contenders
 }
