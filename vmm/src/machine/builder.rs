@@ -10,7 +10,7 @@ use std::{
     fs::File,
     io,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::AtomicUsize},
     thread,
 };
 
@@ -26,6 +26,7 @@ use super::{
     vcpu::{Endings, Shared},
 };
 use crate::{
+    backends::socket::Sockets,
     boot::{
         self, EntryPoint, WriteError, bzimage,
         cmdline::{self, CmdlineTooLong},
@@ -46,6 +47,7 @@ use crate::{
         device::{Device, InterruptStatus},
         mmio::{MmioTransport, QUEUE_NOTIFY},
         rng::Rng,
+        vsock::Vsock,
         worker::Worker,
     },
 };
@@ -66,6 +68,16 @@ pub struct Machine {
     pub shared: Arc<Shared>,
     /// Signalled when the machine ends.
     pub end: EventFd,
+    /// What has to reach the host when the guest has ended, if it can send anything.
+    pub last_words: Option<LastWords>,
+}
+
+/// What the guest has sent and the host has not taken yet.
+pub struct LastWords {
+    /// Makes the socket device take what is in its queue.
+    pub doorbell: EventFd,
+    /// Bytes that the device has taken and not yet passed on.
+    pub buffered: Arc<AtomicUsize>,
 }
 
 /// Why KVM did not give us a machine.
@@ -139,6 +151,13 @@ pub fn build(
     for (disk, id) in disks {
         devices.add(Box::new(Block::new(disk, &id))).map_err(resources("a block device"))?;
     }
+    let mut last_words = None;
+    if let Some(vsock) = &config.vsock {
+        let device = Vsock::new(vsock.guest_cid, Sockets::new(&vsock.socket_prefix));
+        let buffered = device.buffered();
+        let doorbell = devices.add(Box::new(device)).map_err(resources("the socket device"))?;
+        last_words = Some(LastWords { doorbell, buffered });
+    }
     if config.rng {
         devices.add(Box::new(Rng)).map_err(resources("the entropy device"))?;
     }
@@ -171,7 +190,7 @@ pub fn build(
     let wake = end.try_clone().map_err(resources("the event loop"))?;
     let bus = Bus::new(SerialPort::new(Box::new(IrqFd(serial_interrupt)), console), devices.transports);
     let shared = Arc::new(Shared::new(bus, Endings::new(wake), reporter));
-    Ok(Machine { vm, vcpus, workers: devices.workers, shared, end })
+    Ok(Machine { vm, vcpus, workers: devices.workers, shared, end, last_words })
 }
 
 /// An interrupt line that KVM pulses when the eventfd is signalled.
@@ -207,17 +226,19 @@ impl<'a> Devices<'a> {
         Self { memory, workers: vec![], transports: vec![], lines: vec![], wiring: Wiring::default() }
     }
 
-    fn add(&mut self, device: Box<dyn Device>) -> io::Result<()> {
+    /// Adds a device and returns its doorbell.
+    fn add(&mut self, device: Box<dyn Device>) -> io::Result<EventFd> {
         let line = VIRTIO_LINES.iter().copied().cycle().nth(self.lines.len()).unwrap_or_default();
         let irqfd = EventFd::new(EFD_NONBLOCK)?;
         let interrupt = Arc::new(InterruptStatus::new(Box::new(IrqFd(irqfd.try_clone()?))));
         let (worker, handle) = Worker::new(device, self.memory.clone(), interrupt)?;
         self.wiring.interrupts.push((irqfd, line));
+        let doorbell = worker.doorbell().try_clone()?;
         self.wiring.doorbells.push(worker.doorbell().try_clone()?);
         self.lines.push(line);
         self.workers.push(worker);
         self.transports.push(MmioTransport::new(handle));
-        Ok(())
+        Ok(doorbell)
     }
 }
 

@@ -14,7 +14,7 @@ use vmm_sys_util::{eventfd::EventFd, signal::Killable, timerfd::TimerFd};
 
 use super::{
     VmError,
-    builder::Machine,
+    builder::{LastWords, Machine},
     kvm,
     vcpu::{self, Ending, RunError, Shared},
 };
@@ -23,7 +23,7 @@ use crate::{event::Stats, syscalls};
 /// Runs the machine until something ends it. When this returns no thread of it is left.
 pub fn run(machine: Machine, start_timeout_ms: Option<u64>, stats: &mut Stats) -> Result<Ending, VmError> {
     let resources = |what| move |source| VmError::Resources { what, source };
-    let Machine { vm, vcpus, workers, shared, end } = machine;
+    let Machine { vm, vcpus, workers, shared, end, last_words } = machine;
     kvm::install_kick_handler().map_err(resources("the signal of vCPU threads"))?;
     let watch = Watch {
         end,
@@ -45,7 +45,9 @@ pub fn run(machine: Machine, start_timeout_ms: Option<u64>, stats: &mut Stats) -
         match thread {
             Ok(thread) => threads.push(thread),
             Err(source) => {
-                stop(threads, &shared);
+                kick(&threads, &shared);
+                drop(events);
+                join(threads);
                 return Err(VmError::Resources { what: "a vCPU's thread", source });
             }
         }
@@ -59,20 +61,48 @@ pub fn run(machine: Machine, start_timeout_ms: Option<u64>, stats: &mut Stats) -
             break ending;
         }
     };
+    kick(&threads, &shared);
+    if let (Ending::GuestExit(_), Some(last_words)) = (&ending, last_words) {
+        deliver(&mut events, &last_words, &shared);
+    }
     // First the devices: a vCPU that waits for one of them sees that it is gone.
     drop(events);
-    stop(threads, &shared);
+    join(threads);
     drop(vm);
     *stats = shared.stats();
     Ok(ending)
 }
 
-fn stop(threads: Vec<JoinHandle<()>>, shared: &Shared) {
+/// Makes all vCPUs leave the guest and their threads end.
+fn kick(threads: &[JoinHandle<()>], shared: &Shared) {
     shared.stopping.store(true, Ordering::Release);
-    for thread in &threads {
+    for thread in threads {
         // It fails only for a thread that is no more.
         let _ = thread.kill(kvm::kick_signal());
     }
+}
+
+/// Passes on what the guest had sent before it ended, for as long as the host's reader takes: a container that ends
+/// also leaves its last output in a pipe. SIGTERM cuts it short.
+fn deliver(events: &mut EventManager<Box<dyn MutEventSubscriber>>, last_words: &LastWords, shared: &Shared) {
+    const AT_ONCE: i32 = 0;
+    const NO_LIMIT: i32 = -1;
+    let _ = last_words.doorbell.write(1);
+    loop {
+        let all_passed_on = last_words.buffered.load(Ordering::Relaxed) == 0;
+        match events.run_with_timeout(if all_passed_on { AT_ONCE } else { NO_LIMIT }) {
+            Ok(0) if all_passed_on => return,
+            Ok(_) => {}
+            Err(_) => return,
+        }
+        // Any other ending comes too late: this one was first.
+        if matches!(shared.endings.take(), Some(Ending::Stopped | Ending::Failed(_))) {
+            return;
+        }
+    }
+}
+
+fn join(threads: Vec<JoinHandle<()>>) {
     for (index, thread) in threads.into_iter().enumerate() {
         if thread.join().is_err() {
             warn!(index, "a vCPU's thread panicked");

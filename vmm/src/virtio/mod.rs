@@ -20,4 +20,5 @@ pub mod device;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
+pub mod vsock;
 pub mod worker;

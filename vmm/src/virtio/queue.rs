@@ -1,8 +1,6 @@
 //! Split virtqueues as devices use them: chains come out checked, and any that is not as virtio 1.2 §2.7 demands is an
 //! error that ends the queue.
 
-use std::sync::atomic::Ordering;
-
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
@@ -152,12 +150,6 @@ impl VirtQueue {
     /// Makes the next [`VirtQueue::pop`] return the last chain once more.
     pub fn undo_pop(&mut self) {
         self.ring.go_to_previous_position();
-    }
-
-    /// Whether the driver has made anything available.
-    pub fn is_empty(&self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        let available = self.ring.avail_idx(memory, Ordering::Acquire).map_err(QueueError::Ring)?;
-        Ok(available.0 == self.ring.next_avail())
     }
 
     /// Returns a chain, of which the device has written `written` bytes.

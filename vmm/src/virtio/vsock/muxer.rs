@@ -1,0 +1,271 @@
+//! All streams of a device: finds the connection of a packet, opens new ones, and decides who sends next.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    os::fd::RawFd,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use cloche_protocol::machine::HOST_CID;
+use tracing::warn;
+
+use super::{
+    Connector, Stream,
+    connection::{BUFFER_BYTES, Connection, Verdict},
+    packet::{HEADER_BYTES, Header, TYPE_STREAM, op},
+};
+use crate::virtio::{
+    device::{Poller, Readiness},
+    queue::Buffers,
+};
+
+/// Streams that a guest can have at a time.
+pub const MAX_CONNECTIONS: usize = 512;
+/// Bytes that are buffered for all of them together; a guest that needs more loses the stream that asks for it.
+pub const MAX_BUFFERED_BYTES: usize = 32 << 20;
+/// Answers to packets of no connection that wait at most for a buffer; the guest's requests time out beyond it.
+const MAX_RESETS: usize = 256;
+/// Refused connections that are logged at most.
+const MAX_LOGGED_REFUSALS: u32 = 10;
+
+/// The two ports that name a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    guest_port: u32,
+    host_port: u32,
+}
+
+struct Entry<S> {
+    connection: Connection<S>,
+    /// Whether it waits for its turn to send.
+    queued: bool,
+}
+
+/// Streams and whose turn it is.
+pub struct Muxer<C: Connector> {
+    guest_cid: u64,
+    connector: C,
+    connections: HashMap<Key, Entry<C::Stream>>,
+    keys: HashMap<RawFd, Key>,
+    /// Streams that the guest has forgotten, but whose last data the host has not taken yet.
+    flushing: HashMap<RawFd, Connection<C::Stream>>,
+    turns: VecDeque<Key>,
+    resets: VecDeque<Key>,
+    /// Bytes that wait for the host, in all connections.
+    buffered: Arc<AtomicUsize>,
+    refusals: u32,
+}
+
+impl<C: Connector> Muxer<C> {
+    /// Without streams.
+    pub fn new(guest_cid: u32, connector: C) -> Self {
+        Self {
+            guest_cid: guest_cid.into(),
+            connector,
+            connections: HashMap::new(),
+            keys: HashMap::new(),
+            flushing: HashMap::new(),
+            turns: VecDeque::new(),
+            resets: VecDeque::new(),
+            buffered: Arc::default(),
+            refusals: 0,
+        }
+    }
+
+    /// Bytes of the guest's that wait for the host.
+    pub fn buffered(&self) -> Arc<AtomicUsize> {
+        self.buffered.clone()
+    }
+
+    /// Takes a packet from the guest. `data` has `header.len` bytes.
+    pub fn receive(&mut self, header: &Header, data: Buffers, poller: &mut dyn Poller) {
+        // A packet that claims to be another's is nobody's; there is no one to answer.
+        if header.src_cid != self.guest_cid {
+            return;
+        }
+        let key = Key { guest_port: header.src_port, host_port: header.dst_port };
+        // §5.10.6.4.1: what is not understood is answered by a reset.
+        if header.dst_cid != u64::from(HOST_CID) || header.socket_type != TYPE_STREAM {
+            self.refuse(key, header);
+            return;
+        }
+        let Some(entry) = self.connections.get_mut(&key) else {
+            if header.op == op::REQUEST {
+                self.connect(key, header, poller);
+            } else {
+                self.refuse(key, header);
+            }
+            return;
+        };
+        let before = entry.connection.buffered();
+        let over = self.buffered.load(Ordering::Relaxed) + data.len() > MAX_BUFFERED_BYTES;
+        let verdict =
+            if over { Verdict::Remove { flush: false } } else { entry.connection.receive(header, data) };
+        account(&self.buffered, before, entry.connection.buffered());
+        match verdict {
+            Verdict::Keep => self.queue(key),
+            Verdict::Remove { flush } => {
+                self.remove(key, flush, poller);
+                if over {
+                    self.refuse(key, header);
+                }
+            }
+        }
+    }
+
+    fn connect(&mut self, key: Key, request: &Header, poller: &mut dyn Poller) {
+        if self.connections.len() + self.flushing.len() >= MAX_CONNECTIONS {
+            self.log_refusal(key, &format!("it has {MAX_CONNECTIONS} streams already"));
+            self.refuse(key, request);
+            return;
+        }
+        let opened = self.connector.connect(key.host_port).and_then(|stream| {
+            poller.add(stream.fd())?;
+            Ok(stream)
+        });
+        match opened {
+            Ok(stream) => {
+                self.keys.insert(stream.fd(), key);
+                let connection = Connection::new(stream, request);
+                self.connections.insert(key, Entry { connection, queued: false });
+                self.queue(key);
+            }
+            Err(error) => {
+                self.log_refusal(key, &error.to_string());
+                self.refuse(key, request);
+            }
+        }
+    }
+
+    fn log_refusal(&mut self, key: Key, reason: &str) {
+        self.refusals = self.refusals.saturating_add(1);
+        if self.refusals <= MAX_LOGGED_REFUSALS {
+            warn!(port = key.host_port, reason, "a vsock connection of the guest was refused");
+        }
+    }
+
+    /// Answers with a reset, but never a reset with a reset.
+    fn refuse(&mut self, key: Key, header: &Header) {
+        if header.op != op::RESET && self.resets.len() < MAX_RESETS {
+            self.resets.push_back(key);
+        }
+    }
+
+    /// A stream's file descriptor is ready.
+    pub fn ready(&mut self, fd: RawFd, ready: Readiness, poller: &mut dyn Poller) {
+        if let Some(connection) = self.flushing.get_mut(&fd) {
+            let before = connection.buffered();
+            connection.writable();
+            account(&self.buffered, before, connection.buffered());
+            if connection.buffered() == 0 {
+                poller.remove(fd);
+                self.flushing.remove(&fd);
+            }
+            return;
+        }
+        let Some(key) = self.keys.get(&fd).copied() else { return };
+        let Some(entry) = self.connections.get_mut(&key) else { return };
+        if ready.writable {
+            let before = entry.connection.buffered();
+            entry.connection.writable();
+            account(&self.buffered, before, entry.connection.buffered());
+        }
+        if ready.readable {
+            entry.connection.readable();
+        }
+        self.queue(key);
+    }
+
+    /// Gives a connection a turn if it has something to send.
+    fn queue(&mut self, key: Key) {
+        if let Some(entry) = self.connections.get_mut(&key)
+            && !entry.queued
+            && entry.connection.has_packet()
+        {
+            entry.queued = true;
+            self.turns.push_back(key);
+        }
+    }
+
+    /// Whether [`Muxer::send`] may have a packet.
+    pub fn has_packet(&self) -> bool {
+        !self.resets.is_empty() || !self.turns.is_empty()
+    }
+
+    /// Puts the next packet into a buffer of the guest's; returns its length, or `None` if there is none after all, and
+    /// then `room` may be used up but has no meaning. The buffer must have room for a header.
+    pub fn send(&mut self, room: &mut Buffers, poller: &mut dyn Poller) -> Option<u32> {
+        let mut head = room.take(HEADER_BYTES)?;
+        let header = if let Some(key) = self.resets.pop_front() {
+            self.header(key, op::RESET, 0, 0, (0, 0))
+        } else {
+            self.next_of_connections(room, poller)?
+        };
+        head.write(&header.encode());
+        Some(HEADER_BYTES as u32 + header.len)
+    }
+
+    fn next_of_connections(&mut self, room: &mut Buffers, poller: &mut dyn Poller) -> Option<Header> {
+        while let Some(key) = self.turns.pop_front() {
+            let Some(entry) = self.connections.get_mut(&key) else { continue };
+            entry.queued = false;
+            let Some((op, flags, len)) = entry.connection.next_packet(room) else { continue };
+            let credit = entry.connection.credit();
+            if op == op::RESET {
+                self.remove(key, false, poller);
+            } else {
+                self.queue(key);
+            }
+            return Some(self.header(key, op, flags, len, credit));
+        }
+        None
+    }
+
+    fn header(&self, key: Key, op: u16, flags: u32, len: u32, (buf_alloc, fwd_cnt): (u32, u32)) -> Header {
+        Header {
+            src_cid: HOST_CID.into(),
+            dst_cid: self.guest_cid,
+            src_port: key.host_port,
+            dst_port: key.guest_port,
+            len,
+            socket_type: TYPE_STREAM,
+            op,
+            flags,
+            buf_alloc,
+            fwd_cnt,
+        }
+    }
+
+    fn remove(&mut self, key: Key, flush: bool, poller: &mut dyn Poller) {
+        let Some(entry) = self.connections.remove(&key) else { return };
+        let fd = entry.connection.stream().fd();
+        self.keys.remove(&fd);
+        if flush {
+            self.flushing.insert(fd, entry.connection);
+        } else {
+            account(&self.buffered, entry.connection.buffered(), 0);
+            poller.remove(fd);
+        }
+    }
+
+    /// Forgets all streams of a driver that is gone. What it sent and closed in order is still flushed.
+    pub fn reset(&mut self, poller: &mut dyn Poller) {
+        let streams: Vec<(Key, bool)> =
+            self.connections.iter().map(|(key, entry)| (*key, entry.connection.has_last_words())).collect();
+        for (key, flush) in streams {
+            self.remove(key, flush, poller);
+        }
+        self.turns.clear();
+        self.resets.clear();
+    }
+}
+
+fn account(buffered: &AtomicUsize, before: usize, after: usize) {
+    debug_assert!(after <= BUFFER_BYTES as usize);
+    // One thread changes it; another one only looks.
+    let total = buffered.load(Ordering::Relaxed);
+    buffered.store(total.saturating_sub(before) + after, Ordering::Relaxed);
+}
