@@ -43,8 +43,16 @@ fn run(bundle: &Path, id: &str) -> Result<u8, (u8, String)> {
         stdout: duplicate(&io::stdout())?,
         stderr: duplicate(&io::stderr())?,
     };
-    let mut container = launch(Launch { id, spec: &spec, rootfs, stdio, kill_on_parent_death: true })
-        .map_err(|error| (error.exit_code(), failed(&error).1))?;
+    let mut container = launch(Launch {
+        id,
+        spec: &spec,
+        user: None,
+        rootfs,
+        stdio,
+        kill_on_parent_death: true,
+        approve: None,
+    })
+    .map_err(|error| (error.exit_code(), failed(&error).1))?;
     let exit = container.wait().map_err(|error| failed(&error))?;
     container.delete().map_err(|error| failed(&error))?;
     if exit.oom_killed {

@@ -43,6 +43,7 @@ use crate::{
     },
     namespaces::{NamespaceError, Namespaces},
     process::{
+        accounts::{self, Account, AccountError},
         capabilities::{self, CapabilityError},
         program::{self, OwnProgram, ProgramError},
         rlimits::{self, RlimitError},
@@ -59,6 +60,7 @@ pub(crate) struct Init<'a> {
     pub(crate) spec: &'a Spec,
     pub(crate) linux: &'a Linux,
     pub(crate) process: &'a Process,
+    pub(crate) user: Option<&'a str>,
     pub(crate) rootfs: &'a Rootfs,
     pub(crate) stdio: &'a Stdio,
     pub(crate) namespaces: &'a Namespaces,
@@ -108,6 +110,8 @@ pub(crate) enum InitError {
     #[error(transparent)]
     Rlimit(#[from] RlimitError),
     #[error(transparent)]
+    Account(#[from] AccountError),
+    #[error(transparent)]
     User(#[from] UserError),
     #[error(transparent)]
     Capability(#[from] CapabilityError),
@@ -137,8 +141,9 @@ impl Init<'_> {
         self.set_up_namespaces()?;
         let root = self.enter_root()?;
         self.set_up_files(root.as_fd())?;
-        let program = self.take_on_identity()?;
-        self.execute(&program)
+        let account = self.account()?;
+        let program = self.take_on_identity(&account)?;
+        self.execute(&program, &account)
     }
 
     /// Nothing that the parent happens to have, be it signals, keys or a terminal, reaches the container.
@@ -241,8 +246,13 @@ impl Init<'_> {
         }
     }
 
+    /// The user asked for by name, else by the spec's numbers.
+    fn account(&self) -> Result<Account, AccountError> {
+        self.user.map_or_else(|| Ok(self.process.user().into()), accounts::resolve)
+    }
+
     /// Limits, user and working directory. All permitted capabilities are still there afterwards.
-    fn take_on_identity(&self) -> Result<PathBuf, InitError> {
+    fn take_on_identity(&self, account: &Account) -> Result<PathBuf, InitError> {
         for rlimit in self.process.rlimits().iter().flatten() {
             rlimits::set(rlimit)?;
         }
@@ -250,7 +260,7 @@ impl Init<'_> {
         self.capabilities.drop_bounding()?;
         // Root may enter directories that the user may not, and the other way round on network file systems.
         let entered = chdir(self.process.cwd());
-        user::switch(self.process.user())?;
+        user::switch(account, self.process.user().umask())?;
         if entered.is_err() {
             chdir(self.process.cwd()).map_err(|errno| self.working_directory_failed(errno))?;
         }
@@ -278,10 +288,10 @@ impl Init<'_> {
         self.process.args().iter().flatten().next().map_or("", String::as_str)
     }
 
-    fn execute(&self, program: &Path) -> Result<Infallible, InitError> {
+    fn execute(&self, program: &Path, account: &Account) -> Result<Infallible, InitError> {
         let mut env = self.env.to_vec();
         if !env.iter().any(|variable| variable.as_bytes().starts_with(b"HOME=")) {
-            let home = format!("HOME={}", user::home(self.process.user().uid()));
+            let home = format!("HOME={}", accounts::home(account.uid));
             env.extend(CString::new(home));
         }
         let no_new_privs = self.process.no_new_privileges() == Some(true);

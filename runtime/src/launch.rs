@@ -36,18 +36,23 @@ use crate::{
 };
 
 /// What to start.
-#[derive(Debug)]
 pub struct Launch<'a> {
     /// Sandbox id; names the cgroup, `/cloche/ID`, when the spec does not.
     pub id: &'a str,
     /// The OCI runtime spec. `root.path` is not read: [`Launch::rootfs`] takes its place.
     pub spec: &'a Spec,
+    /// Docker's `user[:group]`, in place of the spec's numbers: names and numbers are looked up in the container's own
+    /// `/etc/passwd` and `/etc/group`.
+    pub user: Option<&'a str>,
     /// The root file system.
     pub rootfs: Rootfs,
     /// What becomes the process's file descriptors 0, 1 and 2.
     pub stdio: Stdio,
     /// Whether the kernel kills the process when the caller's process dies.
     pub kill_on_parent_death: bool,
+    /// Called with the process's id once it is in its namespaces and before anything of the container runs. If it
+    /// says no, the process is killed and the start fails with [`LaunchError::Rejected`].
+    pub approve: Option<&'a dyn Fn(i32) -> bool>,
 }
 
 /// Where the container's root file system comes from.
@@ -115,6 +120,9 @@ pub enum LaunchError {
         /// What failed, with the whole chain of causes.
         message: String,
     },
+    /// [`Launch::approve`] said no.
+    #[error("the container's process is not isolated as required")]
+    Rejected,
     /// The process was killed between `clone3` and `execve`.
     #[error("the container's process was killed by signal {signo} before it could start{hint}")]
     Killed {
@@ -213,7 +221,7 @@ fn start(
     let limited = plan.linux.resources().as_ref().is_some_and(|resources| resources.memory().is_some());
     let oom_event = if limited { cgroup.oom_event()? } else { None };
     let mut child = spawn(launch, plan, cgroup)?;
-    match child.attach(cgroup).and_then(|()| child.read_verdict(cgroup)) {
+    match child.release(launch.approve, cgroup).and_then(|()| child.read_verdict(cgroup)) {
         Ok(()) => Ok((child, oom_event)),
         Err(error) => {
             child.kill();
@@ -228,14 +236,15 @@ struct Child {
     pidfd: OwnedFd,
     /// Where it says how it fares.
     verdict: File,
-    /// Where it is told that it is in its v1 cgroups.
+    /// Where it is told to go on: it is approved, and in its v1 cgroups.
     attached: Option<OwnedFd>,
 }
 
 fn spawn(launch: &Launch<'_>, plan: &Plan<'_>, cgroup: &Cgroup) -> Result<Child, LaunchError> {
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(process_failed("make a pipe"));
     let (verdict, verdict_writer) = pipe()?;
-    let (attached, attached_writer) = if cgroup.needs_attach() { Some(pipe()?) } else { None }.unzip();
+    let (attached, attached_writer) =
+        if cgroup.needs_attach() || launch.approve.is_some() { Some(pipe()?) } else { None }.unzip();
     match clone(&plan.namespaces, cgroup)? {
         Cloned::Parent { pid, pidfd } => {
             Ok(Child { pid, pidfd, verdict: verdict.into(), attached: attached_writer })
@@ -247,6 +256,7 @@ fn spawn(launch: &Launch<'_>, plan: &Plan<'_>, cgroup: &Cgroup) -> Result<Child,
                 spec: launch.spec,
                 linux: plan.linux,
                 process: plan.process,
+                user: launch.user,
                 rootfs: &launch.rootfs,
                 stdio: &launch.stdio,
                 namespaces: &plan.namespaces,
@@ -314,10 +324,16 @@ fn chain(error: &dyn Error) -> String {
 }
 
 impl Child {
-    /// Moves the child into its v1 cgroups. It prepares its files meanwhile, since that can take milliseconds.
-    fn attach(&mut self, cgroup: &Cgroup) -> Result<(), LaunchError> {
+    /// Lets the child go on: approves of it and moves it into its v1 cgroups. It prepares its files meanwhile, since
+    /// that can take milliseconds.
+    fn release(&mut self, approve: Option<&dyn Fn(i32) -> bool>, cgroup: &Cgroup) -> Result<(), LaunchError> {
         let Some(attached) = self.attached.take() else { return Ok(()) };
-        cgroup.attach(self.pid)?;
+        if !approve.is_none_or(|approve| approve(self.pid)) {
+            return Err(LaunchError::Rejected);
+        }
+        if cgroup.needs_attach() {
+            cgroup.attach(self.pid)?;
+        }
         match rustix::io::write(&attached, &[0]) {
             // It has failed already, and the verdict tells why.
             Err(Errno::PIPE) => Ok(()),

@@ -20,6 +20,7 @@ mod launch;
 mod mounts;
 mod namespaces;
 mod process;
+pub mod pump;
 mod rootfs;
 mod seccomp;
 mod spec_check;

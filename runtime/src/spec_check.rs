@@ -235,3 +235,6 @@ fn network(check: &mut Check, network: &LinuxNetwork) {
     check.refuse("linux.resources.network.classID", network.class_id().is_some_and(|class| class != 0));
     check.refuse("linux.resources.network.priorities", !network.priorities().is_empty_or_absent());
 }
+
+#[cfg(test)]
+mod tests;

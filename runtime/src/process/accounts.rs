@@ -33,6 +33,13 @@ pub(crate) struct Account {
     pub(crate) additional_gids: Vec<u32>,
 }
 
+impl From<&oci_spec::runtime::User> for Account {
+    fn from(user: &oci_spec::runtime::User) -> Self {
+        let additional_gids = user.additional_gids().clone().unwrap_or_default();
+        Self { uid: user.uid(), gid: user.gid(), additional_gids }
+    }
+}
+
 /// Resolves `user[:group]`. To be called inside the container's root.
 pub(crate) fn resolve(user: &str) -> Result<Account, AccountError> {
     resolve_in(user, &read("/etc/passwd"), &read("/etc/group"))
@@ -111,12 +118,12 @@ fn resolve_in(user: &str, passwd: &str, group_file: &str) -> Result<Account, Acc
     };
     if let Some(group) = group {
         let listed = groups(group_file).find(|known| known.name == group).map(|known| known.gid);
-        account.gid = listed
-            .or_else(|| group.parse().ok())
-            .ok_or_else(|| AccountError::UnknownGroup(group.into()))?;
+        account.gid =
+            listed.or_else(|| group.parse().ok()).ok_or_else(|| AccountError::UnknownGroup(group.into()))?;
     } else if let Some(known) = listed {
         let lists = |group: &Group<'_>| group.members.split(',').any(|member| member == known.name);
-        account.additional_gids = groups(group_file).filter(lists).map(|group| group.gid).take(MAX_GROUPS + 1).collect();
+        account.additional_gids =
+            groups(group_file).filter(lists).map(|group| group.gid).take(MAX_GROUPS + 1).collect();
         if account.additional_gids.len() > MAX_GROUPS {
             return Err(AccountError::TooManyGroups(user.into()));
         }

@@ -197,3 +197,8 @@ fn decide(mut rules: Vec<Rule>, default: u32) -> Decision {
 fn strictness(action: u32) -> i32 {
     (action & libc::SECCOMP_RET_ACTION_FULL) as i32
 }
+
+#[cfg(test)]
+mod interpreter;
+#[cfg(test)]
+mod tests;

@@ -91,6 +91,11 @@ static TABLE: &[(&str, u16)] = &[
 ];
 
 #[cfg(test)]
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    TABLE.iter().map(|(name, _)| *name)
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -1,0 +1,249 @@
+//! Every field of the spec is either acted on or refused by its name.
+
+use std::fmt::Debug;
+
+use oci_spec::runtime::{
+    LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxNetwork, LinuxResources, LinuxSeccomp, Mount, Process, User,
+};
+use serde_json::{Value, json};
+
+use super::*;
+
+/// A spec that asks for nothing special.
+fn plain() -> Value {
+    json!({
+        "ociVersion": "1.2.0",
+        "process": { "user": { "uid": 0, "gid": 0 }, "args": ["true"], "cwd": "/" },
+        "linux": { "namespaces": [{ "type": "mount" }, { "type": "uts" }] },
+    })
+}
+
+/// The plain spec with one more value at a path such as `linux/resources`.
+fn with(path: &str, value: Value) -> Spec {
+    let mut spec = plain();
+    let mut at = &mut spec;
+    for name in path.split('/') {
+        at = match name.parse::<usize>() {
+            Ok(0) => {
+                *at = json!([{}]);
+                &mut at[0]
+            }
+            _ => &mut at[name],
+        };
+    }
+    *at = value;
+    serde_json::from_value(spec).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+fn refusal(path: &str, value: Value) -> String {
+    match check(&with(path, value)) {
+        Err(SpecError::Unsupported(name)) => name,
+        other => panic!("{path}: {other:?}"),
+    }
+}
+
+#[test]
+fn plain_spec_is_accepted() {
+    assert_eq!(check(&serde_json::from_value(plain()).unwrap()), Ok(()));
+}
+
+#[test]
+fn unsupported_field_is_refused_by_its_name() {
+    let hook = json!([{ "path": "/bin/hook" }]);
+    let mapping = json!([{ "hostID": 0, "containerID": 0, "size": 1 }]);
+    let weight = json!([{ "major": 8, "minor": 0, "weight": 10 }]);
+    let throttle = json!([{ "major": 8, "minor": 0, "rate": 10 }]);
+    let fields = [
+        ("solaris", json!({})),
+        ("windows", json!({ "layerFolders": ["x"] })),
+        ("vm", json!({ "kernel": { "path": "/k" } })),
+        ("zos", json!({})),
+        ("hooks/prestart", hook.clone()),
+        ("hooks/createRuntime", hook.clone()),
+        ("hooks/createContainer", hook.clone()),
+        ("hooks/startContainer", hook.clone()),
+        ("hooks/poststart", hook.clone()),
+        ("hooks/poststop", hook),
+        ("process/terminal", json!(true)),
+        ("process/commandLine", json!("cmd")),
+        ("process/apparmorProfile", json!("docker-default")),
+        ("process/selinuxLabel", json!("system_u")),
+        ("process/ioPriority", json!({ "class": "IOPRIO_CLASS_BE", "priority": 4 })),
+        ("process/scheduler", json!({ "policy": "SCHED_FIFO" })),
+        ("process/execCPUAffinity", json!({ "initial": "0" })),
+        ("process/user/username", json!("ContainerUser")),
+        ("linux/netDevices", json!({ "eth0": {} })),
+        ("linux/uidMappings", mapping.clone()),
+        ("linux/gidMappings", mapping),
+        ("linux/mountLabel", json!("label")),
+        ("linux/intelRdt", json!({ "closID": "x" })),
+        ("linux/memoryPolicy", json!({ "mode": "MPOL_BIND", "nodes": "0" })),
+        ("linux/personality", json!({ "domain": "LINUX32" })),
+        ("linux/timeOffsets", json!({ "monotonic": { "secs": 1 } })),
+        ("linux/resources/memory/kernel", json!(1)),
+        ("linux/resources/memory/kernelTCP", json!(1)),
+        ("linux/resources/memory/swappiness", json!(0)),
+        ("linux/resources/memory/disableOOMKiller", json!(true)),
+        ("linux/resources/memory/useHierarchy", json!(true)),
+        ("linux/resources/memory/checkBeforeUpdate", json!(true)),
+        ("linux/resources/cpu/burst", json!(1)),
+        ("linux/resources/cpu/idle", json!(1)),
+        ("linux/resources/cpu/realtimeRuntime", json!(1)),
+        ("linux/resources/cpu/realtimePeriod", json!(1)),
+        ("linux/resources/blockIO/weight", json!(10)),
+        ("linux/resources/blockIO/leafWeight", json!(10)),
+        ("linux/resources/blockIO/weightDevice", weight),
+        ("linux/resources/blockIO/throttleReadBpsDevice", throttle.clone()),
+        ("linux/resources/blockIO/throttleWriteBpsDevice", throttle.clone()),
+        ("linux/resources/blockIO/throttleReadIOPSDevice", throttle.clone()),
+        ("linux/resources/blockIO/throttleWriteIOPSDevice", throttle),
+        ("linux/resources/network/classID", json!(1)),
+        ("linux/resources/network/priorities", json!([{ "name": "eth0", "priority": 1 }])),
+        ("linux/resources/hugepageLimits", json!([{ "pageSize": "2MB", "limit": 1 }])),
+        ("linux/resources/rdma", json!({ "mlx5": { "hcaHandles": 1 } })),
+    ];
+    for (path, value) in fields {
+        assert_eq!(refusal(path, value), path.replace('/', "."));
+    }
+}
+
+#[test]
+fn unsupported_value_is_refused_by_name_and_value() {
+    let cases = [
+        ("linux/namespaces", json!([{ "type": "mount" }, { "type": "user" }]), "linux.namespaces[user]"),
+        ("linux/namespaces", json!([{ "type": "mount" }, { "type": "time" }]), "linux.namespaces[time]"),
+        ("linux/namespaces", json!([{ "type": "mount", "path": "/ns" }]), "linux.namespaces[mount].path"),
+        ("linux/rootfsPropagation", json!("shared"), "linux.rootfsPropagation=shared"),
+        (
+            "linux/seccomp",
+            json!({ "defaultAction": "SCMP_ACT_NOTIFY" }),
+            "linux.seccomp action SCMP_ACT_NOTIFY",
+        ),
+        (
+            "linux/seccomp",
+            json!({ "defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/s" }),
+            "linux.seccomp.listenerPath",
+        ),
+        (
+            "linux/seccomp",
+            json!({ "defaultAction": "SCMP_ACT_ALLOW", "listenerMetadata": "m" }),
+            "linux.seccomp.listenerMetadata",
+        ),
+        (
+            "mounts",
+            json!([{ "destination": "/x", "uidMappings": [{ "hostID": 0, "containerID": 0, "size": 1 }] }]),
+            "mounts[].uidMappings",
+        ),
+        (
+            "mounts",
+            json!([{ "destination": "/x", "gidMappings": [{ "hostID": 0, "containerID": 0, "size": 1 }] }]),
+            "mounts[].gidMappings",
+        ),
+    ];
+    for (path, value, name) in cases {
+        assert_eq!(refusal(path, value), name);
+    }
+}
+
+#[test]
+fn value_that_asks_for_nothing_is_accepted() {
+    let fields = [
+        ("hooks", json!({})),
+        ("process/terminal", json!(false)),
+        ("process/consoleSize", json!({ "height": 24, "width": 80 })),
+        ("process/apparmorProfile", json!("")),
+        ("linux/mountLabel", json!("")),
+        ("linux/uidMappings", json!([])),
+        ("linux/rootfsPropagation", json!("rslave")),
+        ("linux/resources/memory/disableOOMKiller", json!(false)),
+        ("linux/resources/memory/kernel", json!(0)),
+        ("linux/resources/blockIO", json!({ "weight": 0 })),
+        ("linux/resources/network", json!({})),
+        ("linux/resources/hugepageLimits", json!([])),
+    ];
+    for (path, value) in fields {
+        assert_eq!(check(&with(path, value)), Ok(()), "{path}");
+    }
+}
+
+#[test]
+fn contradiction_is_refused_with_its_reason() {
+    let cases = [
+        ("process", Value::Null, "process is missing"),
+        ("linux", Value::Null, "linux is missing"),
+        ("process/args", json!([]), "process.args is empty"),
+        ("process/cwd", json!("tmp"), "not an absolute path"),
+        ("linux/namespaces", json!([]), "no mount namespace"),
+        ("linux/namespaces", json!([{ "type": "mount" }, { "type": "mount" }]), "twice"),
+        ("linux/cgroupsPath", json!("cloche/x"), "not an absolute path"),
+        ("linux/rootfsPropagation", json!("sideways"), "sideways"),
+    ];
+    for (path, value, reason) in cases {
+        let error = check(&with(path, value)).unwrap_err().to_string();
+        assert!(error.contains(reason), "{path}: {error}");
+    }
+    let mut shared = with("hostname", json!("name"));
+    assert_eq!(check(&shared), Ok(()));
+    let mut linux = shared.linux().clone().unwrap();
+    linux.set_namespaces(Some(vec![linux.namespaces().clone().unwrap()[0].clone()]));
+    shared.set_linux(Some(linux));
+    assert!(check(&shared).unwrap_err().to_string().contains("hostname"));
+}
+
+/// Names of a struct's fields, private ones included, as its `Debug` prints them.
+fn fields(value: &impl Debug) -> String {
+    let printed = format!("{value:#?}");
+    let names = printed.lines().filter_map(|line| {
+        let (name, _) = line.strip_prefix("    ")?.split_once(':')?;
+        (!name.starts_with([' ', '"', '}', ']'])).then_some(name)
+    });
+    names.collect::<Vec<_>>().join(" ")
+}
+
+/// Fails when a new version of `oci-spec` knows more fields: each must be acted on or refused first.
+#[test]
+fn fields_of_the_specs_types_are_those_that_were_considered() {
+    assert_eq!(
+        fields(&Spec::default()),
+        "version root mounts process hostname domainname hooks annotations linux solaris windows vm zos uid_mappings \
+         gid_mappings"
+    );
+    assert_eq!(
+        fields(&Hooks::default()),
+        "prestart create_runtime create_container start_container poststart poststop"
+    );
+    assert_eq!(fields(&Mount::default()), "destination typ source options uid_mappings gid_mappings");
+    assert_eq!(
+        fields(&Process::default()),
+        "terminal console_size user args command_line env cwd capabilities rlimits no_new_privileges \
+         apparmor_profile oom_score_adj selinux_label io_priority scheduler exec_cpu_affinity"
+    );
+    assert_eq!(fields(&User::default()), "uid gid umask additional_gids username");
+    assert_eq!(
+        fields(&Linux::default()),
+        "net_devices uid_mappings gid_mappings sysctl resources cgroups_path namespaces devices seccomp \
+         rootfs_propagation masked_paths readonly_paths mount_label intel_rdt memory_policy personality time_offsets"
+    );
+    assert_eq!(
+        fields(&LinuxResources::default()),
+        "devices memory cpu pids block_io hugepage_limits network rdma unified"
+    );
+    assert_eq!(
+        fields(&LinuxMemory::default()),
+        "limit reservation swap kernel kernel_tcp swappiness disable_oom_killer use_hierarchy check_before_update"
+    );
+    assert_eq!(
+        fields(&LinuxCpu::default()),
+        "shares quota idle burst period realtime_runtime realtime_period cpus mems"
+    );
+    assert_eq!(
+        fields(&LinuxBlockIo::default()),
+        "weight leaf_weight weight_device throttle_read_bps_device throttle_write_bps_device \
+         throttle_read_iops_device throttle_write_iops_device"
+    );
+    assert_eq!(fields(&LinuxNetwork::default()), "class_id priorities");
+    assert_eq!(
+        fields(&LinuxSeccomp::default()),
+        "default_action default_errno_ret architectures flags listener_path listener_metadata syscalls"
+    );
+}
