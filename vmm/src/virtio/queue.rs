@@ -206,28 +206,40 @@ impl<'m> Buffers<'m> {
         &self.slices
     }
 
-    /// Splits off the first `bytes` bytes; `None`, and nothing is taken, if there are fewer.
+    /// The first `bytes` bytes, or all if there are fewer; nothing is consumed.
+    pub fn prefix(&self, bytes: usize) -> Buffers<'m> {
+        let mut prefix = Buffers::default();
+        let mut missing = bytes;
+        for slice in &self.slices {
+            let here = missing.min(slice.len());
+            missing -= here;
+            if let Ok(part) = slice.subslice(0, here) {
+                prefix.push(part);
+            }
+        }
+        prefix
+    }
+
+    /// Splits off the first `bytes` bytes; `None`, and nothing is consumed, if there are fewer.
     pub fn take(&mut self, bytes: usize) -> Option<Buffers<'m>> {
         if self.len() < bytes {
             return None;
         }
-        let mut front = Buffers::default();
+        let front = self.prefix(bytes);
         let mut rest = Buffers::default();
-        let mut missing = bytes;
+        let mut skipped = bytes;
         for slice in self.slices.drain(..) {
-            let here = missing.min(slice.len());
-            missing -= here;
-            // Both are within the slice, by `here`'s definition.
-            if let (Ok(head), Ok(tail)) = (slice.subslice(0, here), slice.offset(here)) {
-                front.push(head);
-                rest.push(tail);
+            let here = skipped.min(slice.len());
+            skipped -= here;
+            if let Ok(part) = slice.offset(here) {
+                rest.push(part);
             }
         }
         *self = rest;
         Some(front)
     }
 
-    /// Reads the first `N` bytes; `None`, and nothing is taken, if there are fewer.
+    /// Reads the first `N` bytes; `None`, and nothing is consumed, if there are fewer.
     pub fn read<const N: usize>(&mut self) -> Option<[u8; N]> {
         let mut bytes = [0; N];
         let mut rest = bytes.as_mut_slice();

@@ -243,14 +243,14 @@ impl<S: Stream> Connection<S> {
 
     /// The next packet for the guest: its operation, flags and number of bytes that were put in `room`. The caller adds
     /// addresses and [`Connection::credit`].
-    pub fn next_packet(&mut self, room: &mut Buffers) -> Option<(u16, u32, u32)> {
+    pub fn next_packet(&mut self, room: &Buffers) -> Option<(u16, u32, u32)> {
         let packet = self.choose_packet(room)?;
         self.forwarded_told = self.forwarded;
         self.update_credit = false;
         Some(packet)
     }
 
-    fn choose_packet(&mut self, room: &mut Buffers) -> Option<(u16, u32, u32)> {
+    fn choose_packet(&mut self, room: &Buffers) -> Option<(u16, u32, u32)> {
         if self.reset {
             return Some((op::RESET, 0, 0));
         }
@@ -274,7 +274,7 @@ impl<S: Stream> Connection<S> {
     }
 
     /// Reads from the stream as much as buffer and credit allow.
-    fn read(&mut self, room: &mut Buffers) -> Option<u32> {
+    fn read(&mut self, room: &Buffers) -> Option<u32> {
         if !self.readable || self.read_ended {
             return None;
         }
@@ -285,7 +285,11 @@ impl<S: Stream> Connection<S> {
             self.credit_requested = true;
             return None;
         }
-        let target = room.take(room.len().min(credit as usize))?;
+        let target = room.prefix(credit as usize);
+        if target.is_empty() {
+            // Reading nothing would look like the end.
+            return None;
+        }
         match self.stream.read(target.slices()) {
             Ok(0) => {
                 self.read_ended = true;

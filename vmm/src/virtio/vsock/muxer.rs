@@ -195,8 +195,8 @@ impl<C: Connector> Muxer<C> {
         !self.resets.is_empty() || !self.turns.is_empty()
     }
 
-    /// Puts the next packet into a buffer of the guest's; returns its length, or `None` if there is none after all, and
-    /// then `room` may be used up but has no meaning. The buffer must have room for a header.
+    /// Puts the next packet into a buffer of the guest's; returns its length, or `None` if there is none after all. The
+    /// buffer must have room for a header.
     pub fn send(&mut self, room: &mut Buffers, poller: &mut dyn Poller) -> Option<u32> {
         let mut head = room.take(HEADER_BYTES)?;
         let header = if let Some(key) = self.resets.pop_front() {
@@ -208,7 +208,7 @@ impl<C: Connector> Muxer<C> {
         Some(HEADER_BYTES as u32 + header.len)
     }
 
-    fn next_of_connections(&mut self, room: &mut Buffers, poller: &mut dyn Poller) -> Option<Header> {
+    fn next_of_connections(&mut self, room: &Buffers, poller: &mut dyn Poller) -> Option<Header> {
         while let Some(key) = self.turns.pop_front() {
             let Some(entry) = self.connections.get_mut(&key) else { continue };
             entry.queued = false;
