@@ -91,10 +91,13 @@ impl Container {
 
     /// Waits until the first process has ended, and reaps it.
     pub fn wait(&mut self) -> Result<Exit, WaitError> {
-        if let Some(oom_event) = &self.oom_event {
-            let events = [&self.pidfd, oom_event].map(|fd| PollFd::new(fd, PollFlags::IN));
-            self.kill_when_out_of_memory(events).map_err(|source| self.failed("wait for", source))?;
-        }
+        let out_of_memory = match &self.oom_event {
+            Some(oom_event) => {
+                let events = [&self.pidfd, oom_event].map(|fd| PollFd::new(fd, PollFlags::IN));
+                self.kill_when_out_of_memory(events).map_err(|source| self.failed("wait for", source))?
+            }
+            None => false,
+        };
         let status = loop {
             match waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED) {
                 Err(Errno::INTR) => {}
@@ -110,24 +113,25 @@ impl Container {
         };
         Ok(Exit {
             status,
-            oom_killed: self.cgroup.oom_kills() > 0,
+            // What was killed because of the event was perhaps not there any more for the kernel to kill.
+            oom_killed: out_of_memory || self.cgroup.oom_kills() > 0,
             memory_peak_bytes: self.cgroup.memory_peak_bytes(),
         })
     }
 
-    /// Waits for the process to end, and helps it when the memory limit is hit.
-    fn kill_when_out_of_memory(&self, mut events: [PollFd<'_>; 2]) -> io::Result<()> {
+    /// Waits for the process to end, and kills the container when the memory limit is hit. Whether it was.
+    fn kill_when_out_of_memory(&self, mut events: [PollFd<'_>; 2]) -> io::Result<bool> {
         loop {
             match poll(&mut events, None) {
                 Err(Errno::INTR) => continue,
                 result => result?,
             };
             let [ended, out_of_memory] = &events;
-            if !ended.revents().is_empty() {
-                return Ok(());
-            }
             if !out_of_memory.revents().is_empty() {
-                return self.kill().map_err(io::Error::other);
+                return self.kill().map(|()| true).map_err(io::Error::other);
+            }
+            if !ended.revents().is_empty() {
+                return Ok(false);
             }
         }
     }

@@ -93,9 +93,21 @@ pub(crate) fn exit_now(code: u8) -> ! {
 /// Sets every signal to its default action and unblocks all, as a new process expects. `execve` resets
 /// handlers, but keeps what is ignored, and Rust programs ignore SIGPIPE.
 pub(crate) fn reset_signals() {
+    // `struct sigaction` as the kernel has it on x86_64: handler, flags, restorer, mask. All zeroes is SIG_DFL. The C
+    // library's `sigaction` would leave out two signals that it keeps for itself.
+    let default = [0u64; 4];
     for signo in 1..=64 {
-        // SAFETY: SIG_DFL is a valid disposition. Refusals (SIGKILL, SIGSTOP, the C library's own) are harmless.
-        unsafe { libc::signal(signo, libc::SIG_DFL) };
+        // SAFETY: `default` is a live `sigaction` for a signal set of the size given; no old one is asked for. That
+        // SIGKILL and SIGSTOP are refused is harmless.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signo,
+                &raw const default,
+                ptr::null::<u64>(),
+                size_of::<u64>(),
+            )
+        };
     }
     // The kernel's signal set on x86_64 is 8 bytes.
     let none = 0u64;

@@ -11,8 +11,9 @@ use rustix::{
     fs::{CWD, Mode, OFlags, mkdirat, openat},
     io::Errno,
     mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create,
-        fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount as mount_classic, move_mount,
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+        fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount as mount_classic,
+        move_mount, open_tree, unmount,
     },
     process::fchdir,
 };
@@ -20,7 +21,14 @@ use rustix::{
 use super::{RootfsError, cover_root};
 use crate::syscalls;
 
-/// Mounts the layers, bottom first, and the overlay over them. Leaves the working directory in the base mount.
+/// Mounts the layers, bottom first, and the overlay over them:
+///
+/// ```text
+///  base: tmpfs, attached only while the overlay is made
+///   ├─ 0, 1, …     EROFS, read-only
+///   ├─ upper, work
+///   └─ root        overlay, which keeps the others alive by itself
+/// ```
 pub(super) fn mount(lowers: &[PathBuf], upper_bytes: Option<u64>) -> Result<OwnedFd, RootfsError> {
     if lowers.is_empty() {
         return Err(RootfsError::NoLayers);
@@ -47,8 +55,11 @@ pub(super) fn mount(lowers: &[PathBuf], upper_bytes: Option<u64>) -> Result<Owne
     let options = overlay_options(layers.len()).map_err(|_| failed("name the layers")(Errno::INVAL))?;
     mount_classic("overlay", "root", "overlay", MountFlags::empty(), options.as_c_str())
         .map_err(failed("mount an overlay"))?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    openat(CWD, "root", flags, Mode::empty()).map_err(failed("open the root"))
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let root = open_tree(CWD, "root", flags).map_err(failed("clone the mount"))?;
+    unmount(".", UnmountFlags::DETACH).map_err(failed("detach the tmpfs"))?;
+    cover_root(root.as_fd()).map_err(failed("attach the mount"))?;
+    Ok(root)
 }
 
 /// overlayfs wants the top layer first.

@@ -2,10 +2,9 @@
 //! last process of the container whatever happens to everybody else, and entered by `pivot_root`.
 //!
 //! ```text
-//!  caller's /  ──(private copy in the new mount namespace)
-//!   └─ on top of /:  Directory: a clone of the directory's mounts
-//!                    Layers:    tmpfs with 0, 1, … (EROFS), upper, work, root (overlay)
-//!  pivot_root puts the directory's clone or the overlay in place of /; the rest is detached
+//!  caller's / in the new mount namespace ◀── covered by the new root: a clone of the directory's mounts,
+//!                                            or an overlay of layers
+//!  pivot_root ▸ the new root is /, covered by the old one ▸ the old one is detached
 //! ```
 
 mod layers;
@@ -113,24 +112,26 @@ pub(crate) fn enter(root: BorrowedFd<'_>) -> Result<(), RootfsError> {
     fchdir(root).map_err(failed("change to the new root"))?;
     // With both names the same, the old root ends up on top of the new one (pivot_root(2)).
     match pivot_root(".", ".") {
-        Err(Errno::INVAL) if is_initial_ramfs(old.as_fd()) => return enter_from_initial_ramfs(root),
+        Err(Errno::INVAL) if is_initial_ramfs(old.as_fd()) => return enter_from_initial_ramfs(),
         result => result.map_err(failed("call pivot_root"))?,
     }
     fchdir(&old).map_err(failed("change to the old root"))?;
-    unmount(".", UnmountFlags::DETACH).map_err(failed("detach the old root"))?;
+    // The name stands for the topmost of the mounts there. Only when all of them are gone, the old root included, is
+    // it no mount of this namespace any more.
+    loop {
+        match unmount(".", UnmountFlags::DETACH) {
+            Ok(()) => {}
+            Err(Errno::INVAL) => break,
+            Err(errno) => return Err(failed("detach the old root")(errno)),
+        }
+    }
     chdir("/").map_err(failed("change to the new root"))
 }
 
 /// The initial ramfs is the bottom of all mounts and cannot be pivoted away (pivot_root(2)). There, the new root
-/// covers it for good: no path leads below a mount that covers the root of the mount namespace.
-fn enter_from_initial_ramfs(root: BorrowedFd<'_>) -> Result<(), RootfsError> {
+/// just goes on covering it: no path leads below a mount that covers the root of the mount namespace.
+fn enter_from_initial_ramfs() -> Result<(), RootfsError> {
     let failed = |action| move |errno: Errno| RootfsError::Pivot { action, source: errno.into() };
-    match cover_root(root) {
-        // A directory's clone is there already.
-        Ok(()) | Err(Errno::LOOP | Errno::BUSY | Errno::INVAL) => {}
-        Err(errno) => return Err(failed("cover the initial ramfs")(errno)),
-    }
-    fchdir(root).map_err(failed("change to the new root"))?;
     chroot(".").map_err(failed("chroot"))?;
     chdir("/").map_err(failed("change to the new root"))
 }
