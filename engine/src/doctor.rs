@@ -102,26 +102,26 @@ fn privileges() -> Finding {
 fn cgroups() -> Finding {
     let subject = "cgroups";
     let controllers: Vec<String> = match Layout::detect() {
-        Some(Layout::V2) => fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")
+        Ok(Layout::V2) => fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")
             .unwrap_or_default()
             .split_whitespace()
             .map(Into::into)
             .collect(),
-        Some(_) => fs::read_dir("/sys/fs/cgroup")
+        Ok(_) => fs::read_dir("/sys/fs/cgroup")
             .into_iter()
             .flatten()
             .flatten()
             .filter_map(|entry| entry.file_name().into_string().ok())
             .flat_map(|name| name.split(',').map(str::to_owned).collect::<Vec<_>>())
             .collect(),
-        None => {
+        Err(_) => {
             let remedy = "mount one: `mount -t cgroup2 cgroup2 /sys/fs/cgroup`";
             return Finding::bad(subject, Verdict::Missing, "no cgroup file system is mounted", remedy);
         }
     };
     let layout = match Layout::detect() {
-        Some(Layout::V1) => "v1",
-        Some(Layout::Hybrid) => "hybrid (limits on v1)",
+        Ok(Layout::V1) => "v1",
+        Ok(Layout::Hybrid) => "hybrid (limits on v1)",
         _ => "v2",
     };
     let lacking: Vec<_> = ["memory", "cpu", "pids"]
@@ -249,7 +249,7 @@ fn slow_starts() -> Vec<Finding> {
     } else if !thp.is_empty() {
         findings.push(Finding::good("transparent huge pages", thp));
     }
-    if Layout::detect() == Some(Layout::V2) && !read("/proc/self/mountinfo").contains("favordynmods") {
+    if matches!(Layout::detect(), Ok(Layout::V2)) && !read("/proc/self/mountinfo").contains("favordynmods") {
         findings.push(Finding::bad(
             "cgroup migration",
             Verdict::Slow,

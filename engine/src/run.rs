@@ -7,11 +7,12 @@
 use std::path::PathBuf;
 
 use cloche_images::{ResolveError, Store, StoreError};
+use oci_spec::image::ImageConfiguration;
 use cloche_protocol::message::Exit;
 
 use crate::{
     home::Home,
-    isolation::{Lost, Running, container, observed, vm},
+    isolation::{Lost, Running, container, vm},
     monitor::{self, MonitorError},
     record::{Ended, Record, State, unix_time},
     request::{Isolation, RequestError, RunRequest},
@@ -48,17 +49,6 @@ pub enum RunError {
     /// VM isolation failed to start it.
     #[error(transparent)]
     Vm(#[from] vm::VmError),
-    /// What runs is not what was required.
-    #[error("--require {required}: the running sandbox is observed to be {}; it was stopped", match observed {
-        Some(observed) => observed.name(),
-        None => "gone",
-    })]
-    NotAsRequired {
-        /// The isolation that must hold.
-        required: Isolation,
-        /// The isolation seen.
-        observed: Option<Isolation>,
-    },
     /// The process's end was not seen.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
@@ -96,6 +86,8 @@ pub struct Outcome {
 pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outcome, RunError> {
     request.validate()?;
     let store = Store::open(home.images())?;
+    // Until the layers are open, nobody may delete them.
+    let hold = store.hold()?;
     let image = store.resolve(&request.image)?;
     trace.mark(Mark::ImageReady);
     let signals = Signals::collect().map_err(RunError::Signals)?;
@@ -103,16 +95,17 @@ pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outco
         id: String::new(),
         name: request.name.clone(),
         image: request.image.clone(),
-        image_id: image.id().to_string(),
+        image_id: image.id.to_string(),
         command: request.command.clone(),
         isolation: request.isolation,
         created: unix_time(),
         remove: request.remove,
         state: State::Starting,
     })?;
-    let layers = image.layers().iter().map(|layer| layer.erofs().to_owned()).collect();
-    let result = start(&mut sandbox, request, image.config(), layers, &signals, trace)
-        .and_then(|running| attend(&mut sandbox, request, running, &signals, trace));
+    let layers = image.layers.iter().map(|layer| layer.erofs.clone()).collect();
+    let started = start(&mut sandbox, request, &image.config, layers, &signals, trace);
+    drop(hold);
+    let result = started.and_then(|running| attend(&mut sandbox, running, &signals, trace));
     let id = sandbox.record.id.clone();
     match result {
         Ok(exit) => {
@@ -148,7 +141,7 @@ pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outco
 fn start(
     sandbox: &mut Owned,
     request: &RunRequest,
-    config: &cloche_images::ImageConfiguration,
+    config: &ImageConfiguration,
     layers: Vec<PathBuf>,
     signals: &Signals,
     trace: &mut Trace,
@@ -162,32 +155,22 @@ fn start(
     Ok(match request.isolation {
         Isolation::Vm => vm::start(&id, sandbox.dir(), &workload, layers, request, signals, trace)?,
         Isolation::Container | Isolation::Process => {
-            container::start(&id, &workload, layers, request.interactive, trace)?
+            container::start(&id, &workload, layers, request, trace)?
         }
     })
 }
 
 fn attend(
     sandbox: &mut Owned,
-    request: &RunRequest,
     mut running: Box<dyn Running>,
     signals: &Signals,
     trace: &mut Trace,
 ) -> Result<Exit, RunError> {
-    let processes = running.processes();
-    let attended = (|| {
-        if let Some(required) = request.require {
-            let observed = processes.and_then(|processes| observed::isolation(processes.leader.pid));
-            // A process that has ended already cannot be observed, and what cannot be observed does not hold.
-            if observed != Some(required) {
-                return Err(RunError::NotAsRequired { required, observed });
-            }
-        }
-        if let Some(processes) = processes {
-            sandbox.set_state(State::Running(processes))?;
-        }
-        Ok(monitor::attend(running.as_mut(), signals, trace)?)
-    })();
+    let written = running.processes().map(|processes| sandbox.set_state(State::Running(processes)));
+    let attended = match written {
+        Some(Err(error)) => Err(error.into()),
+        _ => monitor::attend(running.as_mut(), signals, trace).map_err(RunError::from),
+    };
     let removed = running.teardown();
     let exit = attended?;
     removed.map_err(RunError::Teardown)?;

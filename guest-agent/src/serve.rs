@@ -137,6 +137,7 @@ fn launch(boot: Boot, streams: &mut Streams) -> Result<Container, LaunchError> {
         rootfs: Rootfs::Layers { lowers: layers, upper_bytes: boot.config.upper_bytes },
         stdio,
         kill_on_parent_death: true,
+        approve: None,
     })
 }
 

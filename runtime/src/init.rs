@@ -141,9 +141,10 @@ impl Init<'_> {
         self.set_up_namespaces()?;
         let root = self.enter_root()?;
         self.set_up_files(root.as_fd())?;
-        let account = self.account()?;
+        let account = self.account(root.as_fd())?;
+        let env = self.environment(root.as_fd(), &account);
         let program = self.take_on_identity(&account)?;
-        self.execute(&program, &account)
+        self.execute(&program, &env)
     }
 
     /// Nothing that the parent happens to have, be it signals, keys or a terminal, reaches the container.
@@ -247,8 +248,17 @@ impl Init<'_> {
     }
 
     /// The user asked for by name, else by the spec's numbers.
-    fn account(&self) -> Result<Account, AccountError> {
-        self.user.map_or_else(|| Ok(self.process.user().into()), accounts::resolve)
+    fn account(&self, root: BorrowedFd<'_>) -> Result<Account, AccountError> {
+        self.user.map_or_else(|| Ok(self.process.user().into()), |user| accounts::resolve(root, user))
+    }
+
+    /// The spec's variables, and `HOME`, which programs rely on and other runtimes add, too.
+    fn environment(&self, root: BorrowedFd<'_>, account: &Account) -> Vec<CString> {
+        let mut env = self.env.to_vec();
+        if !env.iter().any(|variable| variable.as_bytes().starts_with(b"HOME=")) {
+            env.extend(CString::new(format!("HOME={}", accounts::home(root, account.uid))));
+        }
+        env
     }
 
     /// Limits, user and working directory. All permitted capabilities are still there afterwards.
@@ -288,12 +298,7 @@ impl Init<'_> {
         self.process.args().iter().flatten().next().map_or("", String::as_str)
     }
 
-    fn execute(&self, program: &Path, account: &Account) -> Result<Infallible, InitError> {
-        let mut env = self.env.to_vec();
-        if !env.iter().any(|variable| variable.as_bytes().starts_with(b"HOME=")) {
-            let home = format!("HOME={}", accounts::home(account.uid));
-            env.extend(CString::new(home));
-        }
+    fn execute(&self, program: &Path, env: &[CString]) -> Result<Infallible, InitError> {
         let no_new_privs = self.process.no_new_privileges() == Some(true);
         if no_new_privs {
             set_no_new_privs(true).map_err(step("set no_new_privs"))?;
@@ -313,7 +318,7 @@ impl Init<'_> {
             self.install_filter()?;
             self.capabilities.apply()?;
         }
-        Err(program::execute(program, self.command(), self.args, &env).into())
+        Err(program::execute(program, self.command(), self.args, env).into())
     }
 
     fn install_filter(&self) -> Result<(), SeccompError> {

@@ -10,9 +10,10 @@ use cloche_runtime::{
 };
 use rustix::event::{PollFd, PollFlags};
 
-use super::{Lost, Running, Streams};
+use super::{Lost, Running, Streams, observed};
 use crate::{
     record::{ProcessId, Processes},
+    request::RunRequest,
     spec::Workload,
     trace::{Mark, Trace},
 };
@@ -33,10 +34,10 @@ pub fn start(
     id: &str,
     workload: &Workload,
     layers: Vec<PathBuf>,
-    interactive: bool,
+    request: &RunRequest,
     trace: &mut Trace,
 ) -> Result<Box<dyn Running>, ContainerError> {
-    let (stdin, stdin_host) = if interactive {
+    let (stdin, stdin_host) = if request.interactive {
         let (read, write) = pipe_write_side().map_err(ContainerError::Pipe)?;
         (read, Some(write))
     } else {
@@ -44,6 +45,7 @@ pub fn start(
     };
     let (stdout_host, stdout) = pipe_read_side().map_err(ContainerError::Pipe)?;
     let (stderr_host, stderr) = pipe_read_side().map_err(ContainerError::Pipe)?;
+    let approve = |pid| request.require == observed::isolation(pid);
     trace.mark(Mark::ProcessStart);
     let container = cloche_runtime::launch(Launch {
         id,
@@ -52,6 +54,7 @@ pub fn start(
         rootfs: Rootfs::Layers { lowers: layers, upper_bytes: None },
         stdio: Stdio { stdin, stdout, stderr },
         kill_on_parent_death: true,
+        approve: request.require.is_some().then_some(&approve),
     })?;
     trace.mark(Mark::ProcessStarted);
     let streams = Streams { stdin: stdin_host, stdout: stdout_host, stderr: stderr_host };

@@ -5,8 +5,7 @@
 
 mod seccomp;
 
-use cloche_images::ImageConfiguration;
-use oci_spec::runtime::Spec;
+use oci_spec::{image::ImageConfiguration, runtime::Spec};
 use serde_json::{Value, json};
 
 use crate::request::{Isolation, RunRequest};

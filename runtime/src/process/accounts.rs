@@ -4,7 +4,9 @@
 //! So the string travels beside the spec, and this is called inside the new root. The image chooses what the files
 //! contain; they are read up to a bound.
 
-use std::{fs::File, io::Read, path::Path};
+use std::{os::fd::BorrowedFd, path::Path};
+
+use crate::mounts::paths;
 
 /// Nobody's user list is longer than this.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -40,25 +42,20 @@ impl From<&oci_spec::runtime::User> for Account {
     }
 }
 
-/// Resolves `user[:group]`. To be called inside the container's root.
-pub(crate) fn resolve(user: &str) -> Result<Account, AccountError> {
-    resolve_in(user, &read("/etc/passwd"), &read("/etc/group"))
+/// Resolves `user[:group]` in the container's root.
+pub(crate) fn resolve(root: BorrowedFd<'_>, user: &str) -> Result<Account, AccountError> {
+    resolve_in(user, &read(root, "/etc/passwd"), &read(root, "/etc/group"))
 }
 
-/// The user's home directory according to the container's `/etc/passwd`, or `/`. To be called inside the root.
-pub(crate) fn home(uid: u32) -> String {
-    home_in(&read("/etc/passwd"), uid).unwrap_or("/").to_owned()
+/// The user's home directory according to the container's `/etc/passwd`, or `/`.
+pub(crate) fn home(root: BorrowedFd<'_>, uid: u32) -> String {
+    home_in(&read(root, "/etc/passwd"), uid).unwrap_or("/").to_owned()
 }
 
 /// A file's text as far as it is of use; a missing one is empty, as for Docker.
-fn read(path: &str) -> String {
-    let path = Path::new(path);
-    let mut text = Vec::new();
-    // Anything but a regular file might block.
-    if path.is_file() {
-        let _ = File::open(path).and_then(|file| file.take(MAX_FILE_BYTES).read_to_end(&mut text));
-    }
-    String::from_utf8_lossy(&text).into_owned()
+fn read(root: BorrowedFd<'_>, path: &str) -> String {
+    let bytes = paths::read(root, Path::new(path), MAX_FILE_BYTES).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// A line of `/etc/passwd` (passwd(5)).

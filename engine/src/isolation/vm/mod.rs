@@ -41,10 +41,10 @@ use cloche_vmm::{
 };
 use rustix::event::{PollFd, PollFlags};
 
-use super::{Lost, Running, Streams};
+use super::{Lost, Running, Streams, observed};
 use crate::{
     record::{ProcessId, Processes},
-    request::RunRequest,
+    request::{Isolation, RunRequest},
     signals::Signals,
     spec::Workload,
     trace::{Mark, Trace},
@@ -95,6 +95,17 @@ pub enum VmError {
     /// The guest says what no agent says.
     #[error("the guest agent broke the protocol")]
     Protocol(#[from] FrameError),
+    /// What runs is not what was required.
+    #[error("--require {required}: what was started is observed to be {}; it was stopped", match observed {
+        Some(observed) => observed.name(),
+        None => "hidden or gone",
+    })]
+    NotAsRequired {
+        /// The isolation that must hold.
+        required: Isolation,
+        /// The isolation seen.
+        observed: Option<Isolation>,
+    },
     /// A signal asked for the end before the start was over.
     #[error("stopped by signal {0} before it had started")]
     Interrupted(i32),
@@ -144,7 +155,15 @@ pub fn start(
         pending.accept(&mut machine)?;
         while let Some(message) = machine.receive()? {
             match message {
-                FromGuest::Ready { version } if version == VERSION => {}
+                // The guest says that it runs; whether it does so in a VM is seen from outside.
+                FromGuest::Ready { version } if version == VERSION => {
+                    let observed = observed::isolation(machine.vmm.process.id() as i32);
+                    if let Some(required) = request.require
+                        && observed != Some(required)
+                    {
+                        return Err(VmError::NotAsRequired { required, observed });
+                    }
+                }
                 FromGuest::Ready { version } => {
                     let reason = format!("its agent speaks protocol version {version}, not {VERSION}");
                     return Err(VmError::Vmm(reason));
