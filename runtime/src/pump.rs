@@ -80,14 +80,20 @@ impl Pump {
         if self.start == self.end {
             self.buffer.resize(BUFFER_BYTES, 0);
             match rustix::io::read(from, &mut self.buffer[..]) {
-                Ok(0) => return Ok(self.finish()),
+                Ok(0) => {
+                    self.finish();
+                    return Ok(());
+                }
                 Ok(count) => {
                     (self.start, self.end) = (0, count);
                     self.carried += count as u64;
                 }
                 Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
                 // A terminal's other end is closed (EIO), or the peer is gone: the same as end of file.
-                Err(Errno::IO | Errno::CONNRESET) => return Ok(self.finish()),
+                Err(Errno::IO | Errno::CONNRESET) => {
+                    self.finish();
+                    return Ok(());
+                }
                 Err(errno) => return Err(errno.into()),
             }
             if self.target == Target::Shared {
@@ -156,7 +162,7 @@ mod tests {
     fn pump_of_more_than_its_buffer_and_the_pipe_hold_moves_all_bytes() {
         let (source, feed) = pipe_read_side().unwrap();
         let (sink, target) = pipe_write_side().unwrap();
-        let sent: Vec<u8> = (0..1_000_000u32).map(|n| (n * 2_654_435_761 >> 13) as u8).collect();
+        let sent: Vec<u8> = (0..1_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
         let expected = sent.clone();
         let writer = std::thread::spawn(move || std::fs::File::from(feed).write_all(&sent).unwrap());
         let reader = std::thread::spawn(move || {

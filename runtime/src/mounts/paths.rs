@@ -3,7 +3,8 @@
 //! `/proc/self/fd/N`; whatever is done then is done to the descriptor, not to the name again.
 
 use std::{
-    io,
+    fs::File,
+    io::{self, Read},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Component, Path, PathBuf},
 };
@@ -82,6 +83,20 @@ pub(crate) fn open_or_make(
         };
     }
     Ok(directory)
+}
+
+/// Reads a regular file of the container, at most `max_bytes` of it.
+pub(crate) fn read(root: BorrowedFd<'_>, path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
+    // A FIFO must not block, and a terminal must not become ours.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let file = openat2(root, path, flags, Mode::empty(), resolve)?;
+    if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut bytes = Vec::new();
+    File::from(file).take(max_bytes).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Whether the descriptor is of a directory.
