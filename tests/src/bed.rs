@@ -17,7 +17,7 @@ use crate::image::Image;
 use crate::leftovers::{self, Snapshot};
 use crate::process::{Finished, Input, Running};
 use crate::sandbox::Sandbox;
-use crate::world::{Isolation, World};
+use crate::world::{self, Isolation, World};
 
 /// One test's bed.
 #[derive(Debug)]
@@ -164,6 +164,11 @@ impl<'a> Bed<'a> {
     /// Loads a file or directory as an image.
     pub fn load(&self, name: &str, from: &Path) -> Result<Finished> {
         self.run(&["image", "load", "--name", name, &from.to_string_lossy()])
+    }
+
+    /// The names in the image store.
+    pub fn image_names(&self) -> Result<Vec<String>> {
+        world::names_in(&self.json(&["image", "ls", "--json"])?)
     }
 
     /// Loads a generated image for the time of the test.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
@@ -114,7 +114,7 @@ impl Running {
     }
 
     /// Waits until `find` gives something, e.g. a process below the child.
-    pub fn wait_for<T>(&self, what: &str, mut find: impl FnMut(Pid) -> Option<T>) -> Result<T> {
+    pub fn wait_for<T>(&mut self, what: &str, mut find: impl FnMut(Pid) -> Option<T>) -> Result<T> {
         loop {
             if let Some(found) = find(self.pid) {
                 return Ok(found);
@@ -125,22 +125,17 @@ impl Running {
         }
     }
 
-    fn has_ended(&self) -> Result<bool> {
-        let pidfd = pidfd_open(self.pid, PidfdFlags::empty()).context("open a pidfd")?;
-        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        Ok(poll(&mut fds, Some(&now)).context("poll a pidfd")? > 0)
+    /// Whether the child has ended. It is reaped then, so that it no longer shows among this process's children.
+    fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait().context("look after the child")?.is_some())
     }
 
     /// Waits for the child to end and for its outputs to close.
     pub fn wait(mut self) -> Result<Finished> {
         self.input = None;
-        while !self.has_ended()? {
-            if Instant::now() >= self.deadline {
-                self.kill_all();
-                bail!("{} did not end in time and was killed\n{}", self.command, self.outputs());
-            }
-            self.sleep_until_end(Duration::from_millis(200))?;
+        if let Err(late) = self.wait_for_end() {
+            self.kill_all();
+            return Err(late);
         }
         let status = self.child.wait().context("wait for the child")?;
         self.waited = true;
@@ -163,7 +158,7 @@ impl Running {
     }
 
     /// Waits for the child to end while its held input stays open.
-    pub fn wait_for_end(&self) -> Result<()> {
+    pub fn wait_for_end(&mut self) -> Result<()> {
         while !self.has_ended()? {
             ensure!(
                 Instant::now() < self.deadline,
@@ -177,7 +172,7 @@ impl Running {
     }
 
     /// Repeats a signal every `pause` until the child ends.
-    pub fn knock_until_end(self, signal: Signal, pause: Duration) -> Result<Finished> {
+    pub fn knock_until_end(mut self, signal: Signal, pause: Duration) -> Result<Finished> {
         let mut next = Instant::now() + pause;
         while !self.has_ended()? && Instant::now() < self.deadline {
             if Instant::now() >= next {

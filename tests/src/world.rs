@@ -16,6 +16,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::process::{Input, Running};
@@ -165,7 +166,7 @@ impl World {
     }
 
     fn loaded_images(&self) -> Result<Vec<String>> {
-        Ok(self.cloche(&["image", "ls", "-q"])?.lines().map(str::to_owned).collect())
+        names_in(&serde_json::from_str(&self.cloche(&["image", "ls", "--json"])?)?)
     }
 
     fn cloche(&self, arguments: &[&str]) -> Result<String> {
@@ -179,6 +180,14 @@ impl World {
         let deadline = Instant::now() + self.time_out * 5;
         Ok(Running::start(command, &Input::Null, deadline)?.wait()?.succeeds()?.out())
     }
+}
+
+/// Every name in what `cloche image ls --json` prints.
+pub fn names_in(listing: &Value) -> Result<Vec<String>> {
+    let images =
+        listing.as_array().with_context(|| format!("`image ls --json` is not an array: {listing}"))?;
+    let names = images.iter().filter_map(|image| image["names"].as_array()).flatten();
+    Ok(names.filter_map(Value::as_str).map(str::to_owned).collect())
 }
 
 /// `docker.io/library/busybox:latest` is `busybox` to its friends.

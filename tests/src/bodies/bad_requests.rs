@@ -83,14 +83,13 @@ fn mistaken_values_are_refused(bed: &Bed) -> Story {
         ("-u", ":::"),
         ("--trace", "xml"),
     ] {
-        let option = joined(option, value);
-        bed.busybox().option(&option).command(&["true"]).run()?.refused().context(option)?;
+        let sandbox = match option.strip_prefix("--") {
+            Some(_) => bed.busybox().option(&format!("{option}={value}")),
+            None => bed.busybox().with(option, value),
+        };
+        sandbox.command(&["true"]).run()?.refused().with_context(|| format!("{option} {value:?}"))?;
     }
     Ok(())
-}
-
-fn joined(option: &str, value: &str) -> String {
-    if option.starts_with("--") { format!("{option}={value}") } else { format!("{option}{value}") }
 }
 
 fn command_without_anything_to_run_is_refused(bed: &Bed) -> Story {

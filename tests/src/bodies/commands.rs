@@ -89,14 +89,14 @@ fn running_sandbox_is_removed_by_force_only(bed: &Bed) -> Story {
 }
 
 fn compare_measures_and_prints_json(bed: &Bed) -> Story {
-    let report = bed.json(&["compare", "busybox", "-n", "2", "--json", "--", "true"])?;
-    ensure!(
-        report.to_string().contains(bed.isolation().as_str()),
-        "the report lacks {:?}: {report}",
-        bed.isolation()
-    );
-    let table = bed.run(&["compare", "busybox", "-n", "2", "--", "true"])?.succeeds()?;
-    table.prints_some(bed.isolation().as_str())?;
+    let own = bed.isolation().as_str();
+    let kinds = format!("process,{own}");
+    let words = ["compare", "--isolation", &kinds, "-n", "2"];
+    let report = bed.json(&[&words, &["--json", "busybox", "--", "true"][..]].concat())?;
+    ensure!(report.to_string().contains(own), "the report lacks {own}: {report}");
+    let table = bed.run(&[&words, &["busybox", "--", "true"][..]].concat())?.succeeds()?;
+    let head = table.out().to_lowercase();
+    ensure!(head.contains(own) && head.contains("process"), "the table lacks a column\n{table}");
     bed.is_clean()
 }
 

@@ -54,7 +54,7 @@ pub fn init_below(ancestor: Pid) -> Option<Process> {
 }
 
 fn killed_command_line_is_reported_and_cleaned_up(bed: &Bed) -> Story {
-    let running = start(bed, "sleep 100000")?;
+    let mut running = start(bed, "sleep 100000")?;
     running.signal(Signal::KILL)?;
     running.wait_for_end()?;
     next_command_reports_and_cleans(bed)?;
@@ -63,7 +63,7 @@ fn killed_command_line_is_reported_and_cleaned_up(bed: &Bed) -> Story {
 }
 
 fn killed_command_line_of_a_busy_sandbox_is_cleaned_up(bed: &Bed) -> Story {
-    let running =
+    let mut running =
         start(bed, "mkdir /x; while :; do echo noise; echo noise > /x/file; (sleep 1000 &) ; done")?;
     running.signal(Signal::KILL)?;
     running.wait_for_end()?;
@@ -73,7 +73,7 @@ fn killed_command_line_of_a_busy_sandbox_is_cleaned_up(bed: &Bed) -> Story {
 }
 
 fn killed_vmm_is_reported_and_cleaned_up(bed: &Bed) -> Story {
-    let running = start(bed, "sleep 100000")?;
+    let mut running = start(bed, "sleep 100000")?;
     running.wait_for("a VMM process", vmm_below)?.kill();
     let finished = running.wait()?;
     // The command line lives and says so at once.
@@ -82,7 +82,7 @@ fn killed_vmm_is_reported_and_cleaned_up(bed: &Bed) -> Story {
 }
 
 fn killed_container_init_is_reported(bed: &Bed) -> Story {
-    let running = start(bed, "sleep 100000")?;
+    let mut running = start(bed, "sleep 100000")?;
     running.wait_for("the container's init", init_below)?.kill();
     running.wait()?.exits_with(137)?;
     next_command_reports_and_cleans(bed)
@@ -99,7 +99,7 @@ fn everything_killed_at_once_is_cleaned_up(bed: &Bed) -> Story {
 }
 
 fn next_run_cleans_up_by_itself(bed: &Bed) -> Story {
-    let running = start(bed, "sleep 100000")?;
+    let mut running = start(bed, "sleep 100000")?;
     running.signal(Signal::KILL)?;
     running.wait_for_end()?;
     // Not `ps`: any command finds the dead.

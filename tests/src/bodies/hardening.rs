@@ -95,8 +95,9 @@ fn devices_are_limited_to_dockers_default(bed: &Bed) -> Story {
         ensure!(finished.code() != 0, "device {number} could be read\n{finished}");
         finished.says("not permitted")?;
     }
-    let devices = bed.busybox().sh("cd /dev; echo *").run()?.succeeds()?;
-    devices.prints("core fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero\n")?;
+    // `core`, a link to /proc/kcore, is there where the kernel has that.
+    let devices = bed.busybox().sh("cd /dev; ls | grep -vx core | xargs echo").run()?.succeeds()?;
+    devices.prints("fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero\n")?;
     Ok(())
 }
 

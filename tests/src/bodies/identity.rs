@@ -71,7 +71,7 @@ fn user_is_taken_by_name_and_number(bed: &Bed) -> Story {
         // A number needs no entry.
         ("4242:4343", "4242\n4343\n4343\n"),
         ("4242", "4242\n0\n0\n"),
-        ("0", "0\n0\n0\n"),
+        ("0", "0\n0\n0 2001\n"),
     ] {
         image.sandbox().with("-u", user).sh(ids).run()?.succeeds()?.prints(expected).context(user)?;
     }

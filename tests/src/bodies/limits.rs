@@ -98,7 +98,7 @@ fn cpu_limit_is_visible_inside_or_acts(bed: &Bed) -> Story {
 
 fn mistaken_memory_sizes_are_refused(bed: &Bed) -> Story {
     for size in ["0", "0m", "1m", "10t", "18446744073709551616", "-1", "many", "64q", ""] {
-        let finished = bed.busybox().with("--memory", size).command(&["true"]).run()?;
+        let finished = bed.busybox().option(&format!("--memory={size}")).command(&["true"]).run()?;
         finished.refused().with_context(|| format!("memory {size:?}"))?.says("memory")?;
     }
     Ok(())

@@ -45,7 +45,7 @@ fn is_put_right(bed: &Bed, moment: Duration) -> Story {
 fn command_line_killed_at_any_moment_leaves_nothing(bed: &Bed) -> Story {
     bed.keeps_records();
     for moment in moments(bed) {
-        let running = start(bed)?;
+        let mut running = start(bed)?;
         thread::sleep(moment);
         running.signal(Signal::KILL)?;
         running.wait_for_end()?;
@@ -59,7 +59,7 @@ fn command_line_killed_at_any_moment_leaves_nothing(bed: &Bed) -> Story {
 fn killed_at_any_moment(bed: &Bed, what: &str, find: fn(rustix::process::Pid) -> Option<Process>) -> Story {
     bed.keeps_records();
     for moment in moments(bed) {
-        let running = start(bed)?;
+        let mut running = start(bed)?;
         let victim = running.wait_for(what, find)?;
         thread::sleep(moment);
         victim.kill();
