@@ -33,7 +33,7 @@ use rustix::{
 };
 
 use crate::{
-    cgroup::Cgroup,
+    cgroup::{Cgroup, CgroupError, DeviceGuard},
     devices::{self, DeviceError},
     launch::{Rootfs, Stdio},
     mounts::{
@@ -73,6 +73,7 @@ pub(crate) struct Init<'a> {
     pub(crate) keyring: &'a CStr,
     pub(crate) own_program: OwnProgram,
     pub(crate) cgroup: &'a Cgroup,
+    pub(crate) device_guard: Option<&'a DeviceGuard>,
     pub(crate) kill_on_parent_death: bool,
     /// Gets [`READY`] before the last steps, then nothing if they succeed.
     pub(crate) verdict: BorrowedFd<'a>,
@@ -107,6 +108,8 @@ pub(crate) enum InitError {
     Mount(#[from] MountError),
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Rlimit(#[from] RlimitError),
     #[error(transparent)]
@@ -233,6 +236,7 @@ impl Init<'_> {
         if !self.mounts.iter().any(|mount| mount.destination() == dev && mount.is_bind()) {
             devices::create(root, self.linux.devices().as_deref().unwrap_or_default())?;
         }
+        self.device_guard.map_or(Ok(()), DeviceGuard::enforce)?;
         let cwd = self.process.cwd();
         paths::open_or_make(root, cwd, Symlinks::Follow, Make::Directory)
             .map_err(|source| InitError::WorkingDirectory { path: cwd.clone(), source })?;

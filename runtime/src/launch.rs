@@ -20,7 +20,7 @@ use rustix::{
 };
 
 use crate::{
-    cgroup::{Cgroup, CgroupError},
+    cgroup::{Cgroup, CgroupError, DeviceGuard},
     container::Container,
     init::{Init, READY},
     mounts::{Mount, MountError},
@@ -220,7 +220,8 @@ fn start(
 ) -> Result<(Child, Option<OwnedFd>), LaunchError> {
     let limited = plan.linux.resources().as_ref().is_some_and(|resources| resources.memory().is_some());
     let oom_event = if limited { cgroup.oom_event()? } else { None };
-    let mut child = spawn(launch, plan, cgroup)?;
+    let device_guard = cgroup.device_guard(plan.linux.resources().as_ref())?;
+    let mut child = spawn(launch, plan, cgroup, device_guard.as_ref())?;
     match child.release(launch.approve, cgroup).and_then(|()| child.read_verdict(cgroup)) {
         Ok(()) => Ok((child, oom_event)),
         Err(error) => {
@@ -240,7 +241,12 @@ struct Child {
     attached: Option<OwnedFd>,
 }
 
-fn spawn(launch: &Launch<'_>, plan: &Plan<'_>, cgroup: &Cgroup) -> Result<Child, LaunchError> {
+fn spawn(
+    launch: &Launch<'_>,
+    plan: &Plan<'_>,
+    cgroup: &Cgroup,
+    device_guard: Option<&DeviceGuard>,
+) -> Result<Child, LaunchError> {
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(process_failed("make a pipe"));
     let (verdict, verdict_writer) = pipe()?;
     let (attached, attached_writer) =
@@ -269,6 +275,7 @@ fn spawn(launch: &Launch<'_>, plan: &Plan<'_>, cgroup: &Cgroup) -> Result<Child,
                 keyring: &plan.keyring,
                 own_program: plan.own_program,
                 cgroup,
+                device_guard,
                 kill_on_parent_death: launch.kill_on_parent_death,
                 verdict: verdict_writer.as_fd(),
                 attached: attached.as_ref().map(AsFd::as_fd),

@@ -3,21 +3,24 @@
 //! It gets a `struct bpf_cgroup_dev_ctx` (`linux/bpf.h`): access kinds in the upper and device type in the lower
 //! half of the first word, then major, then minor. It returns 1 to allow.
 
-use std::{os::fd::AsFd, path::Path};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::{
     CgroupError,
     device_policy::{DevicePolicy, Exception, Kind},
-    files,
 };
 use crate::syscalls;
 
-/// Compiles the policy and puts it into force for a cgroup. The kernel keeps it until the cgroup is gone.
-pub(super) fn attach(directory: &Path, policy: &DevicePolicy) -> Result<(), CgroupError> {
-    let failed = |action| move |source| CgroupError::DeviceProgram { action, source };
-    let cgroup = files::open_directory(directory)?;
-    let program = syscalls::bpf_load_cgroup_device(&compile(policy)).map_err(failed("load"))?;
-    syscalls::bpf_attach_cgroup_device(cgroup.as_fd(), program.as_fd()).map_err(failed("attach"))
+/// Compiles the policy and loads it into the kernel.
+pub(super) fn load(policy: &DevicePolicy) -> Result<OwnedFd, CgroupError> {
+    syscalls::bpf_load_cgroup_device(&compile(policy))
+        .map_err(|source| CgroupError::DeviceProgram { action: "load", source })
+}
+
+/// Puts a loaded policy into force for a cgroup. The kernel keeps it until the cgroup is gone.
+pub(super) fn attach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) -> Result<(), CgroupError> {
+    syscalls::bpf_attach_cgroup_device(cgroup.as_fd(), program.as_fd())
+        .map_err(|source| CgroupError::DeviceProgram { action: "attach", source })
 }
 
 // Registers: 1 holds the context, 0 the result.

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, OpenOptions},
     io::{self, Read, Write},
-    os::fd::OwnedFd,
+    os::fd::{BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -39,6 +39,17 @@ pub(super) fn write(directory: &Path, file: &str, value: &str) -> Result<(), Cgr
     let written =
         OpenOptions::new().write(true).open(&path).and_then(|mut file| file.write_all(value.as_bytes()));
     written.map_err(|source| CgroupError::Io { action: format!("write {value:?} to"), path, source })
+}
+
+/// As [`write`], for a directory that no path may lead to any more.
+pub(super) fn write_at(directory: BorrowedFd<'_>, file: &str, value: &str) -> Result<(), CgroupError> {
+    let written = rustix::fs::openat(directory, file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+        .and_then(|file| rustix::io::write(file, value.as_bytes()));
+    written.map(drop).map_err(|errno| CgroupError::Io {
+        action: format!("write {value:?} to"),
+        path: file.into(),
+        source: errno.into(),
+    })
 }
 
 /// As [`write`]; `false` if there is no such file.

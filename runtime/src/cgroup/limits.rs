@@ -125,27 +125,24 @@ impl Limits {
     }
 
     /// The controllers that the limits need, each with the spec's field that needs it.
-    pub(super) fn controllers(&self) -> Vec<(&'static str, &'static str)> {
-        let unified = |controller: &str| {
-            self.unified.iter().any(|(file, _)| file.split('.').next() == Some(controller))
-        };
+    pub(super) fn controllers(&self) -> Vec<(String, &'static str)> {
         let memory = self.memory.is_some() || self.memory_reservation.is_some();
         let cpu = self.cpu_shares.is_some() || self.cpu_quota.is_some() || self.cpu_period.is_some();
         let cpuset = self.cpus.is_some() || self.mems.is_some();
-        let mut needed = Vec::new();
-        let mut need = |controller, by_field: bool, field| {
-            if by_field || unified(controller) {
-                needed.push((controller, if by_field { field } else { "linux.resources.unified" }));
+        let mut needed: Vec<(String, _)> = Vec::new();
+        let mut need = |controller: &str, is_needed, field| {
+            if is_needed && !needed.iter().any(|(listed, _)| listed == controller) {
+                needed.push((controller.to_owned(), field));
             }
         };
         need("memory", memory, "linux.resources.memory");
         need("pids", self.pids.is_some_and(|pids| pids != Limit::Unlimited), "linux.resources.pids");
         need("cpu", cpu, "linux.resources.cpu");
         need("cpuset", cpuset, "linux.resources.cpu.cpus");
-        need("io", false, "");
-        need("hugetlb", false, "");
-        need("rdma", false, "");
-        need("misc", false, "");
+        for (file, _) in &self.unified {
+            let (controller, _) = file.split_once('.').unwrap_or((file, ""));
+            need(controller, true, "linux.resources.unified");
+        }
         needed
     }
 }
@@ -185,14 +182,14 @@ mod tests {
 
     #[test]
     fn controllers_are_those_of_the_limits_set() {
-        assert_eq!(Limits::default().controllers(), []);
+        assert!(Limits::default().controllers().is_empty());
         let pids = |limit| {
             let pids = LinuxPidsBuilder::default().limit(limit).build().unwrap();
             let resources = LinuxResourcesBuilder::default().pids(pids).build().unwrap();
             Limits::from_spec(Some(&resources)).unwrap().controllers()
         };
-        assert_eq!(pids(10), [("pids", "linux.resources.pids")]);
-        assert_eq!(pids(-1), []);
+        assert_eq!(pids(10), [("pids".to_owned(), "linux.resources.pids")]);
+        assert!(pids(-1).is_empty());
     }
 
     #[test]

@@ -16,7 +16,7 @@ mod v2;
 
 use std::{
     fs, io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Component, Path, PathBuf},
 };
 
@@ -53,7 +53,7 @@ pub enum CgroupError {
     )]
     NoController {
         /// The controller's name.
-        controller: &'static str,
+        controller: String,
         /// The spec's field.
         limit: &'static str,
         /// What is known about why, starting with `: `, or nothing.
@@ -127,9 +127,29 @@ pub(crate) struct View<'a> {
     pub(crate) directory: &'a Path,
 }
 
+/// A device policy that is not in force yet: to make its own files, the process may need devices that it must not
+/// have afterwards.
+#[derive(Debug)]
+pub(crate) enum DeviceGuard {
+    V1 { devices: OwnedFd, lines: Vec<(&'static str, String)> },
+    V2 { cgroup: OwnedFd, program: OwnedFd },
+}
+
+impl DeviceGuard {
+    /// Puts it into force, without need of any path.
+    pub(crate) fn enforce(&self) -> Result<(), CgroupError> {
+        match self {
+            Self::V1 { devices, lines } => {
+                lines.iter().try_for_each(|(file, value)| files::write_at(devices.as_fd(), file, value))
+            }
+            Self::V2 { cgroup, program } => device_bpf::attach(cgroup.as_fd(), program.as_fd()),
+        }
+    }
+}
+
 impl Cgroup {
     /// Makes the cgroup of this path (absolute within the hierarchies), its parents included, and sets the
-    /// limits. If that fails, nothing but possibly parents is left.
+    /// limits, device rules excepted. If that fails, nothing but possibly parents is left.
     pub fn create(path: &Path, resources: Option<&LinuxResources>) -> Result<Self, CgroupError> {
         let limits = Limits::from_spec(resources)?;
         let relative = relative(path)?;
@@ -201,6 +221,25 @@ impl Cgroup {
         unified.into_iter().chain(v1)
     }
 
+    /// Readies the device policy to be put into force by the process itself, once it needs no more devices.
+    pub(crate) fn device_guard(
+        &self,
+        resources: Option<&LinuxResources>,
+    ) -> Result<Option<DeviceGuard>, CgroupError> {
+        let Some(policy) = Limits::from_spec(resources)?.devices else { return Ok(None) };
+        Ok(match (self.layout, &self.unified, v1::of(&self.v1, "devices")) {
+            (Layout::V2, Some(unified), _) => Some(DeviceGuard::V2 {
+                cgroup: files::open_directory(unified)?,
+                program: device_bpf::load(&policy)?,
+            }),
+            (_, _, Some(devices)) => Some(DeviceGuard::V1 {
+                devices: files::open_directory(devices)?,
+                lines: v1::device_lines(&policy),
+            }),
+            _ => None,
+        })
+    }
+
     /// How hierarchies are laid out on this machine.
     pub fn layout(&self) -> Layout {
         self.layout
@@ -224,12 +263,12 @@ impl Cgroup {
     /// On v1: an eventfd that becomes readable when the memory limit is hit. On v2 the kernel itself kills the
     /// whole cgroup then (`memory.oom.group`).
     pub(crate) fn oom_event(&self) -> Result<Option<OwnedFd>, CgroupError> {
-        v1::memory(&self.v1).map(v1::oom_event).transpose()
+        v1::of(&self.v1, "memory").map(v1::oom_event).transpose()
     }
 
     /// How many processes the kernel has killed because the memory limit was hit.
     pub fn oom_kills(&self) -> u64 {
-        match (self.layout, &self.unified, v1::memory(&self.v1)) {
+        match (self.layout, &self.unified, v1::of(&self.v1, "memory")) {
             (Layout::V2, Some(unified), _) => files::read_field(unified, "memory.events", "oom_kill"),
             (_, _, Some(memory)) => files::read_field(memory, "memory.oom_control", "oom_kill"),
             _ => None,
@@ -240,7 +279,7 @@ impl Cgroup {
     /// Highest memory use in bytes since it was made; `None` where the kernel does not tell (v2 before Linux 5.19,
     /// or no memory controller).
     pub fn memory_peak_bytes(&self) -> Option<u64> {
-        match (self.layout, &self.unified, v1::memory(&self.v1)) {
+        match (self.layout, &self.unified, v1::of(&self.v1, "memory")) {
             (Layout::V2, Some(unified), _) => files::read_number(unified, "memory.peak"),
             (_, _, Some(memory)) => files::read_number(memory, "memory.max_usage_in_bytes"),
             _ => None,

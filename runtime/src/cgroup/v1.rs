@@ -78,7 +78,7 @@ pub(super) fn create(
     }
     let mut needed = limits.controllers();
     if limits.devices.is_some() {
-        needed.push(("devices", "linux.resources.devices"));
+        needed.push(("devices".into(), "linux.resources.devices"));
     }
     for controller in CONTROLLERS {
         let limit = needed.iter().find(|(needed, _)| *needed == controller).map(|(_, limit)| *limit);
@@ -89,7 +89,7 @@ pub(super) fn create(
             match limit {
                 Some(limit) => {
                     let reason = format!(": there is no v1 hierarchy at {}", root.join(controller).display());
-                    return Err(CgroupError::NoController { controller, limit, reason });
+                    return Err(CgroupError::NoController { controller: controller.into(), limit, reason });
                 }
                 None => continue,
             }
@@ -145,9 +145,9 @@ pub(super) fn open(root: &Path, relative: &Path) -> Vec<Directory> {
     found
 }
 
-/// The memory controller's directory.
-pub(super) fn memory(directories: &[Directory]) -> Option<&Path> {
-    directories.iter().find(|directory| directory.has("memory")).map(Directory::path)
+/// A controller's directory.
+pub(super) fn of<'a>(directories: &'a [Directory], controller: &str) -> Option<&'a Path> {
+    directories.iter().find(|directory| directory.has(controller)).map(Directory::path)
 }
 
 /// Sets the limits.
@@ -158,7 +158,7 @@ pub(super) fn apply(directories: &[Directory], limits: &Limits) -> Result<(), Cg
     {
         Some(directory) => files::write(directory.path(), file, value),
         None => Err(CgroupError::NoController {
-            controller,
+            controller: controller.into(),
             limit,
             reason: ": the container was started without it".into(),
         }),
@@ -167,7 +167,7 @@ pub(super) fn apply(directories: &[Directory], limits: &Limits) -> Result<(), Cg
         write("memory", "linux.resources.memory", "memory.limit_in_bytes", &memory.or_minus_one())?;
     }
     if let Some(both) = limits.memory_and_swap {
-        set_memory_and_swap(memory(directories), limits.memory, both)?;
+        set_memory_and_swap(of(directories, "memory"), limits.memory, both)?;
     }
     if let Some(reservation) = limits.memory_reservation {
         let value = reservation.or_minus_one();
@@ -194,11 +194,6 @@ pub(super) fn apply(directories: &[Directory], limits: &Limits) -> Result<(), Cg
         Some(pids) => write("pids", "linux.resources.pids", "pids.max", &pids.or_max())?,
         None => {}
     }
-    if let Some(devices) = &limits.devices {
-        for (file, value) in device_lines(devices) {
-            write("devices", "linux.resources.devices", file, &value)?;
-        }
-    }
     Ok(())
 }
 
@@ -223,7 +218,7 @@ fn set_memory_and_swap(
 }
 
 /// What to write to which file of the devices controller, in this order.
-fn device_lines(policy: &DevicePolicy) -> Vec<(&'static str, String)> {
+pub(super) fn device_lines(policy: &DevicePolicy) -> Vec<(&'static str, String)> {
     let (by_default, exceptions) = if policy.allow_by_default {
         ("devices.allow", "devices.deny")
     } else {

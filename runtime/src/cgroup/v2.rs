@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{
-    CgroupError, device_bpf, files,
+    CgroupError, files,
     limits::{Limit, Limits},
     make_leaf, make_parent,
 };
@@ -38,7 +38,7 @@ pub(super) fn create_bare(root: &Path, relative: &Path) -> Result<PathBuf, Cgrou
 }
 
 /// Hands controllers down to the children of `directory`.
-fn enable(directory: &Path, needed: &[(&'static str, &'static str)]) -> Result<(), CgroupError> {
+fn enable(directory: &Path, needed: &[(String, &'static str)]) -> Result<(), CgroupError> {
     let read = |file| {
         files::read(directory, file).map_err(|source| CgroupError::Io {
             action: "read".into(),
@@ -50,16 +50,15 @@ fn enable(directory: &Path, needed: &[(&'static str, &'static str)]) -> Result<(
     let is_in = |list: &str, controller: &str| list.split_whitespace().any(|listed| listed == controller);
     let wanted =
         WANTED.into_iter().filter(|wanted| !needed.iter().any(|(controller, _)| controller == wanted));
-    let missing = |controller: &&'static str| !is_in(&enabled, controller);
     let missing_needed: Vec<_> =
-        needed.iter().copied().filter(|(controller, _)| missing(controller)).collect();
-    let missing_wanted: Vec<_> = wanted.filter(missing).collect();
+        needed.iter().filter(|(controller, _)| !is_in(&enabled, controller)).collect();
+    let missing_wanted: Vec<_> = wanted.filter(|controller| !is_in(&enabled, controller)).collect();
     if missing_needed.is_empty() && missing_wanted.is_empty() {
         return Ok(());
     }
     let available = read("cgroup.controllers")?;
     for (controller, limit) in missing_needed {
-        let refused = |reason| CgroupError::NoController { controller, limit, reason };
+        let refused = |reason| CgroupError::NoController { controller: controller.clone(), limit, reason };
         if !is_in(&available, controller) {
             return Err(refused(format!(": {}/cgroup.controllers lacks it", directory.display())));
         }
@@ -116,14 +115,11 @@ pub(super) fn apply(directory: &Path, limits: &Limits) -> Result<(), CgroupError
         if !written && pids != Limit::Unlimited {
             let reason = format!(": {} was made without it", directory.display());
             return Err(CgroupError::NoController {
-                controller: "pids",
+                controller: "pids".into(),
                 limit: "linux.resources.pids",
                 reason,
             });
         }
-    }
-    if let Some(devices) = &limits.devices {
-        device_bpf::attach(directory, devices)?;
     }
     limits.unified.iter().try_for_each(|(file, value)| files::write(directory, file, value))
 }

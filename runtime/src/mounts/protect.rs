@@ -36,7 +36,8 @@ pub(crate) fn mask(root: BorrowedFd<'_>, masked: &[String]) -> Result<(), MountE
     Ok(())
 }
 
-/// What masks are cloned from; made when first needed.
+/// What hides paths, from the first path of its kind on. Before Linux 6.15 only an attached mount can be cloned, so
+/// the first directory is hidden by the mount itself, and the others by clones of it.
 struct Covers<'a> {
     root: BorrowedFd<'a>,
     directory: Option<OwnedFd>,
@@ -45,17 +46,18 @@ struct Covers<'a> {
 
 impl Covers<'_> {
     fn cover(&mut self, target: BorrowedFd<'_>) -> io::Result<()> {
-        let (slot, make): (_, fn(BorrowedFd<'_>) -> io::Result<OwnedFd>) = if paths::is_directory(target)? {
-            (&mut self.directory, |_| empty_directory())
+        let cover = if paths::is_directory(target)? {
+            let Some(cover) = &self.directory else {
+                let cover = self.directory.insert(empty_directory()?);
+                return Ok(attach_at(cover.as_fd(), target)?);
+            };
+            cover
+        } else if let Some(cover) = &self.file {
+            cover
         } else {
-            (&mut self.file, null_device)
-        };
-        let cover = match slot.take() {
-            Some(cover) => cover,
-            None => make(self.root)?,
+            self.file.insert(null_device(self.root)?)
         };
         let clone = clone_tree(cover.as_fd(), Path::new(""), Bind::Alone)?;
-        *slot = Some(cover);
         Ok(attach_at(clone.as_fd(), target)?)
     }
 }

@@ -26,6 +26,7 @@ pub fn tests() -> impl IntoIterator<Item = Test> {
         sysctl_of_the_machine_is_refused,
         namespace_of_another_process_is_joined,
         session_keyring_is_its_own,
+        process_that_is_not_approved_never_runs,
     ]
 }
 
@@ -198,4 +199,20 @@ fn session_keyring_is_its_own() {
     if output.exit.status == cloche_runtime::ExitStatus::Code(0) {
         assert!(output.stdout.contains(&format!("cloche.{}", sandbox.id)), "{output:?}");
     }
+}
+
+fn process_that_is_not_approved_never_runs() {
+    let source = tempfile::tempdir().unwrap();
+    let bind = json!({ "destination": "/data", "source": source.path(), "options": ["bind"] });
+    let mut sandbox = Sandbox::new(&["touch", "/data/ran"]).with("/mounts/-", bind);
+    sandbox.approve = Some(&|pid| std::fs::read_link(format!("/proc/{pid}/ns/pid")).is_err());
+    let (code, message) = sandbox.refusal();
+    assert_eq!((code, message.as_str()), (125, "the container's process is not isolated as required"));
+    assert!(!source.path().join("ran").exists());
+    sandbox.approve = Some(&|pid| {
+        let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/pid")).unwrap();
+        namespace(&pid.to_string()) != namespace("self")
+    });
+    sandbox.run().success();
+    assert!(source.path().join("ran").exists());
 }

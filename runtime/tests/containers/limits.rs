@@ -109,7 +109,7 @@ fn limit_that_cannot_be_had_is_named() {
     let cases = [
         ("/linux/resources/memory", json!({ "limit": 1 << 20, "swap": 1 }), "linux.resources.memory.swap=1"),
         ("/linux/resources/cpu", json!({ "cpus": "4000" }), "cpuset.cpus"),
-        ("/linux/resources/unified", json!({ "rdma.max": "x" }), "linux.resources.unified"),
+        ("/linux/resources/unified", json!({ "nosuch.max": "x" }), "linux.resources.unified"),
         ("/linux/cgroupsPath", json!("/cloche/../.."), "the cgroup path \"/cloche/../..\""),
     ];
     for (field, value, name) in cases {

@@ -24,6 +24,7 @@ pub fn tests() -> impl IntoIterator<Item = Test> {
         working_directory_that_is_missing_is_made,
         working_directory_outside_of_the_root_is_refused,
         user_and_groups_are_the_specs,
+        user_by_name_is_looked_up_in_the_container,
         home_is_taken_from_passwd,
         rlimit_is_set_and_what_cannot_be_raised_is_named,
         signals_are_at_their_defaults,
@@ -127,6 +128,25 @@ fn user_and_groups_are_the_specs() {
     assert!(output.contains("CapEff:\t0000000000000000\n"), "{output}");
     let root = Sandbox::new(&["id", "-G"]).run().success();
     assert_eq!(root, "0");
+}
+
+fn user_by_name_is_looked_up_in_the_container() {
+    let id = |user| {
+        let mut sandbox = Sandbox::script("id; echo $HOME");
+        sandbox.user = Some(user);
+        sandbox
+    };
+    assert_eq!(id("me").run().success(), "uid=1000(me) gid=1000(me)\n/home/me");
+    assert_eq!(id("me:more").run().success(), "uid=1000(me) gid=2000(more)\n/home/me");
+    assert_eq!(id("7:8").run().success(), "uid=7 gid=8\n/");
+    let (code, message) = id("nobody").refusal();
+    assert_eq!(code, 125);
+    assert!(message.starts_with("user `nobody` is not in the image's /etc/passwd"), "{message}");
+    // The image cannot make the runtime read one of its own open files.
+    let sandbox = id("me");
+    fs::remove_file(sandbox.path("etc/passwd")).unwrap();
+    std::os::unix::fs::symlink("/proc/self/fd/0", sandbox.path("etc/passwd")).unwrap();
+    assert_eq!(sandbox.refusal().0, 125);
 }
 
 fn home_is_taken_from_passwd() {
