@@ -40,7 +40,7 @@ pub struct Body {
 impl Body {
     /// A body that runs under each isolation.
     pub const fn new(name: &'static str, story: fn(&Bed) -> Story) -> Self {
-        Self { name, story, runs: Runs::UnderEach, needs: &[Need::BusyboxImage] }
+        Self { name, story, runs: Runs::UnderEach, needs: &[] }
     }
 
     /// Runs under this isolation only.
@@ -61,7 +61,7 @@ impl Body {
         self
     }
 
-    /// Needs these things instead of the busybox image alone.
+    /// Needs these things of the host.
     pub const fn needs(mut self, needs: &'static [Need]) -> Self {
         self.needs = needs;
         self

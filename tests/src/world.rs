@@ -3,8 +3,10 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `CLOCHE_BIN` | the binary under test; else `cloche` on `PATH` |
-//! | `CLOCHE_ROOT` | a store, perhaps with the images loaded already; else a temporary one |
+//! | `CLOCHE_ROOT` | the image store |
 //! | `CLOCHE_TEST_IMAGES` | directory of `busybox.tar` and `debian.tar`, loaded if the store lacks them |
+//! | neither of the two | the default store, which must hold the image `busybox` |
+//! | only the second | a temporary store |
 //! | `CLOCHE_TEST_CLOUD_KERNEL` | Debian's stock cloud kernel, whose drivers are modules |
 //! | `CLOCHE_TESTS_REQUIRE_VM` | `1`: a host without usable KVM is a failure, not a reason to skip |
 //! | `CLOCHE_TESTS_TIMEOUT_S` | longest time for one test in seconds |
@@ -15,11 +17,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::process::{Input, Running};
+
+/// Where `cloche` keeps images by default.
+const DEFAULT_ROOT: &str = "/var/lib/cloche";
 
 /// The two isolations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,8 +54,6 @@ pub enum Need {
     UsableKvm,
     /// The opposite, for tests of what happens without.
     NoUsableKvm,
-    /// The `busybox` image.
-    BusyboxImage,
     /// The `debian` image.
     DebianImage,
     /// `CLOCHE_TEST_CLOUD_KERNEL`.
@@ -66,7 +69,6 @@ impl Need {
             Self::Root => "root",
             Self::UsableKvm => "usable KVM",
             Self::NoUsableKvm => "a host without usable KVM",
-            Self::BusyboxImage => "the busybox image (CLOCHE_TEST_IMAGES)",
             Self::DebianImage => "the debian image (CLOCHE_TEST_IMAGES)",
             Self::CloudKernel => "Debian's cloud kernel (CLOCHE_TEST_CLOUD_KERNEL)",
             Self::RealProcessor => "a processor that is not emulated",
@@ -100,7 +102,12 @@ impl World {
         let scratch =
             tempfile::Builder::new().prefix("cloche-tests.").tempdir().context("make a directory")?;
         let cloche = env::var_os("CLOCHE_BIN").map_or_else(|| PathBuf::from("cloche"), PathBuf::from);
-        let root = env::var_os("CLOCHE_ROOT").map_or_else(|| scratch.path().join("root"), PathBuf::from);
+        let archives = env::var_os("CLOCHE_TEST_IMAGES").map(PathBuf::from);
+        let root = match env::var_os("CLOCHE_ROOT") {
+            Some(root) => PathBuf::from(root),
+            None if archives.is_some() => scratch.path().join("root"),
+            None => PathBuf::from(DEFAULT_ROOT),
+        };
         let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let emulated = processor.contains("QEMU TCG") || processor.contains("QEMU Virtual CPU");
         let slowness = if emulated { 8 } else { 1 };
@@ -120,9 +127,14 @@ impl World {
             scratch,
         };
         world.images = world.loaded_images()?;
-        if let Some(archives) = env::var_os("CLOCHE_TEST_IMAGES") {
-            world.load_missing(Path::new(&archives))?;
+        if let Some(archives) = archives {
+            world.load_missing(&archives)?;
         }
+        ensure!(
+            world.has_image("busybox"),
+            "the store {} has no image busybox; set CLOCHE_TEST_IMAGES to the folder that scripts/images prints",
+            world.root.display()
+        );
         Ok(world)
     }
 
@@ -137,7 +149,6 @@ impl World {
             Need::Root => !rustix::process::geteuid().is_root(),
             Need::UsableKvm => !self.usable_kvm,
             Need::NoUsableKvm => self.usable_kvm,
-            Need::BusyboxImage => !self.has_image("busybox"),
             Need::DebianImage => !self.has_image("debian"),
             Need::CloudKernel => self.cloud_kernel.is_none(),
             Need::RealProcessor => self.slowness > 1,

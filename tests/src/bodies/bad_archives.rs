@@ -12,20 +12,18 @@ use crate::suite::{Body, Story, body};
 use crate::tar::{Archive, Header, kind, pax_record, put_number, seal};
 use crate::world::Need;
 
-const NO_NEEDS: &[Need] = &[];
-
 pub const BODIES: &[Body] = &[
-    body!(torn_archives_are_refused).once().needs(NO_NEEDS),
-    body!(flipped_bits_are_found_by_the_digest).once().needs(NO_NEEDS),
-    body!(wrong_digests_are_refused).once().needs(NO_NEEDS),
-    body!(layers_that_climb_out_are_refused).once().needs(NO_NEEDS),
-    body!(layer_through_a_symlink_stays_inside).once().needs(NO_NEEDS),
-    body!(headers_that_lie_about_sizes_are_refused).once().needs(NO_NEEDS),
-    body!(sparse_maps_that_lie_are_refused).once().needs(NO_NEEDS),
+    body!(torn_archives_are_refused).once(),
+    body!(flipped_bits_are_found_by_the_digest).once(),
+    body!(wrong_digests_are_refused).once(),
+    body!(layers_that_climb_out_are_refused).once(),
+    body!(layer_through_a_symlink_stays_inside).once(),
+    body!(headers_that_lie_about_sizes_are_refused).once(),
+    body!(sparse_maps_that_lie_are_refused).once(),
     body!(ten_million_entries_are_refused_in_bounded_time).once().needs(&[Need::RealProcessor]),
-    body!(things_that_are_no_image_are_refused).once().needs(NO_NEEDS),
-    body!(manifests_that_lie_are_refused).once().needs(NO_NEEDS),
-    body!(full_disk_is_reported_and_the_store_lives_on).once().needs(NO_NEEDS),
+    body!(things_that_are_no_image_are_refused).once(),
+    body!(manifests_that_lie_are_refused).once(),
+    body!(full_disk_is_reported_and_the_store_lives_on).once(),
 ];
 
 /// A small image whose one layer has a bit of everything.

@@ -17,10 +17,8 @@ pub const BODIES: &[Body] = &[
     body!(missing_kernel_is_named).only(Isolation::Vm),
     body!(kernel_that_is_none_is_refused).only(Isolation::Vm),
     body!(torn_kernel_is_refused).only(Isolation::Vm),
-    body!(kernel_without_drivers_names_them)
-        .only(Isolation::Vm)
-        .needs(&[Need::BusyboxImage, Need::CloudKernel]),
-    body!(default_isolation_without_kvm_fails_closed).once().needs(&[Need::NoUsableKvm, Need::BusyboxImage]),
+    body!(kernel_without_drivers_names_them).only(Isolation::Vm).needs(&[Need::CloudKernel]),
+    body!(default_isolation_without_kvm_fails_closed).once().needs(&[Need::NoUsableKvm]),
 ];
 
 fn unknown_options_are_usage_errors(bed: &Bed) -> Story {

@@ -13,9 +13,9 @@ pub const BODIES: &[Body] = &[
     body!(ended_sandbox_stays_listed_until_removed),
     body!(running_sandbox_is_removed_by_force_only),
     body!(compare_measures_and_prints_json),
-    body!(both_isolations_live_side_by_side).comparing_both().needs(&[Need::UsableKvm, Need::BusyboxImage]),
-    body!(doctor_reports_json).once().needs(&[]),
-    body!(help_and_completion_are_there).once().needs(&[]),
+    body!(both_isolations_live_side_by_side).comparing_both(),
+    body!(doctor_reports_json).once(),
+    body!(help_and_completion_are_there).once(),
     body!(kernel_command_knows_its_kernel).only(Isolation::Vm),
 ];
 

@@ -14,7 +14,7 @@ pub const BODIES: &[Body] = &[
     body!(death_by_forced_signal_is_128_plus_signal),
     body!(death_by_cpu_limit_is_137),
     body!(orphans_die_with_the_first_process),
-    body!(start_errors_read_the_same_in_both).comparing_both().needs(&[Need::UsableKvm, Need::BusyboxImage]),
+    body!(start_errors_read_the_same_in_both).comparing_both(),
     body!(twenty_runs_leave_nothing_behind),
 ];
 

@@ -7,8 +7,6 @@ use crate::bed::Bed;
 use crate::suite::{Body, Story, body};
 use crate::world::{Isolation, Need};
 
-const BOTH: &[Need] = &[Need::UsableKvm, Need::BusyboxImage];
-
 pub const BODIES: &[Body] = &[
     body!(capabilities_are_dockers_default),
     body!(other_user_has_no_effective_capability),
@@ -18,9 +16,9 @@ pub const BODIES: &[Body] = &[
     body!(proc_and_sys_are_read_only_where_it_matters),
     body!(sensitive_paths_are_masked),
     body!(masks_cannot_be_lifted),
-    body!(status_is_equal_in_both).comparing_both().needs(BOTH),
-    body!(mounts_are_equal_in_both).comparing_both().needs(BOTH),
-    body!(surroundings_are_equal_in_both).comparing_both().needs(BOTH),
+    body!(status_is_equal_in_both).comparing_both(),
+    body!(mounts_are_equal_in_both).comparing_both(),
+    body!(surroundings_are_equal_in_both).comparing_both(),
 ];
 
 /// CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, NET_RAW, SYS_CHROOT, MKNOD,
