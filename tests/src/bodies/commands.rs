@@ -4,7 +4,7 @@ use anyhow::{Context as _, ensure};
 
 use crate::bed::Bed;
 use crate::suite::{Body, Story, body};
-use crate::world::{Isolation, Need};
+use crate::world::Isolation;
 
 pub const BODIES: &[Body] = &[
     body!(two_sandboxes_live_side_by_side),

@@ -4,7 +4,7 @@ use anyhow::ensure;
 
 use crate::bed::Bed;
 use crate::suite::{Body, Story, body};
-use crate::world::{Isolation, Need};
+use crate::world::Isolation;
 
 pub const BODIES: &[Body] = &[
     body!(exit_code_is_passed_on),

@@ -5,7 +5,7 @@ use anyhow::{Context as _, ensure};
 
 use crate::bed::Bed;
 use crate::suite::{Body, Story, body};
-use crate::world::{Isolation, Need};
+use crate::world::Isolation;
 
 pub const BODIES: &[Body] = &[
     body!(capabilities_are_dockers_default),
