@@ -35,14 +35,13 @@ pub enum KernelError {
     No64BitEntry,
     /// linux-loader refused it, or it does not fit.
     #[error(
-        "loading it into {memory_mib} MiB of guest memory failed; give the guest more memory, or check the file"
+        "loading it into {memory_mib} MiB of guest memory failed ({cause}); check the file, or give the guest more memory"
     )]
     Load {
         /// Guest memory below the device hole.
         memory_mib: u64,
-        /// Why.
-        #[source]
-        source: linux_loader::loader::Error,
+        /// Why. Not a `source`: its text carries its own sources'.
+        cause: linux_loader::loader::Error,
     },
     /// A bzImage that unpacks to more than there is.
     #[error(
@@ -114,7 +113,7 @@ pub fn load(
     file: &mut File,
     low_memory_bytes: u64,
 ) -> Result<LoadedKernel, KernelError> {
-    let load_error = |source| KernelError::Load { memory_mib: low_memory_bytes >> 20, source };
+    let load_error = |cause| KernelError::Load { memory_mib: low_memory_bytes >> 20, cause };
     match Format::of(&read_header(file)?)? {
         Format::Elf => {
             let high = GuestAddress(layout::HIGH_MEMORY_START);

@@ -1,10 +1,11 @@
 //! Where events go: stamped when they happen, written together when the event loop is awake anyway.
 
 use std::{
+    collections::HashSet,
     fs::File,
     io::Write,
     os::fd::OwnedFd,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use rustix::time::{ClockId, clock_gettime};
@@ -23,34 +24,45 @@ pub fn monotonic_ns() -> u64 {
 #[derive(Debug)]
 pub struct Reporter {
     file: Option<File>,
-    waiting: Mutex<Vec<Event>>,
+    state: Mutex<State>,
 }
 
-/// Events that wait at most. A guest can write marks without end; the first ones are those that count.
-const MAX_WAITING: usize = 64;
+#[derive(Debug, Default)]
+struct State {
+    waiting: Vec<Event>,
+    /// A guest can write its marks as often as it likes; each counts once.
+    marked: HashSet<Mark>,
+}
 
 impl Reporter {
     /// Writes to `fd`, or nowhere.
     pub fn new(fd: Option<OwnedFd>) -> Self {
-        Self { file: fd.map(File::from), waiting: Mutex::default() }
+        Self { file: fd.map(File::from), state: Mutex::default() }
     }
 
-    /// Notes that a moment has come, now.
+    /// Notes that a moment has come, now. Only the first time counts.
     pub fn mark(&self, name: Mark) {
         self.push(Event::Mark { name, ns: monotonic_ns() });
     }
 
     /// Notes an event.
     pub fn push(&self, event: Event) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if waiting.len() < MAX_WAITING || !matches!(event, Event::Mark { .. }) {
-            waiting.push(event);
+        let mut state = self.state();
+        if let Event::Mark { name, .. } = event
+            && !state.marked.insert(name)
+        {
+            return;
         }
+        state.waiting.push(event);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes what waits, with one `write`.
     pub fn flush(&self) {
-        let waiting = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+        let waiting = std::mem::take(&mut self.state().waiting);
         let Some(mut file) = self.file.as_ref().filter(|_| !waiting.is_empty()) else { return };
         let mut lines = Vec::new();
         for event in waiting {
@@ -63,5 +75,30 @@ impl Reporter {
             // Nobody listens any more. The VM goes on: its end is the parent's decision.
             warn!(%error, "events could not be written");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Seek};
+
+    use super::*;
+
+    #[test]
+    fn flush_after_repeated_marks_writes_each_once() {
+        let mut file = tempfile::tempfile().unwrap();
+        let reporter = Reporter::new(Some(file.try_clone().unwrap().into()));
+        for mark in [Mark::Init, Mark::Init, Mark::AgentReady] {
+            reporter.mark(mark);
+        }
+        reporter.flush();
+        reporter.mark(Mark::Init);
+        reporter.flush();
+        file.rewind().unwrap();
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        let events: Vec<Event> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(events.len(), 2);
+        assert!(matches!(events[1], Event::Mark { name: Mark::AgentReady, ns } if ns > 0));
     }
 }

@@ -163,3 +163,179 @@ impl Device for Block {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Seek, Write};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        guest_memory::GuestMemory,
+        virtio::driver_model::{Driver, NEXT, Part, memory, ring},
+    };
+
+    const SECTORS: u64 = 8;
+
+    struct Fixture {
+        memory: GuestMemory,
+        driver: Driver,
+        queue: [crate::virtio::queue::VirtQueue; 1],
+        block: Block,
+        file: tempfile::NamedTempFile,
+    }
+
+    fn fixture(read_only: bool) -> Fixture {
+        let memory = memory();
+        let driver = Driver::new(&memory, 0, QUEUE_SIZE);
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        let content: Vec<u8> = (0..SECTORS * SECTOR_BYTES).map(|index| (index / 7) as u8).collect();
+        file.write_all(&content).unwrap();
+        let block = Block::new(Disk::open(file.path(), read_only).unwrap(), "layer-0");
+        Fixture { queue: [driver.queue()], memory, driver, block, file }
+    }
+
+    fn header(kind: u32, sector: u64) -> Vec<u8> {
+        let mut bytes = kind.to_le_bytes().to_vec();
+        bytes.extend([0; 4]);
+        bytes.extend(sector.to_le_bytes());
+        bytes
+    }
+
+    impl Fixture {
+        /// Carries out one request; returns what follows its header, and the used length.
+        fn request(&mut self, header: &[u8], parts: &[Part]) -> (Vec<u8>, u32) {
+            let mut all = vec![Part::Readable(header)];
+            all.extend(parts.iter().map(|part| match part {
+                Part::Readable(bytes) => Part::Readable(bytes),
+                Part::Writable(bytes) => Part::Writable(*bytes),
+            }));
+            self.driver.add(&all);
+            ring(&mut self.block, &mut self.queue, &self.memory).unwrap();
+            let (_, bytes, written) = self.driver.take_used().unwrap();
+            (bytes[header.len()..].to_vec(), written)
+        }
+
+        fn content(&mut self) -> Vec<u8> {
+            let mut content = Vec::new();
+            self.file.rewind().unwrap();
+            self.file.read_to_end(&mut content).unwrap();
+            content
+        }
+    }
+
+    #[test]
+    fn read_of_sectors_yields_the_files_bytes() {
+        let mut fixture = fixture(true);
+        let (bytes, written) = fixture
+            .request(&header(wire::IN, 2), &[Part::Writable(512), Part::Writable(1024), Part::Writable(1)]);
+        assert_eq!(bytes[..1536], fixture.content()[1024..2560]);
+        assert_eq!((bytes[1536], written), (wire::OK, 1537));
+    }
+
+    #[test]
+    fn request_with_odd_layout_is_the_same_request() {
+        let mut fixture = fixture(true);
+        let whole = header(wire::IN, 0);
+        // Header in two parts, status byte behind the data in one buffer (§2.7.4).
+        let (bytes, _) = fixture.request(&whole[..3], &[Part::Readable(&whole[3..]), Part::Writable(513)]);
+        assert_eq!(bytes[13..525], fixture.content()[..512]);
+        assert_eq!(bytes[525], wire::OK);
+    }
+
+    #[test]
+    fn write_and_flush_reach_the_file() {
+        let mut fixture = fixture(false);
+        let data = [7; 512];
+        let (bytes, written) =
+            fixture.request(&header(wire::OUT, SECTORS - 1), &[Part::Readable(&data), Part::Writable(1)]);
+        assert_eq!((bytes[512], written), (wire::OK, 1));
+        let (bytes, _) = fixture.request(&header(wire::FLUSH, 0), &[Part::Writable(1)]);
+        assert_eq!(bytes, [wire::OK]);
+        assert_eq!(fixture.content()[7 * 512..], data);
+        assert_eq!(fixture.content().len() as u64, SECTORS * SECTOR_BYTES);
+    }
+
+    #[test]
+    fn request_beyond_the_disk_or_not_of_whole_sectors_fails() {
+        let mut fixture = fixture(false);
+        for (sector, bytes) in
+            [(SECTORS, 512), (SECTORS - 1, 1024), (u64::MAX, 512), (u64::MAX / 512, 1024), (0, 511)]
+        {
+            let (result, _) =
+                fixture.request(&header(wire::IN, sector), &[Part::Writable(bytes), Part::Writable(1)]);
+            assert_eq!(result[bytes], wire::IO_ERROR, "{sector} {bytes}");
+            let data = vec![1; bytes];
+            let (result, _) =
+                fixture.request(&header(wire::OUT, sector), &[Part::Readable(&data), Part::Writable(1)]);
+            assert_eq!(result[bytes], wire::IO_ERROR, "{sector} {bytes}");
+        }
+        assert_eq!(fixture.content().len() as u64, SECTORS * SECTOR_BYTES);
+    }
+
+    #[test]
+    fn write_to_read_only_disk_fails() {
+        let mut fixture = fixture(true);
+        assert_eq!(fixture.block.identity().features & feature::RO, feature::RO);
+        let before = fixture.content();
+        let (bytes, _) =
+            fixture.request(&header(wire::OUT, 0), &[Part::Readable(&[1; 512]), Part::Writable(1)]);
+        assert_eq!(bytes[512], wire::IO_ERROR);
+        assert_eq!(fixture.content(), before);
+    }
+
+    #[test]
+    fn get_id_yields_the_padded_id_and_other_types_are_unsupported() {
+        let mut fixture = fixture(true);
+        let (bytes, _) = fixture.request(&header(wire::GET_ID, 0), &[Part::Writable(20), Part::Writable(1)]);
+        assert_eq!(bytes, b"layer-0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        let (bytes, _) = fixture.request(&header(11, 0), &[Part::Writable(1)]);
+        assert_eq!(bytes, [wire::UNSUPPORTED]);
+    }
+
+    #[test]
+    fn request_without_header_or_status_fails_the_queue() {
+        for parts in [
+            vec![Part::Readable(&[0; 15]), Part::Writable(1)],
+            vec![Part::Readable(&[0; 16])],
+            vec![Part::Writable(17)],
+        ] {
+            let mut fixture = fixture(true);
+            fixture.driver.add(&parts);
+            let error = ring(&mut fixture.block, &mut fixture.queue, &fixture.memory).unwrap_err();
+            assert!(matches!(error, QueueError::BadRequest { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn identity_tells_capacity_and_segments() {
+        let config = fixture(false).block.identity().config;
+        assert_eq!(config[..8], SECTORS.to_le_bytes());
+        assert_eq!(config[12..16], 126u32.to_le_bytes());
+    }
+
+    proptest! {
+        /// No header makes the device do anything but answer, and a read-only disk never changes.
+        #[test]
+        fn any_header_is_answered(kind in 0u32..16, sector: u64, data in 0usize..2048) {
+            let mut fixture = fixture(true);
+            let before = fixture.content();
+            let (bytes, written) =
+                fixture.request(&header(kind, sector), &[Part::Writable(data), Part::Writable(1)]);
+            prop_assert!(bytes[data] <= wire::UNSUPPORTED);
+            prop_assert!(written as usize <= data + 1);
+            prop_assert_eq!(fixture.content(), before);
+        }
+
+        /// Any chain of any two descriptors is served or refused.
+        #[test]
+        fn any_chain_ends(first: (u64, u32), second: (u64, u32), flags in 0u16..4) {
+            let mut fixture = fixture(false);
+            fixture.driver.descriptor(0, first.0 % (17 << 20), first.1 % 4096, flags | NEXT, 1);
+            fixture.driver.descriptor(1, second.0 % (17 << 20), second.1 % 4096, 2, 0);
+            fixture.driver.publish(0);
+            let _ = ring(&mut fixture.block, &mut fixture.queue, &fixture.memory);
+        }
+    }
+}

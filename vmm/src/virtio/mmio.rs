@@ -313,3 +313,282 @@ fn set_low(address: &mut u64, value: u32) {
 fn set_high(address: &mut u64, value: u32) {
     *address = (*address & 0xffff_ffff) | (u64::from(value) << 32);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering},
+        },
+        thread::{self, JoinHandle},
+        time::{Duration, Instant},
+    };
+
+    use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::virtio::{
+        device::device_type,
+        driver_model::{CountingLine, Driver, Part, memory},
+        rng::Rng,
+        worker::Worker,
+    };
+
+    const ALL_OK: u32 = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK;
+
+    /// An entropy device with its event loop in a thread.
+    struct Fixture {
+        transport: MmioTransport,
+        driver: Driver,
+        line: CountingLine,
+        stop: Arc<AtomicBool>,
+        event_loop: Option<JoinHandle<()>>,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let memory = memory();
+            let line = CountingLine::default();
+            let interrupt = Arc::new(InterruptStatus::new(Box::new(line.clone())));
+            let (worker, handle) = Worker::new(Box::new(Rng), memory.clone(), interrupt).unwrap();
+            let stop = Arc::new(AtomicBool::new(false));
+            let stopping = stop.clone();
+            let event_loop = thread::spawn(move || {
+                let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().unwrap();
+                events.add_subscriber(Box::new(worker));
+                while !stopping.load(Ordering::Relaxed) {
+                    events.run_with_timeout(1).unwrap();
+                }
+            });
+            Self {
+                transport: MmioTransport::new(handle),
+                driver: Driver::new(&memory, 0, 16),
+                line,
+                stop,
+                event_loop: Some(event_loop),
+            }
+        }
+
+        fn read(&self, register: u64) -> u32 {
+            let mut word = [0; 4];
+            self.transport.read(register, &mut word);
+            u32::from_le_bytes(word)
+        }
+
+        fn write(&mut self, register: u64, value: u32) {
+            self.transport.write(register, &value.to_le_bytes());
+        }
+
+        fn status(&self) -> u32 {
+            self.read(register::STATUS)
+        }
+
+        fn accept_features(&mut self, features: u64) {
+            self.write(register::STATUS, status::ACKNOWLEDGE);
+            self.write(register::STATUS, status::ACKNOWLEDGE | status::DRIVER);
+            for (select, half) in [(0, features as u32), (1, (features >> 32) as u32)] {
+                self.write(register::DRIVER_FEATURES_SELECT, select);
+                self.write(register::DRIVER_FEATURES, half);
+            }
+            let with_features = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK;
+            self.write(register::STATUS, with_features);
+        }
+
+        fn set_up_queue(&mut self) {
+            let setup = self.driver.setup();
+            self.write(register::QUEUE_SELECT, 0);
+            self.write(register::QUEUE_SIZE, setup.size.into());
+            self.write(register::QUEUE_DESC_LOW, setup.descriptors as u32);
+            self.write(register::QUEUE_DESC_HIGH, 0);
+            self.write(register::QUEUE_DRIVER_LOW, setup.available as u32);
+            self.write(register::QUEUE_DEVICE_LOW, setup.used as u32);
+            self.write(register::QUEUE_READY, 1);
+        }
+
+        fn start(&mut self) {
+            self.accept_features(feature::VERSION_1);
+            self.set_up_queue();
+            self.write(register::STATUS, ALL_OK);
+        }
+
+        fn wait(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while !done(self) {
+                assert!(Instant::now() < deadline, "nothing happened");
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    impl Drop for Fixture {
+        fn drop(&mut self) {
+            self.stop.store(true, Ordering::Relaxed);
+            self.event_loop.take().unwrap().join().unwrap();
+        }
+    }
+
+    #[test]
+    fn registers_of_fresh_device_identify_it() {
+        let fixture = Fixture::new();
+        assert_eq!(fixture.read(register::MAGIC), 0x7472_6976);
+        assert_eq!(fixture.read(register::VERSION), 2);
+        assert_eq!(fixture.read(register::DEVICE_ID), device_type::ENTROPY);
+        assert_eq!(fixture.read(register::QUEUE_SIZE_MAX), 16);
+        assert_eq!(fixture.read(register::SHM_LEN_LOW), u32::MAX);
+        assert_eq!((fixture.status(), fixture.read(register::QUEUE_READY)), (0, 0));
+    }
+
+    #[test]
+    fn access_that_is_no_aligned_word_has_no_effect() {
+        let mut fixture = Fixture::new();
+        let mut bytes = [9; 2];
+        fixture.transport.read(register::MAGIC, &mut bytes);
+        assert_eq!(bytes, [0, 0]);
+        fixture.transport.write(register::STATUS, &[1]);
+        assert_eq!(fixture.status(), 0);
+        let mut word = [9; 4];
+        fixture.transport.read(register::MAGIC + 1, &mut word);
+        fixture.transport.read(register::CONFIG + 100, &mut word);
+        assert_eq!(word, [0; 4]);
+    }
+
+    #[test]
+    fn negotiated_device_serves_its_queue_and_interrupts() {
+        let mut fixture = Fixture::new();
+        fixture.start();
+        assert_eq!(fixture.status(), ALL_OK);
+        fixture.driver.add(&[Part::Writable(32)]);
+        fixture.write(QUEUE_NOTIFY, 0);
+        fixture.wait(|fixture| fixture.line.count() == 1);
+        assert_eq!(fixture.driver.take_used().unwrap().2, 32);
+        assert_eq!(fixture.read(register::INTERRUPT_STATUS), 1);
+        fixture.write(register::INTERRUPT_ACK, 1);
+        assert_eq!(fixture.read(register::INTERRUPT_STATUS), 0);
+    }
+
+    #[test]
+    fn buffers_made_available_before_driver_ok_are_served() {
+        let mut fixture = Fixture::new();
+        fixture.driver.add(&[Part::Writable(1)]);
+        fixture.start();
+        fixture.wait(|fixture| fixture.driver.take_used().is_some());
+    }
+
+    #[test]
+    fn features_that_were_not_offered_or_legacy_are_refused() {
+        for features in [0, feature::EVENT_IDX, feature::VERSION_1 | 1, feature::VERSION_1 | 1 << 63] {
+            let mut fixture = Fixture::new();
+            fixture.accept_features(features);
+            assert_eq!(fixture.status(), status::ACKNOWLEDGE | status::DRIVER, "{features:#x}");
+        }
+    }
+
+    #[test]
+    fn step_out_of_order_needs_a_reset() {
+        let steps: [&dyn Fn(&mut Fixture); 8] = [
+            &|fixture| fixture.write(register::STATUS, status::DRIVER_OK),
+            &|fixture| fixture.write(register::STATUS, ALL_OK),
+            &|fixture| fixture.write(register::DRIVER_FEATURES, 1),
+            &|fixture| fixture.set_up_queue(),
+            &|fixture| {
+                // Queue not ready.
+                fixture.accept_features(feature::VERSION_1);
+                fixture.write(register::STATUS, ALL_OK);
+            },
+            &|fixture| {
+                // A cleared bit.
+                fixture.accept_features(feature::VERSION_1);
+                fixture.write(register::STATUS, status::ACKNOWLEDGE);
+            },
+            &|fixture| {
+                fixture.accept_features(feature::VERSION_1);
+                fixture.write(register::QUEUE_SIZE, 12);
+            },
+            &|fixture| {
+                fixture.start();
+                fixture.write(register::QUEUE_DESC_LOW, 0);
+            },
+        ];
+        for (index, step) in steps.iter().enumerate() {
+            let mut fixture = Fixture::new();
+            step(&mut fixture);
+            assert_ne!(fixture.status() & status::DEVICE_NEEDS_RESET, 0, "step {index}");
+            // Once, however often it goes on.
+            step(&mut fixture);
+            assert_eq!(fixture.line.count(), 1, "step {index}");
+            fixture.write(register::STATUS, 0);
+            assert_eq!(fixture.status(), 0);
+            fixture.start();
+            assert_eq!(fixture.status(), ALL_OK, "step {index}");
+        }
+    }
+
+    #[test]
+    fn broken_chain_needs_a_reset_after_which_the_device_works() {
+        let mut fixture = Fixture::new();
+        fixture.start();
+        fixture.driver.add(&[Part::Readable(b"no room")]);
+        fixture.write(QUEUE_NOTIFY, 0);
+        fixture.wait(|fixture| fixture.status() & status::DEVICE_NEEDS_RESET != 0);
+        fixture.wait(|fixture| fixture.read(register::INTERRUPT_STATUS) == 2);
+        fixture.driver.add(&[Part::Writable(1)]);
+        fixture.write(QUEUE_NOTIFY, 0);
+        thread::sleep(Duration::from_millis(10));
+        assert_eq!(fixture.driver.take_used(), None);
+
+        fixture.write(register::STATUS, 0);
+        fixture.driver = Driver::new(&fixture.driver.memory.clone(), 3, 16);
+        fixture.start();
+        fixture.driver.add(&[Part::Writable(1)]);
+        fixture.write(QUEUE_NOTIFY, 0);
+        fixture.wait(|fixture| fixture.driver.take_used().is_some());
+    }
+
+    #[test]
+    fn queue_outside_of_memory_needs_a_reset() {
+        let mut fixture = Fixture::new();
+        fixture.accept_features(feature::VERSION_1);
+        fixture.set_up_queue();
+        fixture.write(register::QUEUE_READY, 0);
+        fixture.write(register::QUEUE_DESC_HIGH, 0xffff);
+        fixture.write(register::QUEUE_READY, 1);
+        fixture.write(register::STATUS, ALL_OK);
+        fixture.wait(|fixture| fixture.status() & status::DEVICE_NEEDS_RESET != 0);
+    }
+
+    #[test]
+    fn reset_of_running_device_stops_it() {
+        let mut fixture = Fixture::new();
+        fixture.start();
+        fixture.write(register::STATUS, 0);
+        fixture.driver.add(&[Part::Writable(1)]);
+        fixture.write(QUEUE_NOTIFY, 0);
+        thread::sleep(Duration::from_millis(10));
+        assert_eq!(fixture.driver.take_used(), None);
+        assert_eq!(fixture.read(register::QUEUE_READY), 0);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Registers survive any writes, and the device never runs without having been negotiated.
+        #[test]
+        fn any_writes_keep_the_order(
+            writes in prop::collection::vec((0u64..0x44, prop_oneof![0u32..16, Just(0x8000), any::<u32>()]), 0..60),
+        ) {
+            let mut fixture = Fixture::new();
+            for (register, value) in writes {
+                fixture.write(register * 4, value);
+                let status = fixture.transport.status;
+                if status & status::DRIVER_OK != 0 {
+                    prop_assert_eq!(status & ALL_OK, ALL_OK);
+                    prop_assert!(fixture.transport.features_acceptable());
+                }
+                let mut bytes = [0; 4];
+                fixture.transport.read(register * 4, &mut bytes);
+            }
+        }
+    }
+}

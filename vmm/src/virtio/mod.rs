@@ -17,6 +17,8 @@
 
 pub mod block;
 pub mod device;
+#[cfg(test)]
+mod driver_model;
 pub mod mmio;
 pub mod queue;
 pub mod rng;

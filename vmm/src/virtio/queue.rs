@@ -274,3 +274,172 @@ impl<'m> Buffers<'m> {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::virtio::driver_model::{Driver, INDIRECT, MEMORY_BYTES, NEXT, Part, WRITE, memory};
+
+    #[test]
+    fn pop_of_good_chain_yields_its_buffers_in_order() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 8);
+        let head = driver.add(&[Part::Readable(b"ab"), Part::Readable(b"cde"), Part::Writable(4)]);
+        let mut queue = driver.queue();
+        let mut chain = queue.pop(&memory).unwrap().unwrap();
+        assert_eq!((chain.head, chain.readable.len(), chain.writable.len()), (head, 5, 4));
+        assert_eq!(chain.readable.read::<3>(), Some(*b"abc"));
+        assert_eq!(chain.readable.to_vec(), b"de");
+        assert_eq!(chain.readable.read::<3>(), None);
+        assert_eq!(chain.readable.len(), 2);
+        assert!(!chain.writable.write(b"12345"));
+        assert!(chain.writable.write(b"123"));
+        queue.push_used(&memory, head, 3).unwrap();
+        assert!(queue.take_notification(&memory).unwrap());
+        assert!(!queue.take_notification(&memory).unwrap());
+        assert_eq!(driver.take_used(), Some((head, b"abcde123\0".to_vec(), 3)));
+        assert!(queue.pop(&memory).unwrap().is_none());
+    }
+
+    #[test]
+    fn pop_after_undo_yields_the_same_chain() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 8);
+        let head = driver.add(&[Part::Writable(1)]);
+        let mut queue = driver.queue();
+        queue.pop(&memory).unwrap().unwrap();
+        queue.undo_pop();
+        assert_eq!(queue.pop(&memory).unwrap().unwrap().head, head);
+    }
+
+    #[test]
+    fn pop_of_indirect_chain_yields_its_table() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 8);
+        let table = 0x80_0000;
+        driver.descriptor_at(table, 0x81_0000, 16, NEXT, 1);
+        driver.descriptor_at(table + 16, 0x82_0000, 32, WRITE, 0);
+        driver.descriptor(0, table, 32, INDIRECT, 0);
+        driver.publish(0);
+        let chain = driver.queue().pop(&memory).unwrap().unwrap();
+        assert_eq!((chain.readable.len(), chain.writable.len()), (16, 32));
+    }
+
+    fn broken(descriptors: &[(u64, u32, u16, u16)]) -> QueueError {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 8);
+        for (index, (address, bytes, flags, next)) in descriptors.iter().enumerate() {
+            driver.descriptor(index as u16, *address, *bytes, *flags, *next);
+        }
+        driver.publish(0);
+        driver.queue().pop(&memory).unwrap_err()
+    }
+
+    #[test]
+    fn pop_of_broken_chain_fails() {
+        let at = 0x80_0000;
+        // A loop, an index outside of the table, nested and misaligned indirect tables.
+        assert!(matches!(broken(&[(at, 1, NEXT, 0)]), QueueError::BrokenChain { head: 0 }));
+        assert!(matches!(broken(&[(at, 1, NEXT, 8)]), QueueError::BrokenChain { .. }));
+        assert!(matches!(broken(&[(at, 15, INDIRECT, 0)]), QueueError::BrokenChain { .. }));
+        assert!(matches!(broken(&[(MEMORY_BYTES, 16, INDIRECT, 0)]), QueueError::BrokenChain { .. }));
+        // Together more than 4 GiB.
+        assert!(matches!(
+            broken(&[(at, 1, NEXT, 1), (at, u32::MAX, 0, 0)]),
+            QueueError::BrokenChain { .. } | QueueError::BufferOutsideMemory { .. }
+        ));
+        assert!(matches!(
+            broken(&[(MEMORY_BYTES - 1, 2, 0, 0)]),
+            QueueError::BufferOutsideMemory { bytes: 2, .. }
+        ));
+        assert!(matches!(broken(&[(u64::MAX, 2, 0, 0)]), QueueError::BufferOutsideMemory { .. }));
+        assert!(matches!(
+            broken(&[(at, 1, WRITE | NEXT, 1), (at, 1, 0, 0)]),
+            QueueError::ReadableAfterWritable { .. }
+        ));
+    }
+
+    #[test]
+    fn pop_of_head_outside_of_table_fails() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 8);
+        driver.publish(8);
+        assert!(matches!(driver.queue().pop(&memory), Err(QueueError::BrokenChain { head: 8 })));
+    }
+
+    #[test]
+    fn pop_of_ring_that_ran_ahead_fails() {
+        let memory = memory();
+        let driver = Driver::new(&memory, 0, 8);
+        driver.set_available_index(9);
+        assert!(matches!(driver.queue().pop(&memory), Err(QueueError::Ring(_))));
+    }
+
+    #[test]
+    fn pop_of_indirect_chain_longer_than_queue_fails() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 8);
+        let table = 0x80_0000;
+        for index in 0..9 {
+            driver.descriptor_at(
+                table + u64::from(index) * 16,
+                table,
+                1,
+                if index < 8 { NEXT } else { 0 },
+                index + 1,
+            );
+        }
+        driver.descriptor(0, table, 9 * 16, INDIRECT, 0);
+        driver.publish(0);
+        assert!(matches!(driver.queue().pop(&memory), Err(QueueError::LongChain { limit: 8, .. })));
+    }
+
+    #[test]
+    fn new_with_impossible_setup_fails() {
+        let memory = memory();
+        let good = Driver::new(&memory, 0, 8).setup();
+        for bad in [
+            QueueSetup { size: 0, ..good },
+            QueueSetup { size: 3, ..good },
+            QueueSetup { descriptors: 8, ..good },
+            QueueSetup { descriptors: MEMORY_BYTES, ..good },
+            QueueSetup { available: MEMORY_BYTES - 2, ..good },
+            QueueSetup { used: u64::MAX - 3, ..good },
+            QueueSetup { used: 2, ..good },
+        ] {
+            assert!(
+                matches!(VirtQueue::new(0, bad, false, &memory), Err(QueueError::Setup { .. })),
+                "{bad:?}"
+            );
+        }
+    }
+
+    proptest! {
+        /// Whatever is in the table, popping ends, and all of a chain's buffers are in memory.
+        #[test]
+        fn pop_of_any_table_ends(
+            descriptors in prop::collection::vec(
+                (0u64..MEMORY_BYTES + 4096, 0u32..8192, 0u16..8, 0u16..10), 8,
+            ),
+            heads in prop::collection::vec(0u16..10, 1..8),
+        ) {
+            let memory = memory();
+            let mut driver = Driver::new(&memory, 0, 8);
+            for (index, (address, bytes, flags, next)) in descriptors.into_iter().enumerate() {
+                driver.descriptor(index as u16, address, bytes, flags, next);
+            }
+            heads.iter().for_each(|head| driver.publish(*head));
+            let mut queue = driver.queue();
+            let mut popped = 0;
+            while let Ok(Some(chain)) = queue.pop(&memory) {
+                popped += 1;
+                prop_assert!(chain.readable.len() + chain.writable.len() <= 8 * 8192);
+                prop_assert!(memory.write_slice(&chain.readable.to_vec(), GuestAddress(0)).is_ok());
+            }
+            prop_assert!(popped <= heads.len());
+        }
+    }
+}

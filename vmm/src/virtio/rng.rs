@@ -49,3 +49,32 @@ impl Device for Rng {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::driver_model::{Driver, Part, memory, ring};
+
+    #[test]
+    fn request_is_filled_with_random_bytes() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 16);
+        driver.add(&[Part::Writable(64)]);
+        driver.add(&[Part::Writable(8000)]);
+        ring(&mut Rng, &mut [driver.queue()], &memory).unwrap();
+        let (_, bytes, written) = driver.take_used().unwrap();
+        assert_eq!(written, 64);
+        assert!(bytes.iter().any(|byte| *byte != 0));
+        let (_, _, written) = driver.take_used().unwrap();
+        assert_eq!(written as usize, MAX_BYTES);
+    }
+
+    #[test]
+    fn request_without_room_fails_the_queue() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 16);
+        driver.add(&[Part::Readable(b"x")]);
+        let error = ring(&mut Rng, &mut [driver.queue()], &memory).unwrap_err();
+        assert!(matches!(error, QueueError::BadRequest { .. }));
+    }
+}

@@ -315,3 +315,212 @@ impl<S: Stream> Connection<S> {
         (BUFFER_BYTES, self.forwarded.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::{
+        driver_model::{Driver, Part, memory},
+        vsock::{
+            packet::TYPE_STREAM,
+            stream_model::{Peer, stream},
+        },
+    };
+
+    const GUEST_BUFFER: u32 = 1000;
+
+    fn header(op: u16, flags: u32) -> Header {
+        Header { socket_type: TYPE_STREAM, op, flags, buf_alloc: GUEST_BUFFER, ..Header::default() }
+    }
+
+    fn open() -> (Connection<crate::virtio::vsock::stream_model::ModelStream>, Peer) {
+        let (stream, peer) = stream();
+        let mut connection = Connection::new(stream, &header(op::REQUEST, 0));
+        assert_eq!(next(&mut connection, 0).unwrap().0, op::RESPONSE);
+        (connection, peer)
+    }
+
+    /// The next packet into a buffer of `room` bytes: operation, flags, data.
+    fn next<S: Stream>(connection: &mut Connection<S>, room: usize) -> Option<(u16, u32, Vec<u8>)> {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 4);
+        driver.add(&[Part::Writable(room + 1)]);
+        let mut chain = driver.queue().pop(&memory).unwrap().unwrap();
+        let room = chain.writable.take(room).unwrap();
+        let (op, flags, len) = connection.next_packet(&room)?;
+        let mut data = room.to_vec();
+        data.truncate(len as usize);
+        Some((op, flags, data))
+    }
+
+    fn send<S: Stream>(connection: &mut Connection<S>, data: &[u8]) -> Verdict {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 4);
+        driver.add(&[Part::Readable(data)]);
+        let chain = driver.queue().pop(&memory).unwrap().unwrap();
+        connection.receive(&header(op::DATA, 0), chain.readable)
+    }
+
+    fn tell<S: Stream>(connection: &mut Connection<S>, header: &Header) -> Verdict {
+        connection.receive(header, Buffers::default())
+    }
+
+    #[test]
+    fn data_from_guest_goes_straight_to_the_stream() {
+        let (mut connection, peer) = open();
+        assert_eq!(send(&mut connection, b"hello"), Verdict::Keep);
+        assert_eq!(peer.received(), b"hello");
+        assert_eq!(connection.credit(), (BUFFER_BYTES, 5));
+        assert_eq!(next(&mut connection, 100), None);
+    }
+
+    #[test]
+    fn data_for_a_full_stream_waits_in_order() {
+        let (mut connection, peer) = open();
+        peer.accept(3);
+        send(&mut connection, b"hello");
+        send(&mut connection, b" world");
+        assert_eq!((peer.received(), connection.buffered()), (b"hel".to_vec(), 8));
+        assert_eq!(connection.credit().1, 3);
+        peer.accept(4);
+        connection.writable();
+        assert_eq!(peer.received(), b"hello w");
+        peer.accept(100);
+        connection.writable();
+        assert_eq!((peer.received(), connection.buffered()), (b"hello world".to_vec(), 0));
+        assert_eq!(connection.credit().1, 11);
+    }
+
+    #[test]
+    fn data_over_the_credit_resets_the_stream() {
+        let (mut connection, peer) = open();
+        peer.accept(0);
+        let chunk = vec![1; BUFFER_BYTES as usize / 2];
+        send(&mut connection, &chunk);
+        send(&mut connection, &chunk);
+        assert_eq!(connection.buffered(), BUFFER_BYTES as usize);
+        send(&mut connection, b"x");
+        assert_eq!(connection.buffered(), BUFFER_BYTES as usize);
+        assert_eq!(next(&mut connection, 100).unwrap().0, op::RESET);
+    }
+
+    #[test]
+    fn guest_learns_of_credit_before_it_runs_out() {
+        let (mut connection, _peer) = open();
+        send(&mut connection, &vec![1; UPDATE_AFTER_BYTES as usize - 1]);
+        assert!(!connection.has_packet() || next(&mut connection, 100).is_none());
+        send(&mut connection, b"x");
+        assert_eq!(next(&mut connection, 100).unwrap().0, op::CREDIT_UPDATE);
+        assert_eq!(next(&mut connection, 100), None);
+        tell(&mut connection, &header(op::CREDIT_REQUEST, 0));
+        assert_eq!(next(&mut connection, 100).unwrap().0, op::CREDIT_UPDATE);
+    }
+
+    #[test]
+    fn data_for_guest_stops_at_its_credit_and_asks_once() {
+        let (mut connection, peer) = open();
+        peer.send(&vec![7; 1500]);
+        connection.readable();
+        assert_eq!(next(&mut connection, 600).unwrap().2.len(), 600);
+        assert_eq!(next(&mut connection, 600).unwrap().2.len(), 400);
+        assert_eq!(next(&mut connection, 600).unwrap().0, op::CREDIT_REQUEST);
+        assert!(!connection.has_packet());
+        tell(&mut connection, &Header { fwd_cnt: 1000, ..header(op::CREDIT_UPDATE, 0) });
+        assert_eq!(next(&mut connection, 600).unwrap().2.len(), 500);
+        assert_eq!(next(&mut connection, 600), None);
+    }
+
+    #[test]
+    fn credit_that_wraps_around_is_still_right() {
+        let (mut connection, peer) = open();
+        connection.sent = Wrapping(u32::MAX - 9);
+        connection.guest_forwarded = connection.sent;
+        peer.send(&[7; 20]);
+        connection.readable();
+        assert_eq!(next(&mut connection, 600).unwrap().2.len(), 20);
+        assert_eq!(connection.guest_credit(), GUEST_BUFFER - 20);
+        // A guest that claims more than it was sent gets nothing, rather than too much.
+        tell(&mut connection, &Header { fwd_cnt: 11, ..header(op::CREDIT_UPDATE, 0) });
+        assert_eq!(connection.guest_credit(), 0);
+    }
+
+    #[test]
+    fn end_of_stream_ends_only_the_guests_reading() {
+        let (mut connection, peer) = open();
+        peer.send(b"bye");
+        peer.end();
+        connection.readable();
+        assert_eq!(next(&mut connection, 100).unwrap(), (op::DATA, 0, b"bye".to_vec()));
+        assert_eq!(next(&mut connection, 100).unwrap(), (op::SHUTDOWN, shutdown::SEND, vec![]));
+        assert_eq!(next(&mut connection, 100), None);
+        send(&mut connection, b"still");
+        assert_eq!(peer.received(), b"still");
+    }
+
+    #[test]
+    fn guests_half_close_comes_after_its_data() {
+        let (mut connection, peer) = open();
+        peer.accept(2);
+        send(&mut connection, b"data");
+        tell(&mut connection, &header(op::SHUTDOWN, shutdown::SEND));
+        assert!(!peer.write_shut());
+        peer.accept(10);
+        connection.writable();
+        assert_eq!((peer.received(), peer.write_shut()), (b"data".to_vec(), true));
+        peer.send(b"answer");
+        connection.readable();
+        assert_eq!(next(&mut connection, 100).unwrap().2, b"answer");
+        // Data after its end is a violation.
+        send(&mut connection, b"x");
+        assert_eq!(next(&mut connection, 100).unwrap().0, op::RESET);
+    }
+
+    #[test]
+    fn guests_close_is_answered_when_its_data_is_flushed() {
+        let (mut connection, peer) = open();
+        peer.accept(1);
+        send(&mut connection, b"data");
+        tell(&mut connection, &header(op::SHUTDOWN, shutdown::BOTH));
+        assert!(peer.read_shut());
+        assert_eq!(next(&mut connection, 100), None);
+        assert_eq!(tell(&mut connection, &header(op::RESET, 0)), Verdict::Remove { flush: true });
+        peer.accept(3);
+        connection.writable();
+        assert_eq!((peer.received(), connection.buffered()), (b"data".to_vec(), 0));
+        assert_eq!(next(&mut connection, 100).unwrap().0, op::RESET);
+    }
+
+    #[test]
+    fn guests_reset_without_close_drops_what_waits() {
+        let (mut connection, peer) = open();
+        peer.accept(0);
+        send(&mut connection, b"data");
+        assert_eq!(tell(&mut connection, &header(op::RESET, 0)), Verdict::Remove { flush: false });
+    }
+
+    #[test]
+    fn stream_that_refuses_data_is_told_to_the_guest_but_still_read() {
+        let (mut connection, peer) = open();
+        peer.send(b"last");
+        peer.refuse();
+        send(&mut connection, b"unwanted");
+        connection.readable();
+        assert_eq!(next(&mut connection, 100).unwrap(), (op::DATA, 0, b"last".to_vec()));
+        assert_eq!(next(&mut connection, 100).unwrap(), (op::SHUTDOWN, shutdown::RECEIVE, vec![]));
+        // What the guest sent before it knew is accounted for.
+        send(&mut connection, b"more");
+        assert_eq!(connection.credit().1, 12);
+        peer.end();
+        connection.readable();
+        assert_eq!(next(&mut connection, 100).unwrap(), (op::SHUTDOWN, shutdown::BOTH, vec![]));
+    }
+
+    #[test]
+    fn unexpected_operation_resets_the_stream() {
+        for op in [op::REQUEST, op::RESPONSE, 0, 99] {
+            let (mut connection, _peer) = open();
+            tell(&mut connection, &header(op, 0));
+            assert_eq!(next(&mut connection, 100).unwrap().0, op::RESET);
+        }
+    }
+}

@@ -18,6 +18,8 @@ mod connection;
 mod device;
 mod muxer;
 mod packet;
+#[cfg(test)]
+mod stream_model;
 
 pub use device::Vsock;
 
