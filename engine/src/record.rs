@@ -25,6 +25,8 @@ pub struct Record {
     pub created: u64,
     /// Forget the sandbox when it ends.
     pub remove: bool,
+    /// The process that attends it.
+    pub monitor: ProcessId,
     /// Where it is in its life.
     pub state: State,
 }
@@ -71,12 +73,23 @@ pub struct ProcessId {
 }
 
 impl ProcessId {
-    /// The running process with this number; `None` if there is none.
+    /// The calling process.
+    pub fn own() -> Self {
+        let pid = std::process::id() as i32;
+        // Without /proc nothing of this works, and the sandbox's start will say so.
+        Self::of(pid).unwrap_or(Self { pid, start_ticks: 0 })
+    }
+
+    /// The running process with this number; `None` if there is none, or only what its parent has not reaped yet.
     pub fn of(pid: i32) -> Option<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The second field is a name in parentheses that may contain anything; fields are counted after it.
         let (_, fields) = stat.rsplit_once(')')?;
-        let start_ticks = fields.split_whitespace().nth(22 - 3)?.parse().ok()?;
+        let mut fields = fields.split_whitespace();
+        if matches!(fields.next()?, "Z" | "X") {
+            return None;
+        }
+        let start_ticks = fields.nth(22 - 4)?.parse().ok()?;
         Some(Self { pid, start_ticks })
     }
 
@@ -97,7 +110,7 @@ mod tests {
 
     #[test]
     fn process_id_of_self_is_alive_and_with_another_start_is_not() {
-        let own = ProcessId::of(std::process::id() as i32).unwrap();
+        let own = ProcessId::own();
         assert!(own.is_alive());
         assert!(!ProcessId { start_ticks: own.start_ticks + 1, ..own }.is_alive());
         assert!(ProcessId::of(i32::MAX).is_none());

@@ -14,7 +14,7 @@ use crate::{
     home::Home,
     isolation::{Lost, Running, container, vm},
     monitor::{self, MonitorError},
-    record::{Ended, Record, State, unix_time},
+    record::{Ended, ProcessId, Record, State, unix_time},
     request::{Isolation, RequestError, RunRequest},
     sandboxes::{Owned, SandboxError, Sandboxes},
     signals::Signals,
@@ -100,6 +100,7 @@ pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outco
         isolation: request.isolation,
         created: unix_time(),
         remove: request.remove,
+        monitor: ProcessId::own(),
         state: State::Starting,
     })?;
     let layers = image.layers.iter().map(|layer| layer.erofs.clone()).collect();

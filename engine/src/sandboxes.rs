@@ -7,14 +7,16 @@
 //! STATE/sandboxes/.ID-PID          a directory being made; becomes ID when its lock is held
 //! ```
 //!
-//! A monitor can be killed at any moment. The kernel then drops its lock, so "is it alive?" needs no process ids and
-//! cannot be fooled by their reuse. [`Sandboxes::reconcile`] ends what such a monitor left and says so; every command
-//! calls it first.
+//! A monitor can be killed at any moment, and the kernel then drops its lock. Only a child that was on its way to
+//! `execve` can hold it a moment longer, so a lock whose owner is dead is waited for. [`Sandboxes::reconcile`] ends
+//! what such a monitor left and says so; every command calls it first.
 
 use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use cloche_runtime::cgroup::Cgroup;
@@ -138,7 +140,8 @@ impl Sandboxes {
         for id in self.ids()? {
             let dir = self.dir.join(&id);
             if let Some(record) = read_record(&dir) {
-                entries.push(Entry { record, has_monitor: try_lock(&dir).is_none() });
+                let has_monitor = try_lock(&dir).is_none() && record.monitor.is_alive();
+                entries.push(Entry { record, has_monitor });
             }
         }
         entries.sort_by(|a, b| (a.record.created, &a.record.id).cmp(&(b.record.created, &b.record.id)));
@@ -191,7 +194,7 @@ impl Sandboxes {
         for id in self.ids()? {
             let dir = self.dir.join(&id);
             // A held lock is a living monitor, or another command at this very work.
-            let Some(_lock) = try_lock(&dir) else { continue };
+            let Some(_lock) = try_lock(&dir).or_else(|| inherited_lock(&dir)) else { continue };
             let Some(mut record) = read_record(&dir) else {
                 remove_dir(&dir)?;
                 notices.push(Notice { message: format!("sandbox {id} had no readable record; removed"), id });
@@ -309,6 +312,20 @@ fn try_lock(dir: &Path) -> Option<File> {
     Some(file)
 }
 
+/// The lock of a sandbox whose monitor is dead, once the children that it was starting are dead too. They die with it,
+/// but not in the same instant.
+fn inherited_lock(dir: &Path) -> Option<File> {
+    const ATTEMPTS: u32 = 1000;
+    const PAUSE: Duration = Duration::from_millis(5);
+    if read_record(dir)?.monitor.is_alive() {
+        return None;
+    }
+    (0..ATTEMPTS).find_map(|_| {
+        thread::sleep(PAUSE);
+        try_lock(dir)
+    })
+}
+
 fn read_record(dir: &Path) -> Option<Record> {
     serde_json::from_slice(&fs::read(dir.join("record.json")).ok()?).ok()
 }
@@ -358,6 +375,7 @@ mod tests {
             isolation: Isolation::Vm,
             created: 1,
             remove: false,
+            monitor: ProcessId::own(),
             state: State::Starting,
         }
     }
