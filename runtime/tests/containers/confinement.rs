@@ -171,7 +171,8 @@ fn sysctl_of_the_machine_is_refused() {
 }
 
 fn namespace_of_another_process_is_joined() {
-    let first = Sandbox::script("echo ready; sleep 100").start().unwrap();
+    let sandbox = Sandbox::script("echo ready; sleep 100");
+    let first = sandbox.start().unwrap();
     assert_eq!(first.read_line(), "ready");
     let of_first = |kind: &str| format!("/proc/{}/ns/{kind}", first.container.pid());
     let names = |script: &str| {

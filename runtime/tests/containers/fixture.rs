@@ -93,7 +93,7 @@ impl Sandbox {
     }
 
     /// Starts it with pipes for stdout and stderr.
-    pub fn start(&self) -> Result<Running, LaunchError> {
+    pub fn start(&self) -> Result<Running<'_>, LaunchError> {
         let spec: Spec = serde_json::from_value(self.spec.clone()).unwrap();
         let (stdin, stdin_writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let (stdout, stdout_writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
@@ -110,7 +110,7 @@ impl Sandbox {
             kill_on_parent_death: true,
             approve: self.approve,
         })?;
-        Ok(Running { container, stdout, stderr })
+        Ok(Running { container, stdout, stderr, _files: &self.directory })
     }
 
     /// Runs it to its end.
@@ -133,13 +133,15 @@ impl Sandbox {
 }
 
 /// A started container.
-pub struct Running {
+pub struct Running<'a> {
     pub container: Container,
+    /// What it runs on, which must not be removed before its end.
+    _files: &'a TempDir,
     stdout: OwnedFd,
     stderr: OwnedFd,
 }
 
-impl Running {
+impl Running<'_> {
     /// Waits for the first line of its output.
     pub fn read_line(&self) -> String {
         let mut line = Vec::new();

@@ -122,7 +122,8 @@ fn layer_that_is_not_erofs_is_named() {
 
 fn killed_container_leaves_no_mount_and_no_loop_device() {
     let store = tempfile::tempdir_in("/dev/shm").unwrap();
-    let running = layered("echo ready; sleep 100", &[], store.path()).start().unwrap();
+    let sandbox = layered("echo ready; sleep 100", &[], store.path());
+    let running = sandbox.start().unwrap();
     assert_eq!(running.read_line(), "ready");
     running.container.kill().unwrap();
     // The harness looks for traces.

@@ -44,7 +44,8 @@ fn exit_code_is_passed_on() {
 
 fn signal_that_killed_it_is_passed_on() {
     // The first process of a PID namespace is immune against its own signals, but not against its parent's.
-    let running = Sandbox::script("echo ready; sleep 100").start().unwrap();
+    let sandbox = Sandbox::script("echo ready; sleep 100");
+    let running = sandbox.start().unwrap();
     assert_eq!(running.read_line(), "ready");
     running.container.signal(9).unwrap();
     assert_eq!(running.finish().exit.status, ExitStatus::Signal(9));
@@ -178,7 +179,8 @@ fn signals_are_at_their_defaults() {
 
 fn signal_reaches_the_process() {
     let script = "trap 'echo caught; exit 3' TERM; echo ready; while :; do sleep 0.01; done";
-    let running = Sandbox::script(script).start().unwrap();
+    let sandbox = Sandbox::script(script);
+    let running = sandbox.start().unwrap();
     assert_eq!(running.read_line(), "ready");
     running.container.signal(15).unwrap();
     let outcome = running.finish();
