@@ -12,7 +12,7 @@ use crate::limits::RESERVED_DISK_BYTES;
 const BUFFER: usize = 1 << 20;
 /// Zeros from this many on become a hole in the file.
 const MIN_HOLE: u64 = 64 << 10;
-/// Bytes between two looks at the free space.
+/// Bytes between two looks at the free space. Smaller layers may fill the disk, and then fail by themselves.
 const SPACE_CHECK: u64 = 64 << 20;
 
 /// Why a blob could not be written.
@@ -53,7 +53,7 @@ pub(crate) struct BlobWriter<'a> {
 impl<'a> BlobWriter<'a> {
     /// Starts an empty blob; block 0 is left for the superblock.
     pub(crate) fn new(file: &'a File) -> Self {
-        BlobWriter { file, buffer: Vec::with_capacity(BUFFER), start: BLOCK, next_space_check: 0 }
+        BlobWriter { file, buffer: Vec::with_capacity(BUFFER), start: BLOCK, next_space_check: SPACE_CHECK }
     }
 
     /// Where the next byte goes.
@@ -80,7 +80,7 @@ impl<'a> BlobWriter<'a> {
             self.start = self.start.checked_add(count).ok_or(BlobError::TooLarge)?;
             return Ok(());
         }
-        const ZEROS: [u8; MIN_HOLE as usize] = [0; MIN_HOLE as usize];
+        static ZEROS: [u8; MIN_HOLE as usize] = [0; MIN_HOLE as usize];
         self.write(&ZEROS[..count as usize])
     }
 
@@ -127,7 +127,7 @@ impl<'a> BlobWriter<'a> {
         let stat = rustix::fs::fstatvfs(self.file)
             .map_err(|source| BlobError::Write { at: self.start, source: source.into() })?;
         let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-        if free < RESERVED_DISK_BYTES + SPACE_CHECK {
+        if free < RESERVED_DISK_BYTES {
             return Err(BlobError::NoSpace { free_mib: free >> 20 });
         }
         Ok(())

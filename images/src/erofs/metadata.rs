@@ -43,15 +43,16 @@ pub(crate) fn finish(tree: &Tree, mut blob: BlobWriter<'_>, uuid: [u8; 16]) -> R
 }
 
 /// Where a node's inode and content go.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Place {
-    /// Offset of the inode in the metadata; 0 is nobody's, so it means "none yet".
+    /// Offset of the inode in the metadata.
     offset: u64,
     /// First of the blocks outside the inode area, counted from that area's end.
     outer_block: u32,
     /// How many names the node has; for a directory, itself and its subdirectories' `..` too.
     links: u32,
-    parent: Option<NodeId>,
+    /// Of a directory, what `..` means.
+    parent: NodeId,
 }
 
 /// All places, decided before anything is written.
@@ -68,7 +69,7 @@ struct Plan {
 impl Plan {
     fn new(tree: &Tree) -> Result<Plan, BlobError> {
         let mut plan = Plan {
-            places: vec![Place::default(); tree.len()],
+            places: vec![Place { offset: 0, outer_block: 0, links: 0, parent: Tree::ROOT }; tree.len()],
             order: Vec::new(),
             build_time: Timestamp::default(),
             inode_bytes: 0,
@@ -104,7 +105,7 @@ impl Plan {
                 place.links += 1;
                 if tree[child].is_directory() {
                     place.links += 1;
-                    place.parent = Some(directory);
+                    place.parent = directory;
                     self.places[directory.index()].links += 1;
                 }
             }
@@ -302,7 +303,7 @@ impl Writer<'_> {
         children: &BTreeMap<Box<[u8]>, NodeId>,
         out: impl FnMut(&[u8], bool) -> Result<(), BlobError>,
     ) -> Result<(), BlobError> {
-        let parent = self.plan.places[id.index()].parent.unwrap_or(Tree::ROOT);
+        let parent = self.plan.places[id.index()].parent;
         let entries = with_dots(children).map(|(name, child)| match child {
             Some(child) => {
                 DirectoryEntry { name, node: self.number(child), file_type: file_type(&self.tree[child]) }

@@ -203,7 +203,7 @@ pub enum LoadError {
         path: PathBuf,
         /// What is wrong with it.
         #[source]
-        source: LayerError,
+        source: Box<LayerError>,
     },
     /// The store cannot be written.
     #[error(transparent)]
@@ -298,7 +298,7 @@ impl Store {
             count: of_image,
             member: layer.member.clone(),
             path: source.path().to_owned(),
-            source: error,
+            source: Box::new(error),
         };
         let erofs_bytes = match present {
             Some(metadata) => {

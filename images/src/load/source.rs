@@ -209,20 +209,24 @@ fn normalise(base: &str, name: &str) -> String {
     components.join("/")
 }
 
-/// Writes an archive that cannot be read in place to a file. Leaves the disk some space.
+/// Writes an archive that cannot be read in place to a file. A large one leaves the disk some space.
 fn unpack(encoding: Encoding, stream: impl Read, mut scratch: &File) -> io::Result<()> {
     const PIECE: usize = 1 << 20;
     let mut reader = decompressor(encoding, BufReader::with_capacity(PIECE, stream))?.take(MAX_LAYER_BYTES);
     let mut piece = Vec::with_capacity(PIECE);
+    let mut written = 0;
     loop {
         piece.clear();
         reader.by_ref().take(PIECE as u64).read_to_end(&mut piece)?;
         if piece.is_empty() {
             return Ok(());
         }
-        let stat = rustix::fs::fstatvfs(scratch)?;
-        if stat.f_bavail.saturating_mul(stat.f_frsize) < RESERVED_DISK_BYTES {
-            return Err(io::Error::from(io::ErrorKind::StorageFull));
+        written += piece.len() as u64;
+        if written > RESERVED_DISK_BYTES {
+            let stat = rustix::fs::fstatvfs(scratch)?;
+            if stat.f_bavail.saturating_mul(stat.f_frsize) < RESERVED_DISK_BYTES {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
         }
         scratch.write_all(&piece)?;
     }

@@ -59,7 +59,14 @@ pub(super) fn sync_directory(directory: &Path) -> io::Result<()> {
 /// A lock on a file, held until dropped or until the process ends, however it ends.
 #[derive(Debug)]
 pub(super) struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Lock {
+    /// Closing the file would do, but for children that were just forked and hold it open until they call `exec`.
+    fn drop(&mut self) {
+        let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 impl Lock {
@@ -86,7 +93,7 @@ impl Lock {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
         loop {
             match rustix::fs::flock(&file, operation) {
-                Ok(()) => return Ok(Lock { _file: file }),
+                Ok(()) => return Ok(Lock { file }),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }

@@ -1,0 +1,110 @@
+//! The same image, unpacked by `umoci` and converted by us, must be the same tree.
+
+use std::path::Path;
+
+use cloche_images::Image;
+use libtest_mimic::Trial;
+
+use crate::archive::{Packing, TestImage, write_directory};
+use crate::bed::{Bed, Failure, Need, real_image, run, test};
+use crate::layers;
+use crate::tree::{Tree, assert_same, walk};
+
+const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::Tool("umoci"), Need::Tool("fsck.erofs")];
+const REAL: &[Need] = &[
+    Need::Root,
+    Need::Erofs,
+    Need::Tool("umoci"),
+    Need::Tool("fsck.erofs"),
+    Need::Tool("skopeo"),
+    Need::RealImages,
+];
+
+pub fn tests() -> Vec<Trial> {
+    vec![
+        test("busybox_image_is_as_umoci_unpacks_it", REAL, |bed| compare_real(bed, "busybox")),
+        test("debian_image_is_as_umoci_unpacks_it", REAL, |bed| compare_real(bed, "debian")),
+        test("attributes_are_as_umoci_unpacks_them", NEEDS, |bed| {
+            compare(bed, &TestImage::of([layers::attributes()]))
+        }),
+        test("names_and_links_are_as_umoci_unpacks_them", NEEDS, |bed| {
+            compare(bed, &TestImage::of([layers::names()]).packed(Packing::Plain))
+        }),
+        test("directories_of_all_sizes_are_as_umoci_unpacks_them", NEEDS, |bed| {
+            compare(bed, &TestImage::of([layers::directories()]))
+        }),
+        test("contents_of_all_sizes_are_as_umoci_unpacks_them", NEEDS, |bed| {
+            compare(bed, &TestImage::of([layers::contents()]))
+        }),
+        test("sparse_files_are_as_umoci_unpacks_them", NEEDS, |bed| {
+            compare(bed, &TestImage::of([layers::sparse(&layers::SPARSE_FORMATS[1..])]))
+        }),
+        test("duplicate_entries_are_as_umoci_unpacks_them", NEEDS, |bed| {
+            compare(bed, &TestImage::of([layers::duplicates()]))
+        }),
+        test("entries_through_links_are_as_umoci_unpacks_them", NEEDS, |bed| {
+            compare(bed, &TestImage::of([layers::through_links()]))
+        }),
+        test("whiteouts_under_overlayfs_are_as_umoci_unpacks_them", NEEDS, |bed| {
+            compare(bed, &TestImage::of(layers::stacked()))
+        }),
+    ]
+}
+
+fn compare(bed: &Bed, image: &TestImage) -> Result<(), Failure> {
+    let layout = bed.path("layout");
+    write_directory(&layout, &TestImage { name: Some("test".to_owned()), ..image.clone() }.oci_files()?)?;
+    compare_layout(bed, &layout, "test")
+}
+
+fn compare_layout(bed: &Bed, layout: &Path, tag: &str) -> Result<(), Failure> {
+    let image = bed.load(layout)?;
+    for layer in &image.layers {
+        run("fsck.erofs", &[&layer.erofs.display().to_string()])?;
+    }
+    let ours = ours(bed, &image)?;
+    let theirs = theirs(bed, layout, tag)?;
+    let (mut ours, mut theirs) = (ours, theirs);
+    if image.layers.len() > 1 {
+        // A lower file keeps its count when an upper layer takes one of its names.
+        for facts in ours.values_mut().chain(theirs.values_mut()) {
+            facts.links = 0;
+        }
+    }
+    assert_same("ours against umoci's", &ours, &theirs)
+}
+
+fn ours(bed: &Bed, image: &Image) -> Result<Tree, Failure> {
+    let mounted = bed.mount_image(image, "ours")?;
+    walk(&mounted.root)
+}
+
+fn theirs(bed: &Bed, layout: &Path, tag: &str) -> Result<Tree, Failure> {
+    let bundle = bed.path("bundle");
+    let image = format!("{}:{tag}", layout.display());
+    run("umoci", &["unpack", "--image", &image, &bundle.display().to_string()])?;
+    walk(&bundle.join("rootfs"))
+}
+
+/// A docker-archive, and the OCI layout that skopeo makes of it: the same layers, and what umoci says.
+fn compare_real(bed: &Bed, name: &str) -> Result<(), Failure> {
+    let archive = real_image(name).ok_or("no such image")?;
+    let direct = bed.load(&archive)?;
+    // Which name of the archive is taken makes no difference.
+    let first = direct.names.first().ok_or("the image has no name")?;
+    let from = format!("docker-archive:{}:{}", archive.display(), first.short());
+    let layout = bed.path("layout");
+    let to = format!("oci:{}:test", layout.display());
+    run("skopeo", &["copy", "--quiet", &from, &to])?;
+    compare_layout(bed, &layout, "test")?;
+    // Packed otherwise, by another tool, into another store: the same bytes.
+    let other = cloche_images::Store::open(&bed.path("other-store"))?;
+    let loaded = other.load(&layout, &Default::default(), &cloche_images::NoProgress)?;
+    let repacked = other.resolve(&loaded.first().ok_or("nothing loaded")?.id.to_string())?;
+    for (one, two) in direct.layers.iter().zip(&repacked.layers) {
+        if std::fs::read(&one.erofs)? != std::fs::read(&two.erofs)? {
+            return Err(format!("{} was converted to different bytes", one.diff_id).into());
+        }
+    }
+    Ok(())
+}
