@@ -121,6 +121,8 @@ pub struct Stats {
     pub io_exits: u64,
     /// VM exits that this process handled for memory-mapped I/O, over all vCPUs.
     pub mmio_exits: u64,
+    /// All VM exits over all vCPUs, those that KVM handled by itself included. `None` where KVM does not tell.
+    pub kvm_exits: Option<u64>,
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 
 use std::sync::{
     Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+    atomic::{AtomicBool, Ordering},
 };
 
 use cloche_protocol::machine::GuestMark;
@@ -127,8 +127,7 @@ pub struct Shared {
     pub stopping: AtomicBool,
     /// Whether the guest's agent has reported.
     pub agent_ready: AtomicBool,
-    io_exits: AtomicU64,
-    mmio_exits: AtomicU64,
+    stats: Mutex<Stats>,
 }
 
 impl Shared {
@@ -140,16 +139,21 @@ impl Shared {
             reporter,
             stopping: AtomicBool::new(false),
             agent_ready: AtomicBool::new(false),
-            io_exits: AtomicU64::new(0),
-            mmio_exits: AtomicU64::new(0),
+            stats: Mutex::default(),
         }
     }
 
     /// What was counted by the vCPU threads that have ended.
     pub fn stats(&self) -> Stats {
-        Stats {
-            io_exits: self.io_exits.load(Ordering::Relaxed),
-            mmio_exits: self.mmio_exits.load(Ordering::Relaxed),
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add_stats(&self, counts: Stats) {
+        let mut sum = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        sum.io_exits += counts.io_exits;
+        sum.mmio_exits += counts.mmio_exits;
+        if let Some(exits) = counts.kvm_exits {
+            sum.kvm_exits = Some(sum.kvm_exits.unwrap_or(0) + exits);
         }
     }
 
@@ -183,8 +187,9 @@ pub fn run(index: u8, mut vcpu: VcpuFd, shared: &Shared) {
             break Some(ending);
         }
     };
-    shared.io_exits.fetch_add(counts.io_exits, Ordering::Relaxed);
-    shared.mmio_exits.fetch_add(counts.mmio_exits, Ordering::Relaxed);
+    // Before the main thread is told: it goes on at once.
+    counts.kvm_exits = kvm::exit_count(kickable.vcpu);
+    shared.add_stats(counts);
     if let Some(ending) = ending {
         shared.endings.end(ending);
     }

@@ -418,6 +418,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         /// Whatever is in the table, popping ends, and all of a chain's buffers are in memory.
         #[test]
         fn pop_of_any_table_ends(
