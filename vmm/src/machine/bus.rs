@@ -90,3 +90,55 @@ impl Bus {
 fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{io, sync::Arc};
+
+    use super::*;
+    use crate::devices::{Interrupt, console::Console};
+
+    struct NoLine;
+
+    impl Interrupt for NoLine {
+        fn trigger(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn bus() -> (Bus, Arc<Mutex<Console>>) {
+        let console = Arc::new(Mutex::new(Console::default()));
+        (Bus::new(SerialPort::new(Box::new(NoLine), console.clone()), vec![]), console)
+    }
+
+    #[test]
+    fn port_write_to_serial_port_prints() {
+        let (bus, console) = bus();
+        assert_eq!(bus.port_write(serial::PORT, b"ab"), None);
+        assert_eq!(lock(&console).contents(), b"ab");
+    }
+
+    #[test]
+    fn port_write_that_resets_or_exits_is_a_request() {
+        let (bus, _) = bus();
+        assert_eq!(bus.port_write(0x64, &[0xfe]), Some(Request::Reset));
+        assert_eq!(bus.port_write(0x64, &[0xd1]), None);
+        assert_eq!(bus.port_write(0x5c4, &[1, 0, 0, 0]), Some(Request::Control(control::Request::Exit(1))));
+    }
+
+    #[test]
+    fn access_to_nothing_reads_ones_and_writes_nowhere() {
+        let (bus, _) = bus();
+        for address in [0, layout::VIRTIO_MMIO_START - 1, layout::VIRTIO_MMIO_START, u64::MAX] {
+            let mut data = [0; 8];
+            bus.memory_write(address, &data);
+            bus.memory_read(address, &mut data);
+            assert_eq!(data, [0xff; 8]);
+        }
+        let mut data = [0; 4];
+        bus.port_read(0xcfc, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        bus.port_read(0x71, &mut data[..1]);
+        assert_eq!(data[0], 0);
+    }
+}

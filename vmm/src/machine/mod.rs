@@ -22,6 +22,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use kvm_ioctls::VmFd;
 use tracing::warn;
 
 pub use self::{
@@ -30,7 +31,7 @@ pub use self::{
     report::monotonic_ns,
     vcpu::RunError,
 };
-use self::{report::Reporter, vcpu::Ending};
+use self::{report::Reporter, supervisor::Ended, vcpu::Ending};
 use crate::{
     config::{ConfigError, VmConfig},
     devices::console::Console,
@@ -105,14 +106,22 @@ pub fn run(config: VmConfig, embedded_initramfs: &[u8]) -> Result<ExitReason, Vm
     let reporter = Arc::new(Reporter::new(events));
     reporter.push(entered);
     let console = Arc::new(Mutex::new(Console::default()));
-    let mut stats = Stats::default();
-    let result = run_reporting(&config, embedded_initramfs, &console, &reporter, &mut stats);
+    let ran = build_and_run(&config, embedded_initramfs, &console, &reporter);
     let console_tail = console.lock().unwrap_or_else(PoisonError::into_inner).tail(CONSOLE_TAIL_BYTES);
-    reporter.push(match &result {
-        Ok(reason) => Event::Exited { reason: reason.clone(), console_tail, stats },
-        Err(error) => Event::Failed { step: error.step().into(), message: error_chain(error), console_tail },
-    });
+    let (result, event, vm) = match ran {
+        Ok((reason, stats, vm)) => {
+            let event = Event::Exited { reason: reason.clone(), console_tail, stats };
+            (Ok(reason), event, Some(vm))
+        }
+        Err(error) => {
+            let message = error_chain(&error);
+            let event = Event::Failed { step: error.step().into(), message, console_tail };
+            (Err(error), event, None)
+        }
+    };
+    reporter.push(event);
     reporter.flush();
+    drop(vm);
     result
 }
 
@@ -120,36 +129,36 @@ fn take_events_fd(fd: i32) -> Result<OwnedFd, VmError> {
     syscalls::take_inherited_fd(fd).map_err(|source| VmError::EventsFd { fd, source })
 }
 
-fn run_reporting(
+fn build_and_run(
     config: &VmConfig,
     embedded_initramfs: &[u8],
     console: &Arc<Mutex<Console>>,
     reporter: &Arc<Reporter>,
-    stats: &mut Stats,
-) -> Result<ExitReason, VmError> {
+) -> Result<(ExitReason, Stats, VmFd), VmError> {
     validate(config)?;
     let mut opened = open::open(config, embedded_initramfs)?;
     let console_log = opened.console_log.take();
     let machine = builder::build(config, opened, console.clone(), reporter.clone())?;
-    let ending = supervisor::run(machine, config.start_timeout_ms, stats)?;
+    let Ended { ending, stats, vm } = supervisor::run(machine, config.start_timeout_ms)?;
     let console = console.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(mut log) = console_log
         && let Err(error) = log.write_all(&console.contents())
     {
         warn!(%error, path = ?config.console_log, "the console log could not be written");
     }
-    match ending {
-        Ending::GuestExit(code) => Ok(ExitReason::GuestExit { code }),
-        Ending::Reset => Ok(match console.panic_message() {
+    let reason = match ending {
+        Ending::GuestExit(code) => ExitReason::GuestExit { code },
+        Ending::Reset => match console.panic_message() {
             Some(message) => ExitReason::KernelPanic { message },
             None => ExitReason::GuestReset,
-        }),
+        },
         Ending::StartTimeout => {
-            Ok(ExitReason::StartTimeout { timeout_ms: config.start_timeout_ms.unwrap_or_default() })
+            ExitReason::StartTimeout { timeout_ms: config.start_timeout_ms.unwrap_or_default() }
         }
-        Ending::Stopped => Ok(ExitReason::Stopped),
-        Ending::Failed(error) => Err(error.into()),
-    }
+        Ending::Stopped => ExitReason::Stopped,
+        Ending::Failed(error) => return Err(error.into()),
+    };
+    Ok((reason, stats, vm))
 }
 
 fn validate(config: &VmConfig) -> Result<(), VmError> {

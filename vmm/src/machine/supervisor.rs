@@ -9,6 +9,7 @@ use std::{
 };
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use kvm_ioctls::VmFd;
 use tracing::warn;
 use vmm_sys_util::{eventfd::EventFd, signal::Killable, timerfd::TimerFd};
 
@@ -20,8 +21,18 @@ use super::{
 };
 use crate::{event::Stats, syscalls};
 
-/// Runs the machine until something ends it. When this returns no thread of it is left.
-pub fn run(machine: Machine, start_timeout_ms: Option<u64>, stats: &mut Stats) -> Result<Ending, VmError> {
+/// A machine that has run: no thread and no device of it is left.
+pub struct Ended {
+    /// Why it ended.
+    pub ending: Ending,
+    /// What it cost.
+    pub stats: Stats,
+    /// Closing it waits some 10 ms for the host's RCU, so that the parent is told of the end before.
+    pub vm: VmFd,
+}
+
+/// Runs the machine until something ends it.
+pub fn run(machine: Machine, start_timeout_ms: Option<u64>) -> Result<Ended, VmError> {
     let resources = |what| move |source| VmError::Resources { what, source };
     let Machine { vm, vcpus, workers, shared, end, last_words } = machine;
     kvm::install_kick_handler().map_err(resources("the signal of vCPU threads"))?;
@@ -68,9 +79,7 @@ pub fn run(machine: Machine, start_timeout_ms: Option<u64>, stats: &mut Stats) -
     // First the devices: a vCPU that waits for one of them sees that it is gone.
     drop(events);
     join(threads);
-    drop(vm);
-    *stats = shared.stats();
-    Ok(ending)
+    Ok(Ended { ending, stats: shared.stats(), vm })
 }
 
 /// Makes all vCPUs leave the guest and their threads end.
