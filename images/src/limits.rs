@@ -23,7 +23,10 @@ pub(crate) const MAX_INDEX_DEPTH: usize = 4;
 /// Members of an archive that holds an image (blobs and small files, not what is in the layers).
 pub(crate) const MAX_ARCHIVE_MEMBERS: usize = 1 << 16;
 
-/// Entries in one layer. ImageNet as loose files has 1.3 million; each costs us about 150 bytes of memory.
+/// Bytes of such a member's name. The longest in use are two digests long.
+pub(crate) const MAX_MEMBER_NAME: usize = 512;
+
+/// Entries in one layer. ImageNet as loose files has 1.3 million; each costs us about 170 bytes of memory.
 pub(crate) const MAX_ENTRIES: u64 = 4 << 20;
 
 /// Memory for one layer's tree: names, link targets, extended attributes, data maps.

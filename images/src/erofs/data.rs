@@ -166,3 +166,63 @@ fn is_zero(bytes: &[u8]) -> bool {
     chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
         && rest.iter().all(|&b| b == 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    /// Stores one file, given in pieces, and returns where its data lie and what the blob then holds.
+    fn store(content: &[u8], piece: usize) -> (FileData, Vec<u8>) {
+        let file = tempfile::tempfile().unwrap();
+        let mut blob = BlobWriter::new(&file);
+        let mut writer = DataWriter::new(&mut blob, content.len() as u64);
+        for piece in content.chunks(piece) {
+            writer.write(piece).unwrap();
+        }
+        let data = writer.finish().unwrap();
+        blob.finish(&[]).unwrap();
+        let mut stored = Vec::new();
+        (&file).read_to_end(&mut stored).unwrap();
+        (data, stored)
+    }
+
+    #[test]
+    fn file_without_zeros_is_plain_and_starts_on_a_block() {
+        let content = vec![7; 200_000];
+        let (data, blob) = store(&content, 1000);
+        assert_eq!(data, FileData::Plain { block: 1 });
+        assert_eq!(blob[4096..4096 + content.len()], content);
+    }
+
+    #[test]
+    fn small_file_of_zeros_is_plain_and_an_empty_one_has_no_blocks() {
+        assert_eq!(store(&[0; 5000], 5000).0, FileData::Plain { block: 1 });
+        let (data, blob) = store(&[], 1);
+        assert_eq!((data, blob.len()), (FileData::Plain { block: 0 }, 4096));
+    }
+
+    #[test]
+    fn chunk_of_zeros_is_not_stored_whatever_the_pieces() {
+        let mut content = vec![1; 5 * MIN_CHUNK as usize + 10];
+        content[MIN_CHUNK as usize..3 * MIN_CHUNK as usize].fill(0);
+        let runs = [Run { chunk: 0, count: 1, block: 1 }, Run { chunk: 3, count: 3, block: 17 }];
+        let expected = FileData::Chunks { chunk_bits: 4, runs: runs.into() };
+        for piece in [1, 4096, 65_537, content.len()] {
+            assert_eq!(store(&content, piece).0, expected, "{piece}");
+        }
+    }
+
+    #[test]
+    fn chunks_grow_with_the_file_and_stay_few() {
+        let file = tempfile::tempfile().unwrap();
+        let mut blob = BlobWriter::new(&file);
+        for size in [0, 1, 1 << 32, (1 << 32) + 1, 1 << 40, crate::limits::MAX_FILE_BYTES] {
+            let mut writer = DataWriter::new(&mut blob, size);
+            writer.skip(size).unwrap();
+            let data = writer.finish().unwrap();
+            assert!(data.chunks(size) <= MAX_FILE_CHUNKS, "{size}: {data:?}");
+        }
+    }
+}

@@ -294,3 +294,93 @@ fn xattr_error(name: &[u8], problem: &XattrProblem) -> EntryProblem {
     };
     EntryProblem::Xattr(crate::tar::shown(name), reason)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file() -> Body {
+        Body::Symlink(Box::from(&b"stands for any file"[..]))
+    }
+
+    fn directory() -> Body {
+        Body::Directory(BTreeMap::new())
+    }
+
+    fn build(entries: &[(&str, Body)]) -> Result<Tree, EntryProblem> {
+        let mut builder = LayerBuilder::new();
+        for (name, body) in entries {
+            builder.add(name.as_bytes(), IMPLIED_ATTRIBUTES, body.clone())?;
+        }
+        builder.finish()
+    }
+
+    fn find(tree: &Tree, path: &str) -> Option<NodeId> {
+        path.split('/').try_fold(Tree::ROOT, |node, name| tree.child(node, name.as_bytes()))
+    }
+
+    fn has_mark(tree: &Tree, path: &str, mark: (&[u8], &[u8])) -> bool {
+        let marked = EncodedXattrs::with(None, mark.0, mark.1).unwrap();
+        let set = find(tree, path).and_then(|node| tree[node].attributes.xattrs);
+        set.is_some_and(|set| *tree.xattrs(set) == marked)
+    }
+
+    #[test]
+    fn whiteout_of_what_the_layer_lacks_is_a_device() {
+        let tree = build(&[("d/.wh.gone", file())]).unwrap();
+        let whiteout = find(&tree, "d/gone").unwrap();
+        assert_eq!(tree[whiteout].body, Body::CharDevice(0));
+    }
+
+    #[test]
+    fn whiteout_of_what_the_layer_has_hides_only_lower_layers() {
+        for entries in [["x/.wh.y", "x/y"], ["x/y", "x/.wh.y"]] {
+            let with_file = build(&entries.map(|name| (name, file()))).unwrap();
+            assert_eq!(with_file[find(&with_file, "x/y").unwrap()].body, file());
+            let with_directory = build(&entries.map(|name| (name, directory()))).unwrap();
+            assert!(has_mark(&with_directory, "x/y", OPAQUE));
+        }
+    }
+
+    #[test]
+    fn whiteout_within_an_opaque_directory_is_not_needed() {
+        let tree = build(&[("d", directory()), ("d/.wh.x", file()), ("d/.wh..wh..opq", file())]).unwrap();
+        assert!(has_mark(&tree, "d", OPAQUE));
+        assert_eq!(find(&tree, "d/x"), None);
+    }
+
+    #[test]
+    fn directory_without_an_entry_is_marked_until_it_has_one() {
+        let tree = build(&[("a/b/c", file()), ("a/b", directory())]).unwrap();
+        assert!(has_mark(&tree, "a", IMPLIED));
+        assert!(!has_mark(&tree, "a/b", IMPLIED));
+    }
+
+    #[test]
+    fn path_through_links_stays_within_the_root() {
+        let link = |target: &str| Body::Symlink(target.as_bytes().into());
+        let tree = build(&[
+            ("usr/lib", directory()),
+            ("lib", link("../../usr/./lib")),
+            ("abs", link("/lib")),
+            ("abs/x", file()),
+            ("dangling", link("/made/on/the/way")),
+            ("dangling/y", file()),
+        ]);
+        let tree = tree.unwrap();
+        assert!(find(&tree, "usr/lib/x").is_some());
+        assert!(find(&tree, "made/on/the/way/y").is_some());
+        let looped = build(&[("l", link("m")), ("m", link("l")), ("l/x", file())]);
+        assert!(matches!(looped, Err(EntryProblem::LinkLoop)));
+    }
+
+    #[test]
+    fn attributes_that_steer_overlayfs_or_do_not_exist_here_are_dropped() {
+        let mut builder = LayerBuilder::new();
+        let xattr = |name: &str| (name.as_bytes().to_vec(), b"y".to_vec());
+        let dropped = ["trusted.overlay.opaque", "user.overlay.redirect", "com.apple.provenance", "user.a"];
+        let set = builder.encode_xattrs(dropped.map(xattr).to_vec(), false).unwrap();
+        assert_eq!(set, None);
+        assert!(builder.encode_xattrs(vec![xattr("user.a")], true).unwrap().is_some());
+    }
+}

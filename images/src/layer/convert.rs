@@ -190,12 +190,7 @@ impl Conversion<'_> {
         let mut position = 0;
         for extent in extents.unwrap_or_else(|| vec![Extent { offset: 0, length: size }]) {
             data.skip(extent.offset - position)?;
-            let mut left = extent.length;
-            while left > 0 {
-                let piece = tar.read_data(left)?;
-                left -= piece.len() as u64;
-                data.write(piece)?;
-            }
+            tar.copy_data(extent.length, |piece| data.write(piece).map_err(LayerError::from))?;
             position = extent.offset + extent.length;
         }
         data.skip(size - position)?;

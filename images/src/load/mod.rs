@@ -26,8 +26,7 @@ const PLATFORM: &str = "linux/amd64";
 /// How to load.
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
-    /// The name for the image, instead of those in the archive, which then must hold exactly one image. If this has
-    /// no tag of its own and the archive names only a tag, use [`Reference::with_tag`] beforehand.
+    /// The name for the image, instead of those in the archive, which then must hold exactly one image.
     pub name: Option<Reference>,
 }
 

@@ -13,7 +13,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::LoadError;
 use crate::layer::{DecodeError, Encoding, decompressor, detect};
-use crate::limits::{MAX_ARCHIVE_MEMBERS, MAX_LAYER_BYTES, RESERVED_DISK_BYTES};
+use crate::limits::{MAX_ARCHIVE_MEMBERS, MAX_LAYER_BYTES, MAX_MEMBER_NAME, RESERVED_DISK_BYTES};
 use crate::store::Store;
 use crate::tar::{EntryKind, TarReader};
 
@@ -166,12 +166,11 @@ fn list_members(path: &Path, file: &File) -> Result<HashMap<String, Place>, Load
     let mut members = HashMap::new();
     let archive = |source| LoadError::Archive { path: path.to_owned(), source };
     while let Some(entry) = tar.next().map_err(archive)? {
-        // Names of image archives are plain; what is not UTF-8 is no part of the image.
-        let Ok(name) = String::from_utf8(entry.path) else { continue };
+        // Members that images are made of have plain names; others are no part of one.
+        let Some(name) = plain_name(entry.path) else { continue };
         let name = normalise("", &name);
-        let alias = |base: &str, target: Vec<u8>| {
-            String::from_utf8(target).ok().map(|target| Place::Alias(normalise(base, &target)))
-        };
+        let alias =
+            |base: &str, target| plain_name(target).map(|target| Place::Alias(normalise(base, &target)));
         let place = match entry.kind {
             EntryKind::File { size, extents: None } => {
                 Some(Place::Data { offset: tar.position(), bytes: size })
@@ -191,6 +190,10 @@ fn list_members(path: &Path, file: &File) -> Result<HashMap<String, Place>, Load
         }
     }
     Ok(members)
+}
+
+fn plain_name(name: Vec<u8>) -> Option<String> {
+    String::from_utf8(name).ok().filter(|name| name.len() <= MAX_MEMBER_NAME)
 }
 
 /// `name` as seen from `base`, without `.`, `..` and empty components.

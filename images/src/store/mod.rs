@@ -29,6 +29,7 @@ mod files;
 mod index;
 
 use std::collections::HashSet;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -211,11 +212,7 @@ impl Store {
             return Ok(digest);
         }
         let new = self.new_file(&self.blobs())?;
-        let write = || {
-            io::Write::write_all(&mut new.file(), content)?;
-            io::Result::Ok(())
-        };
-        write().map_err(io_error("write", &path))?;
+        new.file().write_all(content).map_err(io_error("write", &path))?;
         new.publish(&digest.hex()).map_err(io_error("write", &path))?;
         Ok(digest)
     }
@@ -263,13 +260,18 @@ impl Store {
         if Digest::of(&raw_config) != record.id {
             return Err(damaged(&path, "does not have its digest"));
         }
-        let layers = record.layers.iter().map(|layer| Layer {
-            diff_id: layer.diff_id,
-            erofs: self.layer_path(layer.diff_id),
-            erofs_bytes: layer.erofs_bytes,
-        });
+        let mut layers = Vec::new();
+        for &LayerRecord { diff_id, erofs_bytes } in &record.layers {
+            let erofs = self.layer_path(diff_id);
+            match fs::metadata(&erofs) {
+                Ok(metadata) if metadata.len() == erofs_bytes => {}
+                Ok(_) => return Err(damaged(&erofs, "does not have its length")),
+                Err(_) => return Err(damaged(&erofs, "is missing")),
+            }
+            layers.push(Layer { diff_id, erofs, erofs_bytes });
+        }
         let names = record.names.iter().filter_map(|name| name.parse().ok()).collect();
-        Image::new(record.id, record.manifest, names, layers.collect(), raw_config)
+        Image::new(record.id, record.manifest, names, layers, raw_config)
             .map_err(|_| damaged(&path, "is not an image configuration"))
     }
 
@@ -389,7 +391,7 @@ fn sweep_directory(directory: &Path, keep: HashSet<String>) -> Result<(), StoreE
 
 fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
-    io::Read::read_to_end(&mut io::Read::take(fs::File::open(path)?, limit), &mut content)?;
+    fs::File::open(path)?.take(limit).read_to_end(&mut content)?;
     Ok(content)
 }
 

@@ -12,6 +12,10 @@ mod header;
 mod pax;
 mod reader;
 mod sparse;
+#[cfg(test)]
+#[allow(dead_code)] // Shared with the integration tests, which use all of it.
+#[path = "../../tests/integration/tarball.rs"]
+pub(crate) mod tarball;
 
 use std::io;
 
@@ -70,7 +74,7 @@ pub(crate) struct Timestamp {
 
 /// What is wrong with an archive, and where.
 #[derive(Debug, thiserror::Error)]
-#[error("tar header at byte {offset}{}: {problem}", .entry.as_ref().map(|name| format!(" ({name})")).unwrap_or_default())]
+#[error("tar entry {} at byte {offset}", .entry.as_deref().unwrap_or("without a readable header"))]
 pub struct TarError {
     /// Where in the (decompressed) archive the entry's header starts.
     pub offset: u64,

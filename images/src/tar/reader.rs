@@ -40,8 +40,8 @@ impl Input for BufReader<File> {
 #[cfg(test)]
 impl Input for &[u8] {}
 
-/// The parser. After [`TarReader::next`] has given an entry, [`TarReader::read_data`] gives its stored data; what
-/// is not read is passed over.
+/// The parser. After [`TarReader::next`] has given an entry, [`TarReader::copy_data`] gives its stored data; what is
+/// not asked for is passed over.
 pub(crate) struct TarReader<R> {
     input: R,
     /// Bytes consumed.
@@ -53,13 +53,11 @@ pub(crate) struct TarReader<R> {
     remaining: u64,
     /// Bytes between the end of the stored data and the next block boundary.
     padding: u64,
-    /// Bytes lent by `read_data`, consumed at the next call.
-    lent: usize,
 }
 
 impl<R: Input> TarReader<R> {
     pub(crate) fn new(input: R) -> Self {
-        TarReader { input, position: 0, entry_start: 0, entry_name: None, remaining: 0, padding: 0, lent: 0 }
+        TarReader { input, position: 0, entry_start: 0, entry_name: None, remaining: 0, padding: 0 }
     }
 
     /// Where the next unread byte lies; right after `next`, that is where the entry's stored data start.
@@ -75,37 +73,32 @@ impl<R: Input> TarReader<R> {
         self.read_entry().map_err(|problem| self.locate(problem))
     }
 
-    /// The next piece of the current entry's stored data; empty at its end. At most `limit` bytes.
-    pub(crate) fn read_data(&mut self, limit: u64) -> Result<&[u8], TarError> {
-        self.return_lent();
-        let limit = usize::try_from(limit.min(self.remaining)).unwrap_or(usize::MAX);
-        if limit == 0 {
-            return Ok(&[]);
+    /// Gives the next `length` bytes of the current entry's stored data to `sink`, piece by piece, or what is left.
+    pub(crate) fn copy_data<E: From<TarError>>(
+        &mut self,
+        length: u64,
+        mut sink: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        const WHAT: &str = "a file's data";
+        let mut left = length.min(self.remaining);
+        while left > 0 {
+            let (step, taken) = match self.input.fill_buf() {
+                Ok([]) => {
+                    return Err(self.locate(TarProblem::Torn { end: self.position, what: WHAT }).into());
+                }
+                Ok(buffer) => {
+                    let step = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                    (step, sink(&buffer[..step]))
+                }
+                Err(source) => return Err(self.locate(self.read_problem(source, WHAT)).into()),
+            };
+            self.input.consume(step);
+            self.position += step as u64;
+            self.remaining -= step as u64;
+            left -= step as u64;
+            taken?;
         }
-        let length = match self.input.fill_buf() {
-            Ok([]) => {
-                let torn = TarProblem::Torn { end: self.position, what: "a file's data" };
-                return Err(self.locate(torn));
-            }
-            Ok(buffer) => buffer.len().min(limit),
-            Err(source) => {
-                let problem = self.read_problem(source, "a file's data");
-                return Err(self.locate(problem));
-            }
-        };
-        self.lent = length;
-        self.position += length as u64;
-        self.remaining -= length as u64;
-        match self.input.fill_buf() {
-            Ok(buffer) => Ok(&buffer[..length]),
-            // Cannot happen: the buffer is not empty.
-            Err(_) => Ok(&[]),
-        }
-    }
-
-    fn return_lent(&mut self) {
-        self.input.consume(self.lent);
-        self.lent = 0;
+        Ok(())
     }
 
     fn locate(&self, problem: TarProblem) -> TarError {
@@ -122,7 +115,6 @@ impl<R: Input> TarReader<R> {
 
     /// Passes over what is left of the current entry.
     fn finish_entry(&mut self) -> Result<(), TarProblem> {
-        self.return_lent();
         let count = self.remaining + self.padding;
         let skipped = self.input.skip(count).map_err(|source| self.read_problem(source, "a file's data"))?;
         self.position += skipped;
@@ -423,5 +415,94 @@ fn owner(value: i64, field: &'static str) -> Result<u32, TarProblem> {
     match u32::try_from(value) {
         Ok(u32::MAX) | Err(_) => Err(TarProblem::Number { field }),
         Ok(value) => Ok(value),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tarball::{Item, Tarball};
+    use super::*;
+
+    /// All entries with their stored data.
+    fn read(archive: &[u8]) -> Result<Vec<(Entry, Vec<u8>)>, TarError> {
+        let mut reader = TarReader::new(archive);
+        let mut entries = Vec::new();
+        while let Some(entry) = reader.next()? {
+            let mut data = Vec::new();
+            reader.copy_data(u64::MAX, |piece| {
+                data.extend_from_slice(piece);
+                Ok::<_, TarError>(())
+            })?;
+            entries.push((entry, data));
+        }
+        Ok(entries)
+    }
+
+    fn problem(archive: &[u8]) -> TarProblem {
+        read(archive).unwrap_err().problem
+    }
+
+    #[test]
+    fn entries_of_all_kinds_come_with_what_pax_says() {
+        let long = "long/".repeat(40) + "name";
+        let items = [
+            Item::file(&long, "data").owner(4_000_000_000, 1).time(-5, 500_000_000).mode(0o4711),
+            Item::symlink("link", "t".repeat(150)).xattr("user.a", "b"),
+            Item::char_device("null", 1, 3),
+            Item::directory("d/"),
+        ];
+        let entries = read(&Tarball::of(items).finish()).unwrap();
+        let (file, data) = &entries[0];
+        assert_eq!((file.path.as_slice(), data.as_slice()), (long.as_bytes(), &b"data"[..]));
+        assert_eq!((file.uid, file.gid, file.mode), (4_000_000_000, 1, 0o4711));
+        assert_eq!(file.mtime, Timestamp { seconds: -5, nanoseconds: 500_000_000 });
+        assert_eq!(entries[1].0.kind, EntryKind::Symlink { target: vec![b't'; 150] });
+        assert_eq!(entries[1].0.xattrs, [(b"user.a".to_vec(), b"b".to_vec())]);
+        assert_eq!(entries[2].0.kind, EntryKind::CharDevice { major: 1, minor: 3 });
+        assert_eq!(entries[3].0.kind, EntryKind::Directory);
+    }
+
+    #[test]
+    fn archive_without_its_end_marker_is_accepted() {
+        let tar = Tarball::of([Item::file("a", "x")]);
+        assert_eq!(read(&tar.clone().unfinished()).unwrap().len(), 1);
+        assert_eq!(read(&tar.raw(&[0; 512]).unfinished()).unwrap().len(), 1);
+        assert!(read(b"").unwrap().is_empty());
+    }
+
+    #[test]
+    fn archive_cut_inside_an_entry_is_torn() {
+        let tar = Tarball::of([Item::file("n".repeat(200), vec![1; 700])]).unfinished();
+        for length in (1..tar.len()).filter(|length| length % 97 == 0) {
+            assert!(matches!(problem(&tar[..length]), TarProblem::Torn { .. }), "{length}");
+        }
+    }
+
+    #[test]
+    fn sparse_map_of_each_encoding_is_read() {
+        let extents: [(u64, &[u8]); 2] = [(1000, b"abc"), (5000, b"de")];
+        let tar = Tarball::new()
+            .old_gnu_sparse("file", 9000, &extents)
+            .pax_sparse("0.0", "file", 9000, &extents)
+            .pax_sparse("0.1", "file", 9000, &extents)
+            .pax_sparse("1.0", "file", 9000, &extents);
+        let expected = EntryKind::File {
+            size: 9000,
+            extents: Some(vec![Extent { offset: 1000, length: 3 }, Extent { offset: 5000, length: 2 }]),
+        };
+        let entries = read(&tar.finish()).unwrap();
+        assert_eq!(entries.len(), 4);
+        for (entry, data) in entries {
+            assert_eq!((entry.path.as_slice(), &entry.kind), (&b"file"[..], &expected));
+            assert_eq!(data, b"abcde");
+        }
+    }
+
+    #[test]
+    fn special_header_of_any_claimed_size_is_refused_before_it_is_read() {
+        let mut item = Item::file("x", "");
+        item.kind = b'x';
+        item.claimed_size = Some(1 << 40);
+        assert!(matches!(problem(&Tarball::of([item]).finish()), TarProblem::HeaderTooLarge { .. }));
     }
 }

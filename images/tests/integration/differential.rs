@@ -1,13 +1,15 @@
 //! The same image, unpacked by `umoci` and converted by us, must be the same tree.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use cloche_images::Image;
 use libtest_mimic::Trial;
 
-use crate::archive::{Packing, TestImage, write_directory};
+use crate::archive::{Packing, TestImage, tar_of, write_directory};
 use crate::bed::{Bed, Failure, Need, real_image, run, test};
 use crate::layers;
+use crate::tarball::{Item, Tarball};
 use crate::tree::{Tree, assert_same, walk};
 
 const NEEDS: &[Need] = &[Need::Root, Need::Erofs, Need::Tool("umoci"), Need::Tool("fsck.erofs")];
@@ -48,7 +50,26 @@ pub fn tests() -> Vec<Trial> {
         test("whiteouts_under_overlayfs_are_as_umoci_unpacks_them", NEEDS, |bed| {
             compare(bed, &TestImage::of(layers::stacked()))
         }),
+        test("marks_of_made_directories_are_hidden_by_overlayfs", NEEDS, hidden_marks),
     ]
+}
+
+/// overlayfs shows nothing of our own mark on directories without an entry.
+fn hidden_marks(bed: &Bed) -> Result<(), Failure> {
+    let layers = ["one", "two"].map(|name| Tarball::of([Item::file(format!("made/{name}"), "x")]));
+    let archive = bed.write("image.tar", &tar_of(&TestImage::of(layers).oci_files()?))?;
+    let image = bed.load(&archive)?;
+    let mounted = bed.mount_image(&image, "marks")?;
+    for directory in [mounted.root.clone(), mounted.root.join("made")] {
+        let length = rustix::fs::listxattr(&directory, &mut [0u8; 0])?;
+        if length > 0 || std::fs::metadata(&directory)?.permissions().mode() & 0o7777 != 0o755 {
+            return Err(format!("{} is not as made", directory.display()).into());
+        }
+    }
+    if std::fs::read_dir(mounted.root.join("made"))?.count() != 2 {
+        return Err("the layers were not merged".into());
+    }
+    Ok(())
 }
 
 fn compare(bed: &Bed, image: &TestImage) -> Result<(), Failure> {
