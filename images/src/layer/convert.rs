@@ -5,7 +5,7 @@ use std::io::{self, Read};
 
 use super::builder::{EntryProblem, LayerBuilder};
 use super::decode::{self, DecodeError, Digests, LayerStream};
-use crate::digest::Digest;
+use crate::digest::{Digest, HashingReader};
 use crate::erofs::{self, BlobError, BlobWriter, DataWriter, FileData};
 use crate::limits::{MAX_CHUNKS, MAX_ENTRIES, MAX_TREE_BYTES, PATH_MAX};
 use crate::tar::{Entry, EntryKind, Extent, TarError, TarReader, shown};
@@ -106,15 +106,28 @@ pub(crate) fn check(
     verify(&digests, expected)
 }
 
-fn verify(digests: &Digests, expected: &ExpectedLayer) -> Result<(), LayerError> {
-    if let Some((digest, bytes)) = expected.blob {
-        if digests.blob_bytes != bytes {
-            return Err(LayerError::BlobSize { expected: bytes, actual: digests.blob_bytes });
-        }
-        if digests.blob != digest {
-            return Err(LayerError::BlobDigest { expected: digest, actual: digests.blob });
-        }
+/// What a failed layer's error should be: that of a damaged blob, if the blob is not the one that was asked for. That
+/// says more than where the damage was first met.
+pub(crate) fn blame(error: LayerError, source: impl Read, expected: &ExpectedLayer) -> LayerError {
+    if !matches!(error, LayerError::Tar(_) | LayerError::Decode(_)) {
+        return error;
     }
+    match HashingReader::new(source, |_| {}).finish() {
+        Ok((digest, bytes)) => verify_blob(digest, bytes, expected).err().unwrap_or(error),
+        Err(_) => error,
+    }
+}
+
+fn verify_blob(digest: Digest, bytes: u64, expected: &ExpectedLayer) -> Result<(), LayerError> {
+    match expected.blob {
+        Some((_, expected)) if expected != bytes => Err(LayerError::BlobSize { expected, actual: bytes }),
+        Some((expected, _)) if expected != digest => Err(LayerError::BlobDigest { expected, actual: digest }),
+        _ => Ok(()),
+    }
+}
+
+fn verify(digests: &Digests, expected: &ExpectedLayer) -> Result<(), LayerError> {
+    verify_blob(digests.blob, digests.blob_bytes, expected)?;
     if digests.diff_id != expected.diff_id {
         return Err(LayerError::DiffId { expected: expected.diff_id, actual: digests.diff_id });
     }

@@ -31,7 +31,7 @@ mod decode;
 mod path;
 
 pub use convert::LayerError;
-pub(crate) use convert::{ExpectedLayer, check, convert};
+pub(crate) use convert::{ExpectedLayer, blame, check, convert};
 pub use decode::DecodeError;
 pub(crate) use decode::{Encoding, decompressor, detect};
 pub use path::PathProblem;

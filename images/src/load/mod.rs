@@ -281,8 +281,9 @@ impl Store {
         (index, count): (usize, usize),
         progress: &dyn Progress,
     ) -> Result<LayerRecord, LoadError> {
+        const MANIFEST: &str = "the image's manifest";
         let diff_id = layer.expected.diff_id;
-        let member = source.require(&layer.member, "the image's manifest")?;
+        let member = source.require(&layer.member, MANIFEST)?;
         let present = std::fs::metadata(self.layer_path(diff_id)).ok();
         progress.layer_started(&LayerStart {
             index,
@@ -292,12 +293,18 @@ impl Store {
             present: present.is_some(),
         });
         let seen = |bytes| progress.layer_advanced(bytes);
-        let bad = |error| LoadError::Layer {
-            number,
-            count: of_image,
-            member: layer.member.clone(),
-            path: source.path().to_owned(),
-            source: Box::new(error),
+        let bad = |error| {
+            let error = match source.require(&layer.member, MANIFEST) {
+                Ok(again) => layer::blame(error, again.reader, &layer.expected),
+                Err(_) => error,
+            };
+            LoadError::Layer {
+                number,
+                count: of_image,
+                member: layer.member.clone(),
+                path: source.path().to_owned(),
+                source: Box::new(error),
+            }
         };
         let erofs_bytes = match present {
             Some(metadata) => {

@@ -352,6 +352,13 @@ fn wrong_digests(bed: &Bed) -> Result<(), Failure> {
     for (files, expected) in cases {
         assert_says(&refused(bed, &tar_of(&files))?, &expected)?;
     }
+    // Damage that a decompressor or the tar parser meets first is told as what it is, too.
+    for packing in [Packing::Gzip, Packing::Zstd] {
+        let image = image.clone().packed(packing);
+        let blob = sha256(&packing.pack(&image.layers[0])?);
+        let files = with_changed(image.oci_files()?, |_, content| sha256(content) == blob, flip);
+        assert_says(&refused(bed, &tar_of(&files))?, &["layer 1 of 1", "the blob has the digest", &blob])?;
+    }
     // The manifest names a blob that is right, but the configuration another archive.
     let other = TestImage::of([Tarball::of([Item::file("other", "x")])]).packed(Packing::Plain);
     let config = blob_file(other.config());

@@ -13,6 +13,7 @@ pub fn tests() -> Vec<Trial> {
     vec![
         test("image_in_every_form_gives_the_same_layers", &[], every_form),
         test("layer_through_links_of_the_archive_is_found", &[], linked_layers),
+        test("archive_with_both_manifests_is_loaded_by_the_oci_one", &[], both_manifests),
         test("archive_of_several_images_is_loaded_whole", &[], several_images),
         test("index_of_several_platforms_gives_the_one_that_runs_here", &[], platforms),
         test("names_are_normalised_moved_and_removed", &[], names),
@@ -77,6 +78,35 @@ fn linked_layers(bed: &Bed) -> Result<(), Failure> {
     }
     bed.load(&bed.write("linked.tar", &tar.finish())?)?;
     Ok(())
+}
+
+/// `docker save` since Docker 25: an OCI layout, with a `manifest.json` for older readers.
+fn both_manifests(bed: &Bed) -> Result<(), Failure> {
+    let image = small("x").packed(Packing::Plain);
+    let mut files = image.oci_files()?;
+    let is_index = |(name, _): &&mut (String, Vec<u8>)| name == "index.json";
+    let (_, index) = files.iter_mut().find(is_index).ok_or("no index")?;
+    let mut entry = serde_json::from_slice::<serde_json::Value>(index)?["manifests"][0].clone();
+    // Two tags of one image: a descriptor for each.
+    let tagged = ["v1", "v2"].map(|tag| {
+        entry["annotations"] = json!({
+            "io.containerd.image.name": format!("docker.io/library/both:{tag}"),
+            "org.opencontainers.image.ref.name": tag,
+        });
+        entry.clone()
+    });
+    *index = json!({"schemaVersion": 2, "manifests": tagged}).to_string().into_bytes();
+    let (config, _) = blob_file(image.config());
+    let (layer, _) = blob_file(image.layers[0].clone());
+    let manifest = json!([{"Config": config, "RepoTags": ["both:v1", "both:v2"], "Layers": [layer]}]);
+    files.push(("manifest.json".to_owned(), manifest.to_string().into_bytes()));
+    let loaded = bed.load(&bed.write("both.tar", &tar_of(&files))?)?;
+    let names: Vec<String> = loaded.names.iter().map(|name| name.short()).collect();
+    expect("both names and a manifest", names == ["both:v1", "both:v2"] && loaded.manifest.is_some())?;
+    // The older manifest alone.
+    files.retain(|(name, _)| name != "index.json" && name != "oci-layout");
+    let older = bed.load(&bed.write("older.tar", &tar_of(&files))?)?;
+    expect("the same image", older.id == loaded.id && older.names.len() == 2)
 }
 
 fn several_images(bed: &Bed) -> Result<(), Failure> {
