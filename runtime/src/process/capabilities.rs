@@ -113,114 +113,32 @@ fn failed(action: &str) -> impl Fn(Errno) -> CapabilityError {
 }
 
 fn set(listed: &Option<Capabilities>) -> CapabilitySet {
-    let numbers = listed.iter().flatten().map(|capability| number(*capability));
-    CapabilitySet::from_bits_retain(numbers.fold(0, |set, number| set | 1 << number))
+    let Some(listed) = listed else { return CapabilitySet::empty() };
+    let numbers = ALL.iter().enumerate().filter(|(_, capability)| listed.contains(capability));
+    CapabilitySet::from_bits_retain(numbers.fold(0, |set, (number, _)| set | 1 << number))
 }
 
 /// `CAP_…` of the lowest capability of a set.
 fn name(capability: CapabilitySet) -> String {
-    let wanted = capability.bits().trailing_zeros();
-    match ALL.iter().find(|capability| number(**capability) == wanted) {
+    let number = capability.bits().trailing_zeros();
+    match ALL.get(number as usize) {
         Some(capability) => format!("CAP_{capability}"),
-        None => format!("capability {wanted}"),
+        None => format!("capability {number}"),
     }
 }
 
-/// All that the runtime spec can name.
+/// All that the runtime spec can name, by their numbers (`linux/capability.h`).
+#[rustfmt::skip]
 const ALL: [Capability; 41] = {
     use Capability::*;
     [
-        Chown,
-        DacOverride,
-        DacReadSearch,
-        Fowner,
-        Fsetid,
-        Kill,
-        Setgid,
-        Setuid,
-        Setpcap,
-        LinuxImmutable,
-        NetBindService,
-        NetBroadcast,
-        NetAdmin,
-        NetRaw,
-        IpcLock,
-        IpcOwner,
-        SysModule,
-        SysRawio,
-        SysChroot,
-        SysPtrace,
-        SysPacct,
-        SysAdmin,
-        SysBoot,
-        SysNice,
-        SysResource,
-        SysTime,
-        SysTtyConfig,
-        Mknod,
-        Lease,
-        AuditWrite,
-        AuditControl,
-        Setfcap,
-        MacOverride,
-        MacAdmin,
-        Syslog,
-        WakeAlarm,
-        BlockSuspend,
-        AuditRead,
-        Perfmon,
-        Bpf,
+        Chown, DacOverride, DacReadSearch, Fowner, Fsetid, Kill, Setgid, Setuid, Setpcap, LinuxImmutable,
+        NetBindService, NetBroadcast, NetAdmin, NetRaw, IpcLock, IpcOwner, SysModule, SysRawio, SysChroot, SysPtrace,
+        SysPacct, SysAdmin, SysBoot, SysNice, SysResource, SysTime, SysTtyConfig, Mknod, Lease, AuditWrite,
+        AuditControl, Setfcap, MacOverride, MacAdmin, Syslog, WakeAlarm, BlockSuspend, AuditRead, Perfmon, Bpf,
         CheckpointRestore,
     ]
 };
-
-/// `linux/capability.h`.
-fn number(capability: Capability) -> u32 {
-    let set = match capability {
-        Capability::Chown => CapabilitySet::CHOWN,
-        Capability::DacOverride => CapabilitySet::DAC_OVERRIDE,
-        Capability::DacReadSearch => CapabilitySet::DAC_READ_SEARCH,
-        Capability::Fowner => CapabilitySet::FOWNER,
-        Capability::Fsetid => CapabilitySet::FSETID,
-        Capability::Kill => CapabilitySet::KILL,
-        Capability::Setgid => CapabilitySet::SETGID,
-        Capability::Setuid => CapabilitySet::SETUID,
-        Capability::Setpcap => CapabilitySet::SETPCAP,
-        Capability::LinuxImmutable => CapabilitySet::LINUX_IMMUTABLE,
-        Capability::NetBindService => CapabilitySet::NET_BIND_SERVICE,
-        Capability::NetBroadcast => CapabilitySet::NET_BROADCAST,
-        Capability::NetAdmin => CapabilitySet::NET_ADMIN,
-        Capability::NetRaw => CapabilitySet::NET_RAW,
-        Capability::IpcLock => CapabilitySet::IPC_LOCK,
-        Capability::IpcOwner => CapabilitySet::IPC_OWNER,
-        Capability::SysModule => CapabilitySet::SYS_MODULE,
-        Capability::SysRawio => CapabilitySet::SYS_RAWIO,
-        Capability::SysChroot => CapabilitySet::SYS_CHROOT,
-        Capability::SysPtrace => CapabilitySet::SYS_PTRACE,
-        Capability::SysPacct => CapabilitySet::SYS_PACCT,
-        Capability::SysAdmin => CapabilitySet::SYS_ADMIN,
-        Capability::SysBoot => CapabilitySet::SYS_BOOT,
-        Capability::SysNice => CapabilitySet::SYS_NICE,
-        Capability::SysResource => CapabilitySet::SYS_RESOURCE,
-        Capability::SysTime => CapabilitySet::SYS_TIME,
-        Capability::SysTtyConfig => CapabilitySet::SYS_TTY_CONFIG,
-        Capability::Mknod => CapabilitySet::MKNOD,
-        Capability::Lease => CapabilitySet::LEASE,
-        Capability::AuditWrite => CapabilitySet::AUDIT_WRITE,
-        Capability::AuditControl => CapabilitySet::AUDIT_CONTROL,
-        Capability::Setfcap => CapabilitySet::SETFCAP,
-        Capability::MacOverride => CapabilitySet::MAC_OVERRIDE,
-        Capability::MacAdmin => CapabilitySet::MAC_ADMIN,
-        Capability::Syslog => CapabilitySet::SYSLOG,
-        Capability::WakeAlarm => CapabilitySet::WAKE_ALARM,
-        Capability::BlockSuspend => CapabilitySet::BLOCK_SUSPEND,
-        Capability::AuditRead => CapabilitySet::AUDIT_READ,
-        Capability::Perfmon => CapabilitySet::PERFMON,
-        Capability::Bpf => CapabilitySet::BPF,
-        Capability::CheckpointRestore => CapabilitySet::CHECKPOINT_RESTORE,
-    };
-    set.bits().trailing_zeros()
-}
 
 #[cfg(test)]
 mod tests {
@@ -231,9 +149,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_capability_has_its_own_number() {
-        let numbers: Vec<_> = ALL.map(number).into();
-        assert_eq!(numbers, (0..41).collect::<Vec<_>>());
+    fn every_capability_has_the_kernels_number() {
+        for (number, capability) in ALL.iter().enumerate() {
+            let known = CapabilitySet::from_name(&capability.to_string());
+            assert_eq!(known, Some(CapabilitySet::from_bits_retain(1 << number)), "{capability}");
+        }
         assert_eq!(name(CapabilitySet::SYS_ADMIN), "CAP_SYS_ADMIN");
         assert_eq!(name(CapabilitySet::from_bits_retain(1 << 63)), "capability 63");
     }

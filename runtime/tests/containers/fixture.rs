@@ -251,7 +251,7 @@ pub fn spec(command: &[&str]) -> Value {
                 { "type": "cgroup" },
             ],
             "resources": { "devices": [{ "allow": false, "access": "rwm" }] },
-            "maskedPaths": ["/proc/keys", "/proc/acpi", "/proc/kcore", "/sys/firmware", "/nowhere"],
+            "maskedPaths": ["/proc/keys", "/proc/sys/fs", "/proc/kcore", "/sys/firmware", "/nowhere"],
             "readonlyPaths": ["/proc/sys", "/proc/bus", "/nowhere"],
             "seccomp": {
                 "defaultAction": "SCMP_ACT_ALLOW",
