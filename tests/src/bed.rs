@@ -26,7 +26,7 @@ pub struct Bed<'a> {
     isolation: Isolation,
     root: PathBuf,
     state: PathBuf,
-    deadline: Instant,
+    deadline: Cell<Instant>,
     before: Snapshot,
     keeps_records: Cell<bool>,
     scratch: TempDir,
@@ -43,7 +43,7 @@ impl<'a> Bed<'a> {
             isolation,
             root: world.root.clone(),
             state: scratch.path().join("state"),
-            deadline: Instant::now() + world.time_out,
+            deadline: Cell::new(Instant::now() + world.time_out),
             before: Snapshot::take(),
             keeps_records: Cell::new(false),
             scratch,
@@ -62,7 +62,7 @@ impl<'a> Bed<'a> {
 
     /// When every process of this test must have ended.
     pub fn deadline(&self) -> Instant {
-        self.deadline
+        self.deadline.get()
     }
 
     /// A directory of this test alone.
@@ -77,8 +77,8 @@ impl<'a> Bed<'a> {
 
     /// The same bed under the other isolation, for comparing the two.
     pub fn under(&self, isolation: Isolation) -> Result<Bed<'a>> {
-        let mut bed = Bed::new(self.world, isolation)?;
-        bed.deadline = self.deadline;
+        let bed = Bed::new(self.world, isolation)?;
+        bed.deadline.set(self.deadline());
         Ok(bed)
     }
 
@@ -117,7 +117,7 @@ impl<'a> Bed<'a> {
     pub fn start(&self, words: &[&str], input: &Input) -> Result<Running> {
         let mut command = self.cloche();
         command.args(words);
-        Running::start(command, input, self.deadline)
+        Running::start(command, input, self.deadline())
     }
 
     /// A sandbox of a named image under this bed's isolation.
@@ -244,6 +244,8 @@ impl<'a> Bed<'a> {
 
     /// Looks for leftovers after the test, removes kept records, looks again.
     pub fn check_out(&self) -> Result<()> {
+        // A story that ran out of time does not take the time for this as well.
+        self.deadline.set(Instant::now() + self.world.time_out);
         let left = self.leftovers();
         if !left.is_empty() {
             leftovers::kill_processes();

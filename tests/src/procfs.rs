@@ -48,13 +48,9 @@ impl Process {
         self.nested_pids.len() > 1 && self.nested_pids.last() == Some(&1)
     }
 
-    /// Whether the process is `cloche` in the role named by its first argument.
-    pub fn is_cloche_role(&self, role: &str) -> bool {
-        match self.arguments.as_slice() {
-            [program, first, ..] => program.contains("cloche") && (first == role || program.ends_with(role)),
-            [program] => program.contains("cloche") && program.ends_with(role),
-            [] => false,
-        }
+    /// Whether the process is a VMM. It runs as `/proc/self/exe vmm …`.
+    pub fn is_vmm(&self) -> bool {
+        self.arguments.get(1).is_some_and(|role| role == "vmm")
     }
 
     /// Sends SIGKILL; a process that is gone already is fine.

@@ -171,8 +171,14 @@ impl Run {
             *skipped.entry(name).or_default() += 1;
             return Ok(Completion::ignored_with(format!("needs {name}")));
         }
-        tell(body, world, isolation).map_err(|error| Failed::from(format!("{error:#}")))?;
-        Ok(Completion::Completed)
+        match tell(body, world, isolation) {
+            Ok(()) => Ok(Completion::Completed),
+            Err(error) => {
+                // At once, since the list at the end does not come if the run is cut short.
+                eprintln!("{}: {error:#}", body.name);
+                Err(Failed::from(format!("{error:#}")))
+            }
+        }
     }
 
     fn print_skipped(&self) {

@@ -45,7 +45,7 @@ fn next_command_reports_and_cleans(bed: &Bed) -> Story {
 
 /// The VMM below this process.
 pub fn vmm_below(ancestor: Pid) -> Option<Process> {
-    descendants_of(ancestor).into_iter().find(|process| process.is_cloche_role("vmm"))
+    descendants_of(ancestor).into_iter().find(Process::is_vmm)
 }
 
 /// The container's first process below this one.

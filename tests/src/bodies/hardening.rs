@@ -173,11 +173,11 @@ fn status_is_equal_in_both(bed: &Bed) -> Story {
 }
 
 fn mounts_are_equal_in_both(bed: &Bed) -> Story {
-    // Mount point, flags, type. The rest (ids, sizes, sources) is each host's own.
-    is_equal_in_both(
-        bed,
-        r"sed -E 's/^[0-9]+ [0-9]+ \S+ \S+ (\S+) (\S+) .*- (\S+) .*/\1 \2 \3/' /proc/self/mountinfo",
-    )
+    // Mount point, flags, type; the rest (ids, sizes, sources) is each host's own. So are the masks that are there,
+    // since a mask needs a path of that kernel's to lie on.
+    let fields = r"sed -E 's/^[0-9]+ [0-9]+ \S+ \S+ (\S+) (\S+) .*- (\S+) .*/\1 \2 \3/' /proc/self/mountinfo";
+    let without_masks = "grep -vE '^/(proc|sys)/.* tmpfs$'";
+    is_equal_in_both(bed, &format!("{fields} | {without_masks}"))
 }
 
 fn surroundings_are_equal_in_both(bed: &Bed) -> Story {
@@ -185,7 +185,8 @@ fn surroundings_are_equal_in_both(bed: &Bed) -> Story {
         "env | sort",
         "cd /dev; stat -c '%n %f %t:%T %u:%g' *",
         "cat /proc/self/cgroup",
-        "ulimit -n; ulimit -u; ulimit -c; ulimit -s; ulimit -l",
+        // Not -u, which the kernel derives from the memory it has.
+        "ulimit -n; ulimit -c; ulimit -s; ulimit -l; ulimit -v",
         "pwd; id; umask; tty",
         "cat /proc/sys/kernel/pid_max >/dev/null; ls /proc/self/ns",
         "cat /proc/self/oom_score_adj",

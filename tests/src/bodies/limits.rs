@@ -17,29 +17,18 @@ pub const BODIES: &[Body] = &[
     body!(mistaken_processor_and_pids_values_are_refused),
 ];
 
-/// Touches this many MiB in one process: `dd` reads into a buffer of its block size.
-fn touch_mib(mib: u32) -> String {
-    format!("dd if=/dev/zero of=/dev/null bs={mib}M count=1 2>/dev/null")
-}
+/// Takes memory bit by bit without end. (A single large request is refused at once where the whole machine is small.)
+const GREEDY: &str = "awk 'BEGIN { for (;;) a[i++] = i }'";
 
 fn process_over_its_memory_limit_dies_and_says_so(bed: &Bed) -> Story {
-    bed.busybox()
-        .with("--memory", "64m")
-        .sh(&format!("exec {}", touch_mib(200)))
-        .run()?
-        .exits_with(137)?
-        .says("memory limit")?;
+    let greedy = format!("exec {GREEDY}");
+    bed.busybox().with("--memory", "64m").sh(&greedy).run()?.exits_with(137)?.says("memory limit")?;
     Ok(())
 }
 
 fn child_over_the_memory_limit_takes_the_sandbox_down(bed: &Bed) -> Story {
-    bed.busybox()
-        .with("--memory", "64m")
-        .sh(&format!("{}; echo survived", touch_mib(200)))
-        .run()?
-        .exits_with(137)?
-        .prints("")?
-        .says("memory limit")?;
+    let sandbox = bed.busybox().with("--memory", "64m").sh(&format!("{GREEDY}; echo survived"));
+    sandbox.run()?.exits_with(137)?.prints("")?.says("memory limit")?;
     Ok(())
 }
 
@@ -56,7 +45,7 @@ fn files_count_towards_the_memory_limit(bed: &Bed) -> Story {
 fn memory_below_the_limit_is_usable(bed: &Bed) -> Story {
     bed.busybox()
         .with("--memory", "128m")
-        .sh(&format!("{} && echo fine", touch_mib(64)))
+        .sh("dd if=/dev/zero of=/dev/null bs=64M count=1 2>/dev/null && echo fine")
         .run()?
         .succeeds()?
         .prints("fine\n")?
