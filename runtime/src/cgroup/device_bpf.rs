@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::{
     CgroupError,
-    device_policy::{DevicePolicy, Exception, Kind},
+    device_policy::{DevicePolicy, Exception, Kind, MKNOD, READ, WRITE},
 };
 use crate::syscalls;
 
@@ -76,15 +76,17 @@ fn test(exception: &Exception, allow_by_default: bool) -> Vec<u64> {
         skip_unless(JUMP_IF_NOT_EQUAL, MAJOR, major);
     }
     skip_unless(JUMP_IF_NOT_EQUAL, TYPE, kind);
-    // All kinds of access must be allowed, but one denied kind is enough.
-    let (relevant, operation) = if allow_by_default {
-        (exception.access, JUMP_IF_EQUAL)
-    } else {
-        (!exception.access, JUMP_IF_NOT_EQUAL)
-    };
-    skip_unless(operation, SCRATCH, 0);
-    code.push(instruction(AND, SCRATCH, 0, 0, relevant));
-    code.push(instruction(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0));
+    if exception.access != READ | WRITE | MKNOD {
+        // All kinds of access must be allowed, but one denied kind is enough.
+        let (relevant, operation) = if allow_by_default {
+            (exception.access, JUMP_IF_EQUAL)
+        } else {
+            (!exception.access, JUMP_IF_NOT_EQUAL)
+        };
+        skip_unless(operation, SCRATCH, 0);
+        code.push(instruction(AND, SCRATCH, 0, 0, relevant));
+        code.push(instruction(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0));
+    }
     code.reverse();
     code
 }
@@ -102,10 +104,7 @@ fn instruction(operation: u8, destination: u8, source: u8, offset: i16, immediat
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        super::device_policy::{MKNOD, READ, WRITE},
-        *,
-    };
+    use super::*;
 
     /// Runs a program of the few operations used here.
     fn run(code: &[u64], kind: u32, access: u32, major: u32, minor: u32) -> u64 {
@@ -141,6 +140,7 @@ mod tests {
             Exception { kind: Kind::Char, major: Some(1), minor: Some(3), access: READ | WRITE },
             Exception { kind: Kind::Char, major: Some(136), minor: None, access: READ },
             Exception { kind: Kind::Block, major: None, minor: None, access: MKNOD },
+            Exception { kind: Kind::Char, major: Some(5), minor: Some(2), access: READ | WRITE | MKNOD },
         ];
         let code = compile(&DevicePolicy { allow_by_default: false, exceptions });
         assert_eq!(run(&code, CHAR, READ | WRITE, 1, 3), 1);
@@ -150,6 +150,8 @@ mod tests {
         assert_eq!(run(&code, CHAR, READ, 136, 7), 1);
         assert_eq!(run(&code, CHAR, WRITE, 136, 7), 0);
         assert_eq!(run(&code, BLOCK, MKNOD, 8, 0), 1);
+        assert_eq!(run(&code, CHAR, READ | WRITE | MKNOD, 5, 2), 1);
+        assert_eq!(run(&code, BLOCK, READ, 5, 2), 0);
     }
 
     #[test]

@@ -15,7 +15,7 @@
 mod bpf;
 mod syscall_table;
 
-use std::{collections::BTreeMap, io};
+use std::io;
 
 use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
@@ -72,15 +72,18 @@ impl Filter {
     pub(crate) fn compile(seccomp: &LinuxSeccomp) -> Result<Self, SeccompError> {
         check_architectures(seccomp.architectures().as_deref().unwrap_or_default())?;
         let default = action_value(seccomp.default_action(), seccomp.default_errno_ret())?;
-        let mut rules: BTreeMap<u32, Vec<Rule>> = BTreeMap::new();
+        let mut rules: Vec<(u32, Rule)> = Vec::new();
         for entry in seccomp.syscalls().iter().flatten() {
             let action = action_value(entry.action(), entry.errno_ret())?;
             let entry_rules = rules_of(entry.args().as_deref().unwrap_or_default(), action)?;
             for number in entry.names().iter().filter_map(|name| syscall_table::number(name)) {
-                rules.entry(number).or_default().extend_from_slice(&entry_rules);
+                rules.extend(entry_rules.iter().map(|rule| (number, rule.clone())));
             }
         }
-        let calls = rules.into_iter().map(|(number, rules)| (number, decide(rules, default))).collect();
+        rules.sort_by_key(|(number, rule)| (*number, strictness(rule.action)));
+        let of_one_call = rules.chunk_by(|(a, _), (b, _)| a == b);
+        let calls =
+            of_one_call.filter_map(|rules| Some((rules.first()?.0, decide(rules, default)))).collect();
         let program = bpf::assemble(&Policy { calls, default });
         if program.len() > bpf::MAX_INSTRUCTIONS {
             return Err(SeccompError::TooLong(program.len()));
@@ -175,17 +178,12 @@ fn condition(arg: &LinuxSeccompArg) -> Result<Condition, SeccompError> {
     Ok(Condition { argument, comparison })
 }
 
-/// What happens to one call: its rules, strictest first, up to the first that always matches.
-fn decide(mut rules: Vec<Rule>, default: u32) -> Decision {
-    rules.sort_by_key(|rule| strictness(rule.action));
-    let otherwise = match rules.iter().position(|rule| rule.conditions.is_empty()) {
-        Some(unconditional) => {
-            let action = rules.get(unconditional).map_or(default, |rule| rule.action);
-            rules.truncate(unconditional);
-            action
-        }
-        None => default,
-    };
+/// What happens to one call, given its rules, strictest first: they count up to the first that always matches.
+fn decide(rules: &[(u32, Rule)], default: u32) -> Decision {
+    let rules = rules.iter().map(|(_, rule)| rule);
+    let always = rules.clone().find(|rule| rule.conditions.is_empty());
+    let otherwise = always.map_or(default, |rule| rule.action);
+    let mut rules: Vec<_> = rules.take_while(|rule| !rule.conditions.is_empty()).cloned().collect();
     // Rules at the end that do what happens anyway need no code.
     while rules.last().is_some_and(|rule| rule.action == otherwise) {
         rules.pop();
