@@ -274,6 +274,7 @@ impl Init<'_> {
         self.capabilities.drop_bounding()?;
         // Root may enter directories that the user may not, and the other way round on network file systems.
         let entered = chdir(self.process.cwd());
+        user::own_stdio(account)?;
         user::switch(account, self.process.user().umask())?;
         if entered.is_err() {
             chdir(self.process.cwd()).map_err(|errno| self.working_directory_failed(errno))?;

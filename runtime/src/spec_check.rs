@@ -61,7 +61,9 @@ fn is_set(text: &Option<String>) -> bool {
 /// Refuses a spec that asks for something this runtime would not do.
 pub fn check(spec: &Spec) -> Result<(), SpecError> {
     let mut check = Check(Ok(()));
-    // `version`, `root`, `hostname` and `domainname` are acted on; `annotations` are the caller's.
+    // `root`, `hostname` and `domainname` are acted on; `annotations` are the caller's.
+    let version = spec.version();
+    check.require(version.starts_with("1."), || format!("ociVersion {version:?} is not 1.x"));
     check.refuse("solaris", spec.solaris().is_some());
     check.refuse("windows", spec.windows().is_some());
     check.refuse("vm", spec.vm().is_some());

@@ -3,9 +3,10 @@
 use std::io;
 
 use rustix::{
-    fs::Mode,
+    fs::{FileType, Mode, fchown, fstat},
     io::Errno,
     process::{Gid, Uid, umask},
+    stdio::{stderr, stdin, stdout},
     thread::{set_keep_capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
 
@@ -17,6 +18,20 @@ use super::accounts::Account;
 pub struct UserError {
     action: String,
     source: io::Error,
+}
+
+/// Gives the pipes that are stdin, stdout and stderr to the user, so that `/dev/stdout` can be opened as well as written
+/// to; other runtimes do so, and images count on it. Files and terminals of the caller's stay the caller's.
+pub(crate) fn own_stdio(account: &Account) -> Result<(), UserError> {
+    let failed =
+        |errno: Errno| UserError { action: "give the stdio pipes to the user".into(), source: errno.into() };
+    for stdio in [stdin(), stdout(), stderr()] {
+        let stat = fstat(stdio).map_err(failed)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo && stat.st_uid != account.uid {
+            fchown(stdio, Some(Uid::from_raw(account.uid)), None).map_err(failed)?;
+        }
+    }
+    Ok(())
 }
 
 /// Takes on the user, its groups and the umask. The permitted capabilities stay; a user other than root loses the

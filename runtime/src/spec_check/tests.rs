@@ -169,6 +169,7 @@ fn value_that_asks_for_nothing_is_accepted() {
 #[test]
 fn contradiction_is_refused_with_its_reason() {
     let cases = [
+        ("ociVersion", json!("2.0.0"), "ociVersion \"2.0.0\""),
         ("process", Value::Null, "process is missing"),
         ("linux", Value::Null, "linux is missing"),
         ("process/args", json!([]), "process.args is empty"),

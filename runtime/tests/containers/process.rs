@@ -25,6 +25,7 @@ pub fn tests() -> impl IntoIterator<Item = Test> {
         working_directory_outside_of_the_root_is_refused,
         user_and_groups_are_the_specs,
         user_by_name_is_looked_up_in_the_container,
+        standard_streams_can_be_opened_by_the_user,
         home_is_taken_from_passwd,
         rlimit_is_set_and_what_cannot_be_raised_is_named,
         signals_are_at_their_defaults,
@@ -148,6 +149,14 @@ fn user_by_name_is_looked_up_in_the_container() {
     fs::remove_file(sandbox.path("etc/passwd")).unwrap();
     std::os::unix::fs::symlink("/proc/self/fd/0", sandbox.path("etc/passwd")).unwrap();
     assert_eq!(sandbox.refusal().0, 125);
+}
+
+fn standard_streams_can_be_opened_by_the_user() {
+    let sandbox = Sandbox::script("echo out > /dev/stdout; echo err > /proc/self/fd/2; : < /dev/stdin")
+        .with("/process/user", json!({ "uid": 1000, "gid": 1000 }));
+    let outcome = sandbox.run();
+    assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("out\n", "err\n"));
+    outcome.success();
 }
 
 fn home_is_taken_from_passwd() {
