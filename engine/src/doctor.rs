@@ -6,6 +6,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
+    os::unix::process::CommandExt,
     path::Path,
     process::{Command, Stdio},
 };
@@ -197,6 +198,7 @@ fn linux_guest() -> Option<Finding> {
 /// Runs a VM to its end; the time from the first guest instruction to `/init` if the guest got there.
 fn boot(config: &VmConfig) -> Result<Option<u64>, String> {
     let mut vmm = Command::new("/proc/self/exe")
+        .arg0("cloche")
         .arg("vmm")
         .arg(format!("--die-with={}", std::process::id()))
         .stdin(Stdio::piped())

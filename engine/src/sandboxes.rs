@@ -276,9 +276,10 @@ impl Owned {
     }
 }
 
-/// The host's name for a sandbox's cgroup, below each hierarchy's mount point.
-pub fn cgroup_path(id: &str) -> PathBuf {
-    Path::new("/cloche").join(id)
+/// A sandbox's cgroup, below each hierarchy's mount point. Directly below, because a common parent would outlive the
+/// last sandbox, and removing it would race with the next one's start.
+pub(crate) fn cgroup_path(id: &str) -> PathBuf {
+    format!("/cloche-{id}").into()
 }
 
 /// Kills and removes what may be left of a sandbox; says what could not be removed.

@@ -62,6 +62,7 @@ pub fn prepare() -> Result<Boot, BootError> {
     check_drivers(&config)?;
     mount("cgroup2", "/sys/fs/cgroup", quiet)?;
     set_clock(config.realtime_ns);
+    allow_overcommit();
     Ok(Boot { config, spec: read_json(SPEC_PATH)? })
 }
 
@@ -104,6 +105,14 @@ fn check_drivers(config: &BootConfig) -> Result<(), BootError> {
         missing.push("virtio-mmio devices from the command line (CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)");
     }
     if missing.is_empty() { Ok(()) } else { Err(BootError::MissingDrivers(missing.join(", "))) }
+}
+
+/// On a host of many gigabytes the kernel refuses no allocation that a container under a memory limit can ask for; the
+/// limit acts when memory is used. So that a small guest does not refuse it either, nothing is refused here.
+fn allow_overcommit() {
+    if let Err(error) = fs::write("/proc/sys/vm/overcommit_memory", "1") {
+        eprintln!("cloche-agent: cannot allow overcommitted memory: {error}");
+    }
 }
 
 /// The guest has no RTC. A clock that cannot be set is no reason to fail: time then starts in 1970, as on a board

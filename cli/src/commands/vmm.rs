@@ -16,16 +16,15 @@ const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// Runs the VM to its end. `words` are the arguments after `vmm`.
 pub fn main(words: impl Iterator<Item = OsString>) -> ExitCode {
     match run(words) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
-            // Whoever reads events has been told already; this is for a person who calls it by hand.
             eprintln!("cloche vmm: {error:#}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(words: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
+fn run(words: impl Iterator<Item = OsString>) -> anyhow::Result<ExitCode> {
     for word in words {
         let word = word.to_string_lossy().into_owned();
         let parent = word.strip_prefix("--die-with=").and_then(|pid| pid.parse::<u32>().ok());
@@ -37,6 +36,11 @@ fn run(words: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     let mut json = Vec::new();
     io::stdin().take(MAX_CONFIG_BYTES).read_to_end(&mut json).context("cannot read the configuration from stdin")?;
     let config: VmConfig = serde_json::from_slice(&json).context("the configuration on stdin is not valid")?;
-    cloche_vmm::run(config, cloche_engine::INITRAMFS).context("the VM failed")?;
-    Ok(())
+    let told = config.events_fd.is_some();
+    match cloche_vmm::run(config, cloche_engine::INITRAMFS) {
+        Ok(_) => Ok(ExitCode::SUCCESS),
+        // Whoever reads events knows why, and says it better.
+        Err(_) if told => Ok(ExitCode::FAILURE),
+        Err(error) => Err(error).context("the VM failed"),
+    }
 }

@@ -6,9 +6,13 @@
 mod seccomp;
 
 use oci_spec::{image::ImageConfiguration, runtime::Spec};
+use rustix::process::{Resource, getrlimit};
 use serde_json::{Value, json};
 
-use crate::request::{Isolation, RunRequest};
+use crate::{
+    request::{Isolation, RunRequest},
+    sandboxes::cgroup_path,
+};
 
 /// Docker's default capabilities (the mask 00000000a80425fb).
 const CAPABILITIES: [&str; 14] = [
@@ -79,7 +83,7 @@ pub fn workload(
     let env = environment(hostname, &image_env, &request.env);
 
     let spec = match request.isolation {
-        Isolation::Process => process_spec(&args, &env, &cwd),
+        Isolation::Process => process_spec(id, &args, &env, &cwd),
         Isolation::Container | Isolation::Vm => {
             container_spec(id, hostname, request, process(&args, &env, &cwd))
         }
@@ -127,18 +131,19 @@ fn process(args: &[String], env: &[String], cwd: &str) -> Value {
     })
 }
 
-/// The baseline of `compare`: the image's files as root directory and nothing else.
-fn process_spec(args: &[String], env: &[String], cwd: &str) -> Value {
+/// The baseline of `compare`: the image's files as root directory and nothing else but a cgroup to find it by.
+fn process_spec(id: &str, args: &[String], env: &[String], cwd: &str) -> Value {
     json!({
         "ociVersion": "1.2.0",
         "process": process(args, env, cwd),
         "root": {"path": "rootfs"},
-        "linux": {"namespaces": [{"type": "mount"}]},
+        "linux": {"namespaces": [{"type": "mount"}], "cgroupsPath": cgroup_path(id)},
     })
 }
 
 fn container_spec(id: &str, hostname: &str, request: &RunRequest, mut process: Value) -> Value {
     process["noNewPrivileges"] = true.into();
+    process["rlimits"] = rlimits();
     process["capabilities"] =
         json!({"bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES});
     json!({
@@ -152,7 +157,7 @@ fn container_spec(id: &str, hostname: &str, request: &RunRequest, mut process: V
                 {"type": "pid"}, {"type": "mount"}, {"type": "uts"}, {"type": "ipc"}, {"type": "network"},
                 {"type": "cgroup"},
             ],
-            "cgroupsPath": format!("/cloche/{id}"),
+            "cgroupsPath": cgroup_path(id),
             "resources": resources(request),
             "seccomp": seccomp::default_policy(&CAPABILITIES),
             "maskedPaths": [
@@ -163,6 +168,35 @@ fn container_spec(id: &str, hostname: &str, request: &RunRequest, mut process: V
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
         },
     })
+}
+
+/// The caller's own limits. A container on the host would inherit them anyway; a guest's kernel would derive other ones
+/// from its own size.
+fn rlimits() -> Value {
+    let known = [
+        ("RLIMIT_AS", Resource::As),
+        ("RLIMIT_CORE", Resource::Core),
+        ("RLIMIT_CPU", Resource::Cpu),
+        ("RLIMIT_DATA", Resource::Data),
+        ("RLIMIT_FSIZE", Resource::Fsize),
+        ("RLIMIT_LOCKS", Resource::Locks),
+        ("RLIMIT_MEMLOCK", Resource::Memlock),
+        ("RLIMIT_MSGQUEUE", Resource::Msgqueue),
+        ("RLIMIT_NICE", Resource::Nice),
+        ("RLIMIT_NOFILE", Resource::Nofile),
+        ("RLIMIT_NPROC", Resource::Nproc),
+        ("RLIMIT_RSS", Resource::Rss),
+        ("RLIMIT_RTPRIO", Resource::Rtprio),
+        ("RLIMIT_RTTIME", Resource::Rttime),
+        ("RLIMIT_SIGPENDING", Resource::Sigpending),
+        ("RLIMIT_STACK", Resource::Stack),
+    ];
+    let limits = known.map(|(name, resource)| {
+        let limit = getrlimit(resource);
+        let or_infinity = |value: Option<u64>| value.unwrap_or(u64::MAX);
+        json!({"type": name, "soft": or_infinity(limit.current), "hard": or_infinity(limit.maximum)})
+    });
+    limits.to_vec().into()
 }
 
 fn mounts() -> Value {

@@ -85,7 +85,7 @@ pub enum StoreError {
 #[non_exhaustive]
 pub enum ResolveError {
     /// There is no such image.
-    #[error("there is no image {0}; see `cloche image ls`")]
+    #[error("there is no image {0}; load it with `cloche image load`, or see `cloche image ls`")]
     NotFound(String),
     /// Several images' IDs start like this.
     #[error("{count} images have IDs that start with {prefix}; give more digits")]

@@ -339,6 +339,7 @@ struct Vmm {
 impl Vmm {
     fn spawn(config: &VmConfig) -> Result<Self, VmError> {
         let mut process = Command::new("/proc/self/exe")
+            .arg0("cloche")
             .arg("vmm")
             .arg(format!("--die-with={}", std::process::id()))
             .stdin(Stdio::piped())
@@ -436,6 +437,20 @@ impl Machine {
         Ok(())
     }
 
+    /// Takes in the guest's last mark. The guest wrote it before its report, but the VMM passes marks on after the
+    /// round of its loop that carried the report.
+    fn await_last_mark(&mut self, trace: &mut Trace) {
+        let deadline = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
+        while trace.get(Mark::ProcessExit).is_none() {
+            let mut events = [PollFd::new(&self.vmm.events, PollFlags::IN)];
+            let arrived = rustix::event::poll(&mut events, Some(&deadline)).is_ok_and(|count| count > 0);
+            // A mark that does not come is missed in the trace only.
+            if !arrived || self.read_events(trace).is_err() {
+                return;
+            }
+        }
+    }
+
     /// The next message of the guest that has fully arrived.
     fn receive(&mut self) -> Result<Option<FromGuest>, FrameError> {
         if let Some(message) = self.decoder.next()? {
@@ -480,8 +495,7 @@ impl Running for Machine {
     fn advance(&mut self, trace: &mut Trace) -> Result<Option<Exit>, Lost> {
         match self.receive() {
             Ok(Some(FromGuest::Exited(exit))) => {
-                // The marks of the guest's end are on their way already.
-                let _ = self.read_events(trace);
+                self.await_last_mark(trace);
                 return Ok(Some(exit));
             }
             Ok(Some(other)) => return Err(Lost(format!("the guest agent sent {other:?} to a running container"))),
