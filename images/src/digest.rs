@@ -31,9 +31,8 @@ impl Digest {
 
     /// The 64 hexadecimal digits, without the algorithm.
     pub fn hex(&self) -> String {
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
         let nibbles = self.0.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-        nibbles.map(|nibble| char::from(DIGITS[usize::from(nibble)])).collect()
+        nibbles.filter_map(|nibble| char::from_digit(nibble.into(), 16)).collect()
     }
 
     /// Parses 64 hexadecimal digits; upper case is refused, since it would give a blob two names.
@@ -133,7 +132,7 @@ impl<R: Read, F: FnMut(u64)> HashingReader<R, F> {
 impl<R: Read, F: FnMut(u64)> Read for HashingReader<R, F> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..count]);
+        self.hasher.update(buffer.get(..count).unwrap_or_default());
         (self.seen)(count as u64);
         Ok(count)
     }

@@ -9,6 +9,12 @@
 //! configuration, and its callers do the rest. Everything that comes from an image is hostile until it is checked;
 //! the bounds are in `limits`.
 
+// What an image can reach must not panic. (Tests may.)
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
+
 mod digest;
 mod erofs;
 mod image;

@@ -68,7 +68,9 @@ impl Tree {
 
     /// Adds a node that has no name yet.
     pub(crate) fn add(&mut self, node: Node) -> NodeId {
+        // The node, and what it takes when the tree is written.
         self.bytes += size_of::<Node>() as u64
+            + 32
             + match &node.body {
                 Body::Symlink(target) => target.len() as u64,
                 Body::File { data, .. } => data.heap_bytes(),
@@ -86,13 +88,15 @@ impl Tree {
         if let Some(&set) = self.xattr_sets.get(&encoded) {
             return set;
         }
-        self.bytes += 2 * encoded.bytes().len() as u64;
+        // Twice, with the map's slot.
+        self.bytes += 2 * encoded.bytes().len() as u64 + 128;
         let set = XattrSet(self.xattrs.len() as u32);
         self.xattrs.push(encoded.clone());
         self.xattr_sets.insert(encoded, set);
         set
     }
 
+    #[allow(clippy::indexing_slicing)] // Only `add_xattrs` makes sets.
     pub(crate) fn xattrs(&self, set: XattrSet) -> &EncodedXattrs {
         &self.xattrs[set.0 as usize]
     }
@@ -108,8 +112,9 @@ impl Tree {
     /// Gives a node a name, taking the name from whatever had it. On a node that is no directory this does nothing.
     pub(crate) fn name(&mut self, directory: NodeId, name: &[u8], node: NodeId) {
         if let Body::Directory(children) = &mut self[directory].body {
-            // The string, its allocation, and a map slot at typical fill.
-            let cost = name.len() as u64 + 48;
+            // The string, its allocation, and a map slot at typical fill; the map's first leaf has room for more.
+            let leaf = if children.is_empty() { 256 } else { 0 };
+            let cost = name.len() as u64 + 48 + leaf;
             if children.insert(name.into(), node).is_none() {
                 self.bytes += cost;
             }
@@ -140,6 +145,8 @@ impl Node {
     }
 }
 
+// Only `add` makes nodes' IDs, and no node is ever removed.
+#[allow(clippy::indexing_slicing)]
 impl Index<NodeId> for Tree {
     type Output = Node;
 
@@ -148,6 +155,7 @@ impl Index<NodeId> for Tree {
     }
 }
 
+#[allow(clippy::indexing_slicing)]
 impl IndexMut<NodeId> for Tree {
     fn index_mut(&mut self, id: NodeId) -> &mut Node {
         &mut self.nodes[id.index()]

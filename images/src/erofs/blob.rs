@@ -81,7 +81,7 @@ impl<'a> BlobWriter<'a> {
             return Ok(());
         }
         static ZEROS: [u8; MIN_HOLE as usize] = [0; MIN_HOLE as usize];
-        self.write(&ZEROS[..count as usize])
+        self.write(ZEROS.get(..count as usize).unwrap_or(&ZEROS))
     }
 
     /// Goes on to the next multiple of `unit`.

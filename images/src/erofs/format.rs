@@ -75,7 +75,9 @@ impl Superblock {
         let mut block = out.0;
         block.resize((BLOCK - SUPERBLOCK_OFFSET) as usize, 0);
         let checksum = crc32c(&block);
-        block[4..8].copy_from_slice(&checksum.to_le_bytes());
+        if let Some(field) = block.get_mut(4..8) {
+            field.copy_from_slice(&checksum.to_le_bytes());
+        }
         block
     }
 }

@@ -1,6 +1,7 @@
 //! Inodes and directories: first every node gets its place, then all are written in that order.
 
 use std::collections::BTreeMap;
+use std::ops::{Index, IndexMut};
 
 use super::blob::{BlobError, BlobWriter};
 use super::data::FileData;
@@ -23,7 +24,7 @@ pub(crate) fn finish(tree: &Tree, mut blob: BlobWriter<'_>, uuid: [u8; 16]) -> R
     let writer = Writer { tree, plan: &plan, outer_start: metadata_block + inode_blocks as u32 };
     let start = blob.position();
     for &node in &plan.order {
-        blob.zeros(start + plan.places[node.index()].offset - blob.position())?;
+        blob.zeros(start + plan.places[node].offset - blob.position())?;
         writer.write_inode(&mut blob, node)?;
     }
     blob.align(BLOCK)?;
@@ -31,7 +32,7 @@ pub(crate) fn finish(tree: &Tree, mut blob: BlobWriter<'_>, uuid: [u8; 16]) -> R
         writer.write_outer(&mut blob, node)?;
     }
     let superblock = Superblock {
-        root: (plan.places[Tree::ROOT.index()].offset / SLOT) as u16,
+        root: (plan.places[Tree::ROOT].offset / SLOT) as u16,
         inodes: plan.order.len() as u64,
         build_time: plan.build_time,
         blocks,
@@ -55,9 +56,36 @@ struct Place {
     parent: NodeId,
 }
 
+/// A place for each node of a tree.
+struct Places(Vec<Place>);
+
+impl Places {
+    fn new(tree: &Tree) -> Places {
+        let nowhere = Place { offset: 0, outer_block: 0, links: 0, parent: Tree::ROOT };
+        Places(vec![nowhere; tree.len()])
+    }
+}
+
+// A node's index is below the tree's length.
+#[allow(clippy::indexing_slicing)]
+impl Index<NodeId> for Places {
+    type Output = Place;
+
+    fn index(&self, id: NodeId) -> &Place {
+        &self.0[id.index()]
+    }
+}
+
+#[allow(clippy::indexing_slicing)]
+impl IndexMut<NodeId> for Places {
+    fn index_mut(&mut self, id: NodeId) -> &mut Place {
+        &mut self.0[id.index()]
+    }
+}
+
 /// All places, decided before anything is written.
 struct Plan {
-    places: Vec<Place>,
+    places: Places,
     /// Breadth first, a directory's children in order of their names: what is listed together lies together.
     order: Vec<NodeId>,
     build_time: Timestamp,
@@ -69,7 +97,7 @@ struct Plan {
 impl Plan {
     fn new(tree: &Tree) -> Result<Plan, BlobError> {
         let mut plan = Plan {
-            places: vec![Place { offset: 0, outer_block: 0, links: 0, parent: Tree::ROOT }; tree.len()],
+            places: Places::new(tree),
             order: Vec::new(),
             build_time: Timestamp::default(),
             inode_bytes: 0,
@@ -82,9 +110,11 @@ impl Plan {
         plan.build_time = times.max().unwrap_or_default();
         // Slot 0 stays empty: an inode number of 0 reads as "deleted" in old C libraries' `readdir`.
         let mut next = SLOT;
-        for index in 0..plan.order.len() {
-            next = plan.place(tree, plan.order[index], next)?;
+        let order = std::mem::take(&mut plan.order);
+        for &node in &order {
+            next = plan.place(tree, node, next)?;
         }
+        plan.order = order;
         plan.inode_bytes = next;
         Ok(plan)
     }
@@ -92,13 +122,13 @@ impl Plan {
     /// Lists the nodes that have names, and counts their links.
     fn find_nodes(&mut self, tree: &Tree) {
         self.order.push(Tree::ROOT);
-        self.places[Tree::ROOT.index()].links = 2;
+        self.places[Tree::ROOT].links = 2;
         let mut done = 0;
         while let Some(&directory) = self.order.get(done) {
             done += 1;
             let Body::Directory(children) = &tree[directory].body else { continue };
             for &child in children.values() {
-                let place = &mut self.places[child.index()];
+                let place = &mut self.places[child];
                 if place.links == 0 {
                     self.order.push(child);
                 }
@@ -106,7 +136,7 @@ impl Plan {
                 if tree[child].is_directory() {
                     place.links += 1;
                     place.parent = directory;
-                    self.places[directory.index()].links += 1;
+                    self.places[directory].links += 1;
                 }
             }
         }
@@ -115,13 +145,13 @@ impl Plan {
     /// Places one node at the first fit from `next`, and returns where the next one may start.
     fn place(&mut self, tree: &Tree, id: NodeId, next: u64) -> Result<u64, BlobError> {
         let node = &tree[id];
-        let shape = Shape::of(tree, node, self.places[id.index()].links, self.build_time);
+        let shape = Shape::of(tree, node, self.places[id].links, self.build_time);
         let mut offset = next.next_multiple_of(SLOT);
         // What is packed behind an inode must lie in the inode's own block.
         if shape.inline_bytes > 0 && offset % BLOCK + shape.head_bytes + shape.inline_bytes > BLOCK {
             offset = offset.next_multiple_of(BLOCK);
         }
-        let place = &mut self.places[id.index()];
+        let place = &mut self.places[id];
         place.offset = offset;
         place.outer_block = u32::try_from(self.outer_blocks).map_err(|_| BlobError::TooLarge)?;
         self.outer_blocks += shape.outer_blocks;
@@ -245,12 +275,12 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     fn shape(&self, id: NodeId) -> Shape {
-        Shape::of(self.tree, &self.tree[id], self.plan.places[id.index()].links, self.plan.build_time)
+        Shape::of(self.tree, &self.tree[id], self.plan.places[id].links, self.plan.build_time)
     }
 
     fn write_inode(&self, blob: &mut BlobWriter<'_>, id: NodeId) -> Result<(), BlobError> {
         let node = &self.tree[id];
-        let place = self.plan.places[id.index()];
+        let place = self.plan.places[id];
         let shape = self.shape(id);
         let payload = match &node.body {
             Body::CharDevice(device) | Body::BlockDevice(device) => *device,
@@ -303,7 +333,7 @@ impl Writer<'_> {
         children: &BTreeMap<Box<[u8]>, NodeId>,
         out: impl FnMut(&[u8], bool) -> Result<(), BlobError>,
     ) -> Result<(), BlobError> {
-        let parent = self.plan.places[id.index()].parent;
+        let parent = self.plan.places[id].parent;
         let entries = with_dots(children).map(|(name, child)| match child {
             Some(child) => {
                 DirectoryEntry { name, node: self.number(child), file_type: file_type(&self.tree[child]) }
@@ -318,7 +348,7 @@ impl Writer<'_> {
 
     /// The inode number.
     fn number(&self, id: NodeId) -> u64 {
-        self.plan.places[id.index()].offset / SLOT
+        self.plan.places[id].offset / SLOT
     }
 }
 
@@ -331,7 +361,7 @@ fn write_chunk_map(blob: &mut BlobWriter<'_>, size: u64, data: &FileData) -> Res
         let mut left = count * 4;
         while left > 0 {
             let step = left.min(HOLES.len() as u64);
-            blob.write(&HOLES[..step as usize])?;
+            blob.write(HOLES.get(..step as usize).unwrap_or(&HOLES))?;
             left -= step;
         }
         Ok(())

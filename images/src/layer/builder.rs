@@ -202,11 +202,12 @@ impl LayerBuilder {
     ) -> Result<Option<NodeId>, EntryProblem> {
         // Directories from the root down to where we are; the root itself is not in it.
         let mut stack: Vec<NodeId> = Vec::new();
-        for component in &components[..plain] {
+        let (walked, rest) = components.split_at(plain);
+        for component in walked {
             let current = stack.last().copied().unwrap_or(Tree::ROOT);
             stack.extend(self.tree.child(current, component));
         }
-        let mut pending: Vec<Box<[u8]>> = components[plain..].iter().rev().map(|&name| name.into()).collect();
+        let mut pending: Vec<Box<[u8]>> = rest.iter().rev().map(|&name| name.into()).collect();
         let mut links = 0;
         while let Some(component) = pending.pop() {
             self.link_steps += 1;

@@ -138,7 +138,7 @@ fn read_pieces(
         piece.resize(PIECE, 0);
         let mut length = 0;
         while length < PIECE {
-            match decoder.read(&mut piece[length..]) {
+            match decoder.read(piece.get_mut(length..).unwrap_or_default()) {
                 Ok(0) => break,
                 Ok(count) => length += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -207,7 +207,7 @@ impl BufRead for LayerStream {
                 hasher.update(&self.current);
             }
         }
-        Ok(&self.current[self.used..])
+        Ok(self.current.get(self.used..).unwrap_or_default())
     }
 
     fn consume(&mut self, count: usize) {

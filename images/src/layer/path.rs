@@ -69,17 +69,13 @@ pub(super) fn target(name: &[u8]) -> Result<Target<'_>, PathProblem> {
         return Err(PathProblem::BadWhiteout);
     }
     let last = *last;
-    if !last.starts_with(WHITEOUT) {
-        return Ok(Target::File(components));
-    }
+    let Some(hidden) = last.strip_prefix(WHITEOUT) else { return Ok(Target::File(components)) };
     components.pop();
-    match last {
-        OPAQUE => Ok(Target::Opaque(components)),
+    match hidden {
+        _ if last == OPAQUE => Ok(Target::Opaque(components)),
         _ if last.starts_with(AUFS) => Ok(Target::Skip),
-        _ => match &last[WHITEOUT.len()..] {
-            b"" | b"." | b".." => Err(PathProblem::BadWhiteout),
-            hidden => Ok(Target::Whiteout(components, hidden)),
-        },
+        b"" | b"." | b".." => Err(PathProblem::BadWhiteout),
+        _ => Ok(Target::Whiteout(components, hidden)),
     }
 }
 

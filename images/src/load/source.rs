@@ -151,7 +151,7 @@ struct Section<'a> {
 impl Read for Section<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let length = buffer.len().min(usize::try_from(self.end - self.next).unwrap_or(usize::MAX));
-        let count = self.file.read_at(&mut buffer[..length], self.next)?;
+        let count = self.file.read_at(buffer.get_mut(..length).unwrap_or_default(), self.next)?;
         self.next += count as u64;
         Ok(count)
     }

@@ -26,7 +26,7 @@ impl Header {
 
     fn field<const START: usize, const LEN: usize>(&self) -> &[u8] {
         const { assert!(START + LEN <= BLOCK) };
-        &self.block[START..START + LEN]
+        self.block.get(START..START + LEN).unwrap_or_default()
     }
 
     pub(super) fn is_zero(&self) -> bool {
@@ -127,7 +127,7 @@ fn old_gnu_extents(field: &[u8]) -> Result<Vec<Extent>, TarProblem> {
     let mut extents = Vec::new();
     for pair in field.chunks_exact(24) {
         let (offset, length) = pair.split_at(12);
-        if offset[0] == 0 || length[0] == 0 {
+        if offset.first() == Some(&0) || length.first() == Some(&0) {
             break;
         }
         extents.push(Extent { offset: part(offset)?, length: part(length)? });
@@ -160,7 +160,7 @@ fn number(field: &[u8], name: &'static str) -> Result<i64, TarProblem> {
 fn octal(field: &[u8]) -> Option<u64> {
     let padding = |byte: &u8| *byte == b' ' || *byte == 0;
     let start = field.iter().position(|byte| !padding(byte)).unwrap_or(field.len());
-    let digits = until_nul(&field[start..]).trim_ascii_end();
+    let digits = until_nul(field.get(start..).unwrap_or_default()).trim_ascii_end();
     digits.iter().try_fold(0u64, |value, &digit| match digit {
         b'0'..=b'7' => value.checked_mul(8)?.checked_add(u64::from(digit - b'0')),
         _ => None,

@@ -157,9 +157,8 @@ pub enum TarProblem {
 /// A name as error messages show it: quoted, escaped, and never longer than a line or two.
 pub(crate) fn shown(name: &[u8]) -> String {
     const MAX_SHOWN: usize = 200;
-    if name.len() <= MAX_SHOWN {
-        format!("{:?}", String::from_utf8_lossy(name))
-    } else {
-        format!("{:?}…", String::from_utf8_lossy(&name[..MAX_SHOWN]))
+    match name.get(..MAX_SHOWN) {
+        Some(start) if start.len() < name.len() => format!("{:?}…", String::from_utf8_lossy(start)),
+        _ => format!("{:?}", String::from_utf8_lossy(name)),
     }
 }

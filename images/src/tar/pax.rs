@@ -115,12 +115,14 @@ pub(super) fn is_comment_only(block: &[u8]) -> Result<bool, TarProblem> {
 /// Splits the first record off: keyword, value, what follows.
 fn split_record(block: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let space = block.iter().take(20).position(|&byte| byte == b' ')?;
-    let length = usize::try_from(decimal(&block[..space])?).ok()?;
+    let length = usize::try_from(decimal(block.get(..space)?)?).ok()?;
     let (record, after) = block.split_at_checked(length)?;
     let record = record.get(space + 1..)?.strip_suffix(b"\n")?;
-    let equals = record.iter().position(|&byte| byte == b'=')?;
-    let (keyword, value) = record.split_at(equals);
-    if keyword.is_empty() { None } else { Some((keyword, &value[1..], after)) }
+    let mut parts = record.splitn(2, |&byte| byte == b'=');
+    match (parts.next()?, parts.next()?) {
+        (b"", _) => None,
+        (keyword, value) => Some((keyword, value, after)),
+    }
 }
 
 /// An empty value cancels a keyword.

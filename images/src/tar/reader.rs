@@ -88,7 +88,7 @@ impl<R: Input> TarReader<R> {
                 }
                 Ok(buffer) => {
                     let step = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-                    (step, sink(&buffer[..step]))
+                    (step, sink(buffer.get(..step).unwrap_or_default()))
                 }
                 Err(source) => return Err(self.locate(self.read_problem(source, WHAT)).into()),
             };
@@ -127,25 +127,18 @@ impl<R: Input> TarReader<R> {
     }
 
     /// Fills `buffer`; `false` if the input ended right before it.
-    fn read_exact(&mut self, buffer: &mut [u8], what: &'static str) -> Result<bool, TarProblem> {
-        let mut filled = 0;
-        while filled < buffer.len() {
-            let available = match self.input.fill_buf() {
-                Ok(available) => available,
+    fn read_exact(&mut self, mut buffer: &mut [u8], what: &'static str) -> Result<bool, TarProblem> {
+        let start = self.position;
+        while !buffer.is_empty() {
+            let step = match self.input.read(buffer) {
+                Ok(0) if self.position == start => return Ok(false),
+                Ok(0) => return Err(TarProblem::Torn { end: self.position, what }),
+                Ok(step) => step,
+                Err(source) if source.kind() == io::ErrorKind::Interrupted => continue,
                 Err(source) => return Err(self.read_problem(source, what)),
             };
-            if available.is_empty() {
-                return if filled == 0 {
-                    Ok(false)
-                } else {
-                    Err(TarProblem::Torn { end: self.position, what })
-                };
-            }
-            let step = available.len().min(buffer.len() - filled);
-            buffer[filled..filled + step].copy_from_slice(&available[..step]);
-            self.input.consume(step);
             self.position += step as u64;
-            filled += step;
+            buffer = buffer.get_mut(step..).unwrap_or_default();
         }
         Ok(true)
     }
@@ -392,9 +385,9 @@ impl<R: Input> SparseLines<'_, R> {
             self.block = reader.read_block(what)?.ok_or(TarProblem::Torn { end: reader.position, what })?;
             self.used = 0;
         }
-        let byte = self.block[self.used];
+        let byte = self.block.get(self.used).copied();
         self.used += 1;
-        Ok(byte)
+        byte.ok_or(TarProblem::SparseMap)
     }
 }
 
