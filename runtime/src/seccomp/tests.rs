@@ -139,7 +139,7 @@ fn any_call_of_a_policy_of_hundreds_costs_few_instructions() {
     for number in 0..500 {
         let call = Call { number, ..call("read", [0; 6]) };
         let (answer, steps) = run(&program, &call);
-        assert_eq!(answer, model(&policy, &call));
+        assert_eq!(answer, model(&policy, &call), "call {number}");
         assert!(steps < 20, "{steps}");
     }
 }
