@@ -245,22 +245,24 @@ impl LayerBuilder {
 
     /// All entries were applied: whiteouts and marks become what overlayfs understands.
     pub(super) fn finish(mut self) -> Result<Tree, EntryProblem> {
-        let mut whiteout = None;
+        // First what becomes opaque, since whiteouts in there are not needed.
+        let mut missing = Vec::new();
         for (directory, name) in std::mem::take(&mut self.whiteouts) {
             match self.tree.child(directory, &name) {
                 Some(child) if self.tree[child].is_directory() => {
                     self.opaque.insert(child);
                 }
                 Some(_) => {}
-                None if self.opaque.contains(&directory) => {}
-                None => {
-                    // One inode for all, as overlayfs itself does.
-                    let node = *whiteout.get_or_insert_with(|| {
-                        let attributes = Attributes { mode: 0, ..IMPLIED_ATTRIBUTES };
-                        self.tree.add(Node { attributes, body: Body::CharDevice(0) })
-                    });
-                    self.tree.name(directory, &name, node);
-                }
+                None => missing.push((directory, name)),
+            }
+        }
+        missing.retain(|(directory, _)| !self.opaque.contains(directory));
+        if !missing.is_empty() {
+            // One inode for all, as overlayfs itself does.
+            let attributes = Attributes { mode: 0, ..IMPLIED_ATTRIBUTES };
+            let whiteout = self.tree.add(Node { attributes, body: Body::CharDevice(0) });
+            for (directory, name) in missing {
+                self.tree.name(directory, &name, whiteout);
             }
         }
         let (opaque, implied) = (std::mem::take(&mut self.opaque), std::mem::take(&mut self.implied));
@@ -348,6 +350,10 @@ mod tests {
         let tree = build(&[("d", directory()), ("d/.wh.x", file()), ("d/.wh..wh..opq", file())]).unwrap();
         assert!(has_mark(&tree, "d", OPAQUE));
         assert_eq!(find(&tree, "d/x"), None);
+        // Also where only a whiteout further up makes it opaque.
+        let tree = build(&[("d/e/.wh.x", file()), ("d/.wh.e", file())]).unwrap();
+        assert!(find(&tree, "d/e").is_some());
+        assert_eq!(find(&tree, "d/e/x"), None);
     }
 
     #[test]
