@@ -54,7 +54,8 @@ pub fn measure(runs: u32, warm_up: u32, with_vm: bool) -> Result<Report> {
             Err(error) => return Err(error.context(format!("warm up {}", contender.name))),
         }
     }
-    for _ in 0..runs {
+    for round in 1..=runs {
+        eprintln!("cloche-bench: round {round} of {runs}");
         for entrant in &mut entrants {
             let lap = time(&mut entrant.contender.next_command());
             entrant.laps.push(lap.with_context(|| format!("measure {}", entrant.contender.name))?);
