@@ -1,6 +1,6 @@
 //! The monitor's loop: it carries a running sandbox's stdio, passes signals on, and learns how the process ended.
 
-use std::{io, os::fd::OwnedFd};
+use std::{io, os::fd::OwnedFd, time::Duration};
 
 use cloche_protocol::message::Exit;
 use cloche_runtime::pump::{self, Pump, Target};
@@ -26,29 +26,47 @@ pub enum MonitorError {
 /// The pumps of the outputs; further ones carry stdin.
 const OUTPUTS: usize = 2;
 
+/// How long output may stay open, without a byte coming, after its process ended. A container's ends with it; this is for
+/// a guest that breaks its word.
+const SILENCE: Duration = Duration::from_secs(10);
+
 /// Attends a running sandbox until its process has ended and all of its output is written.
 pub fn attend(running: &mut dyn Running, signals: &Signals, trace: &mut Trace) -> Result<Exit, MonitorError> {
     let mut pumps = connect(running)?;
-    let mut exit = None;
-    while exit.is_none() || !pumps.iter().all(Pump::is_done) {
+    // The start may have read on past the news of the start.
+    let mut exit = running.advance(trace)?;
+    loop {
+        if exit.is_some() {
+            // There is nobody left to read its stdin.
+            pumps.truncate(OUTPUTS);
+            if pumps.iter().all(Pump::is_done) {
+                break;
+            }
+        }
         let mut others = vec![PollFd::new(signals, PollFlags::IN)];
         if exit.is_none() {
             others.extend(running.poll_fds());
         }
-        let ready =
-            pump::poll(&mut pumps, &others).map_err(|error| MonitorError::System("carry stdio", error))?;
+        let count = others.len();
+        // A slow reader of the output is waited for; a guest that neither ends it nor sends any is not.
+        let only_source = pumps.iter().all(|pump| pump.is_done() || pump.waits_for_source());
+        let timeout = (exit.is_some() && only_source).then_some(SILENCE);
+        let ready = pump::poll(&mut pumps, &others, timeout)
+            .map_err(|error| MonitorError::System("carry stdio", error))?;
+        drop(others);
         if pumps.iter().take(OUTPUTS).any(|pump| pump.carried() > 0) {
             trace.mark(Mark::FirstOutput);
         }
+        let mut signalled = false;
         while let Some(signo) = signals.take() {
             running.signal(signo);
+            signalled = true;
         }
-        if exit.is_none() && ready.iter().skip(1).any(|ready| *ready) {
+        if exit.is_some() && (signalled || timeout.is_some() && !ready.contains(&true)) {
+            break;
+        }
+        if exit.is_none() && ready.iter().take(count).skip(1).any(|ready| *ready) {
             exit = running.advance(trace)?;
-            if exit.is_some() {
-                // There is nobody left to read it.
-                pumps.truncate(OUTPUTS);
-            }
         }
     }
     trace.mark(Mark::Exit);

@@ -16,7 +16,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use cloche_runtime::cgroup::Cgroup;
@@ -108,6 +108,8 @@ impl Sandboxes {
     /// Writes down a new sandbox, owned by this process.
     pub fn create(&self, mut record: Record) -> Result<Owned, SandboxError> {
         make_private_dir(&self.dir)?;
+        // Two sandboxes that want one name take turns at looking whether it is free.
+        let _turn = record.name.as_ref().map(|_| self.lock_names()).transpose()?;
         if let Some(name) = &record.name
             && let Some(other) = self.entries()?.into_iter().find(|entry| entry.record.name.as_ref() == Some(name))
         {
@@ -165,27 +167,50 @@ impl Sandboxes {
 
     /// Forgets a sandbox; a running one only if `force`, by killing it first.
     pub fn remove(&self, reference: &str, force: bool) -> Result<String, SandboxError> {
-        let entry = self.find(reference)?;
-        let id = entry.record.id;
+        let id = self.find(reference)?.record.id;
         let dir = self.dir.join(&id);
-        let mut lock = try_lock(&dir);
-        if lock.is_none() {
-            if !force {
-                return Err(SandboxError::Running(id));
-            }
-            if let State::Running(processes) = entry.record.state {
-                kill(processes.leader);
-            }
-            // Its monitor sees the end, cleans up and lets go.
-            let path = dir.join("lock");
-            if let Ok(file) = File::open(&path) {
-                flock(&file, FlockOperation::LockExclusive).map_err(|errno| io_error("lock", &path)(errno.into()))?;
-                lock = Some(file);
-            }
+        let _lock = self.end(&id, &dir, force)?;
+        if let Some(record) = read_record(&dir)
+            && !matches!(record.state, State::Exited(_))
+        {
+            clean_up(&record);
         }
-        drop(lock);
         remove_dir(&dir)?;
         Ok(id)
+    }
+
+    /// Takes the lock of a sandbox from its monitor, if `force` by killing first the sandbox, then the monitor. Other
+    /// commands hold the lock for a moment, too; they are waited for.
+    fn end(&self, id: &str, dir: &Path, force: bool) -> Result<File, SandboxError> {
+        const PAUSE: Duration = Duration::from_millis(5);
+        /// For the monitor to see the end, pass on the last output and clean up.
+        const GRACE: Duration = Duration::from_secs(3);
+        const PATIENCE: Duration = Duration::from_secs(20);
+        let started = Instant::now();
+        loop {
+            if let Some(lock) = try_lock(dir) {
+                return Ok(lock);
+            }
+            let record = read_record(dir).ok_or_else(|| SandboxError::Unknown(id.into()))?;
+            let attended = !matches!(record.state, State::Exited(_)) && record.monitor.is_alive();
+            if attended && !force || started.elapsed() > PATIENCE {
+                return Err(SandboxError::Running(id.into()));
+            }
+            if let State::Running(processes) = record.state {
+                kill(processes.leader);
+            }
+            if attended && started.elapsed() > GRACE {
+                kill(record.monitor);
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+
+    fn lock_names(&self) -> Result<File, SandboxError> {
+        let path = self.dir.join(".names");
+        let file = File::create(&path).map_err(io_error("create", &path))?;
+        flock(&file, FlockOperation::LockExclusive).map_err(|errno| io_error("lock", &path)(errno.into()))?;
+        Ok(file)
     }
 
     /// Ends what dead monitors left behind, writes down that they are gone, and says what it did.
@@ -217,11 +242,7 @@ impl Sandboxes {
                     finished: unix_time(),
                     reason: Some("its monitor was killed".into()),
                 });
-                for leftover in fs::read_dir(&dir).map_err(io_error("read", &dir))?.flatten() {
-                    if !["lock", "record.json"].iter().any(|kept| leftover.file_name() == *kept) {
-                        let _ = fs::remove_file(leftover.path());
-                    }
-                }
+                keep_record_only(&dir);
                 write_record(&dir, &record)?;
             }
             notices.push(Notice { id, message });
@@ -267,7 +288,11 @@ impl Owned {
 
     /// Writes down the end, or forgets the sandbox if its record asks for that.
     pub fn finish(mut self, ended: Ended) -> Result<(), SandboxError> {
-        if self.record.remove { self.forget() } else { self.set_state(State::Exited(ended)) }
+        if self.record.remove {
+            return self.forget();
+        }
+        keep_record_only(&self.dir);
+        self.set_state(State::Exited(ended))
     }
 
     /// Removes the sandbox's directory.
@@ -325,6 +350,15 @@ fn inherited_lock(dir: &Path) -> Option<File> {
         thread::sleep(PAUSE);
         try_lock(dir)
     })
+}
+
+/// Removes what the isolation kept beside the record: sockets, and the boot archive with the process's environment.
+fn keep_record_only(dir: &Path) {
+    for file in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if !["lock", "record.json"].iter().any(|kept| file.file_name() == *kept) {
+            let _ = fs::remove_file(file.path());
+        }
+    }
 }
 
 fn read_record(dir: &Path) -> Option<Record> {

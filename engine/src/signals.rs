@@ -30,6 +30,11 @@ impl Signals {
         Ok(Self { fd: syscalls::signal_descriptor(&FORWARDED)? })
     }
 
+    /// Whether a signal, sent to what has not started yet, means that it need not start any more.
+    pub fn asks_for_the_end(signo: i32) -> bool {
+        [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM].contains(&signo)
+    }
+
     /// The next signal that has arrived.
     pub fn take(&self) -> Option<i32> {
         // signalfd(2): a read yields whole records of 128 bytes; the first field is the signal's number.

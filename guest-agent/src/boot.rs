@@ -10,6 +10,8 @@ use cloche_protocol::{
 use oci_spec::runtime::Spec;
 use rustix::mount::MountFlags;
 
+use crate::syscalls;
+
 /// Why the guest could not get ready.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
@@ -91,6 +93,7 @@ fn check_drivers(config: &BootConfig) -> Result<(), BootError> {
     need(has_filesystem("erofs"), "EROFS (CONFIG_EROFS_FS)");
     need(has_filesystem("overlay"), "overlayfs (CONFIG_OVERLAY_FS)");
     need(has_filesystem("cgroup2"), "cgroup v2 (CONFIG_CGROUPS)");
+    need(syscalls::has_io_ports(), "I/O ports for PID 1 (CONFIG_X86_IOPL_IOPERM)");
     need(Path::new("/sys/bus/virtio").exists(), "virtio (CONFIG_VIRTIO)");
     need(
         Path::new("/sys/bus/platform/drivers/virtio-mmio").exists(),

@@ -120,7 +120,7 @@ impl Streams {
         let stdin_pumps = self.pumps.len() - 2;
         self.pumps.drain(..stdin_pumps);
         while !self.pumps.iter().all(Pump::is_done) {
-            pump::poll(&mut self.pumps, &[]).map_err(|error| ServeError::System("carry stdio", error))?;
+            pump::poll(&mut self.pumps, &[], None).map_err(|error| ServeError::System("carry stdio", error))?;
         }
         Ok(())
     }
@@ -149,7 +149,7 @@ fn serve(container: &mut Container, streams: &mut Streams, mut control: &File) -
             PollFd::from_borrowed_fd(container.pidfd(), PollFlags::IN),
             PollFd::from_borrowed_fd(control.as_fd(), PollFlags::IN),
         ];
-        let ready = pump::poll(&mut streams.pumps, &others)
+        let ready = pump::poll(&mut streams.pumps, &others, None)
             .map_err(|error| ServeError::System("carry stdio", error))?;
         let [ended, commanded] = [ready.first(), ready.get(1)].map(|ready| ready == Some(&true));
         if ended {
@@ -162,7 +162,7 @@ fn serve(container: &mut Container, streams: &mut Streams, mut control: &File) -
                 0 => return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()).into()),
                 count => decoder.push(&bytes[..count]),
             }
-            while let Some(ToGuest::Signal { signo }) = decoder.next()? {
+            while let Some(ToGuest::Signal { signo }) = decoder.take()? {
                 // The process may have ended meanwhile; then the signal has nobody to reach.
                 let _ = container.signal(signo);
             }

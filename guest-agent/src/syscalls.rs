@@ -9,8 +9,14 @@ use std::{
 
 use cloche_protocol::machine::{GuestMark, HOST_CID, io_port};
 
-/// Tells the VMM that `mark` is reached. Without access to I/O ports (a foreign kernel without
-/// CONFIG_X86_IOPL_IOPERM) nothing is told; marks are only for measuring.
+/// Whether this kernel lets PID 1 use I/O ports, by which the VMM hears that the agent is ready.
+pub fn has_io_ports() -> bool {
+    let mut granted = false;
+    with_port(io_port::MARK, 1, || granted = true);
+    granted
+}
+
+/// Tells the VMM that `mark` is reached, if this kernel gives access to I/O ports; see [`has_io_ports`].
 pub fn mark(mark: GuestMark) {
     with_port(io_port::MARK, 1, || {
         // SAFETY: `with_port` made this port accessible; writing to the VMM's device touches no memory.

@@ -38,7 +38,7 @@ pub fn write<T: Serialize>(mut to: impl Write, message: &T) -> Result<(), FrameE
 pub fn read<T: DeserializeOwned>(mut from: impl Read) -> Result<Option<T>, FrameError> {
     let mut decoder = Decoder::default();
     loop {
-        if let Some(message) = decoder.next()? {
+        if let Some(message) = decoder.take()? {
             return Ok(Some(message));
         }
         let mut chunk = vec![0; decoder.missing()];
@@ -57,7 +57,7 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Appends bytes as they come. Callers take messages out with [`Decoder::next`] after every push.
+    /// Appends bytes as they come. Callers take messages out with [`Decoder::take`] after every push.
     pub fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
     }
@@ -86,7 +86,7 @@ impl Decoder {
     }
 
     /// The next whole message, or `None` if more bytes are needed.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+    pub fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let Some(length) = self.body_length()? else { return Ok(None) };
         let Some(body) = self.buffer.get(4..4 + length) else { return Ok(None) };
         let message = serde_json::from_slice(body).map_err(FrameError::Malformed)?;
@@ -123,7 +123,7 @@ mod tests {
         let mut seen = Vec::new();
         for byte in wire {
             decoder.push(&[byte]);
-            while let Some(ToGuest::Signal { signo }) = decoder.next().unwrap() {
+            while let Some(ToGuest::Signal { signo }) = decoder.take().unwrap() {
                 seen.push(signo);
             }
         }

@@ -61,7 +61,8 @@ impl ExitStatus {
     pub fn shell_code(self) -> u8 {
         match self {
             Self::Code(code) => code,
-            Self::Signal(signo) => u8::try_from(128 + signo).unwrap_or(u8::MAX),
+            // The number may come from a guest.
+            Self::Signal(signo) => u8::try_from(signo.clamp(1, 64)).map_or(u8::MAX, |signo| 128 + signo),
         }
     }
 }

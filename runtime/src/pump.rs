@@ -7,10 +7,11 @@
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
+    time::Duration,
 };
 
 use rustix::{
-    event::{PollFd, PollFlags},
+    event::{PollFd, PollFlags, Timespec},
     io::Errno,
 };
 
@@ -58,6 +59,11 @@ impl Pump {
         self.ends.is_none()
     }
 
+    /// Whether it waits for its source, and not for its target.
+    pub fn waits_for_source(&self) -> bool {
+        self.ends.is_some() && self.start == self.end
+    }
+
     /// What to poll for: the source when the buffer is empty, else the target. `None` when done.
     pub fn poll_fd(&self) -> Option<PollFd<'_>> {
         let (from, to) = self.ends.as_ref()?;
@@ -73,7 +79,7 @@ impl Pump {
         self.carried
     }
 
-    /// Call when `poll` returned any event for [`Pump::poll_fd`]. A target that is gone (EPIPE, reset) ends the pump
+    /// Call when `poll` returned any event for [`Pump::poll_fd`]. A target that is gone (EPIPE, reset, hung up) ends the pump
     /// and closes the source, so that its writer learns of it as it would without a pump in between.
     pub fn advance(&mut self) -> io::Result<()> {
         let Some((from, to)) = &self.ends else { return Ok(()) };
@@ -89,12 +95,8 @@ impl Pump {
                     self.carried += count as u64;
                 }
                 Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
-                // A terminal's other end is closed (EIO), or the peer is gone: the same as end of file.
-                Err(Errno::IO | Errno::CONNRESET) => {
-                    self.finish();
-                    return Ok(());
-                }
-                Err(errno) => return Err(errno.into()),
+                // A hung-up terminal, a reset peer, or no readable file in the first place: nothing more comes.
+                Err(_) => return Ok(self.finish()),
             }
             if self.target == Target::Shared {
                 // Whether the target takes bytes is known only after the next poll.
@@ -105,7 +107,7 @@ impl Pump {
         match rustix::io::write(to, &self.buffer[self.start..end]) {
             Ok(count) => self.start += count,
             Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN | Errno::SHUTDOWN) => self.finish(),
+            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN | Errno::SHUTDOWN | Errno::IO) => self.finish(),
             Err(errno) => return Err(errno.into()),
         }
         Ok(())
@@ -119,23 +121,31 @@ impl Pump {
     }
 }
 
-/// One round of a poll loop: waits until a pump can move or one of `others` is ready, lets the ready pumps move, and
-/// says which of `others` are ready.
-pub fn poll(pumps: &mut [Pump], others: &[PollFd<'_>]) -> io::Result<Vec<bool>> {
+/// One round of a poll loop: waits until a pump can move or one of `others` is ready, or for as long as `timeout` says,
+/// and lets the ready pumps move. Says which descriptors were ready: first those of `others`, then those of the pumps
+/// that were at work.
+pub fn poll(
+    pumps: &mut [Pump],
+    others: &[PollFd<'_>],
+    timeout: Option<Duration>,
+) -> io::Result<Vec<bool>> {
+    let timeout = timeout.map(|timeout| Timespec {
+        tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: timeout.subsec_nanos().into(),
+    });
     let mut fds = others.to_vec();
     fds.extend(pumps.iter().filter_map(Pump::poll_fd));
-    match rustix::event::poll(&mut fds, None) {
+    match rustix::event::poll(&mut fds, timeout.as_ref()) {
         Ok(_) | Err(Errno::INTR) => {}
         Err(errno) => return Err(errno.into()),
     }
-    let mut others_ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-    let pumps_ready = others_ready.split_off(others.len());
-    for (pump, ready) in pumps.iter_mut().filter(|pump| !pump.is_done()).zip(pumps_ready) {
-        if ready {
-            pump.advance()?;
-        }
+    let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+    drop(fds);
+    let at_work = pumps.iter_mut().filter(|pump| !pump.is_done());
+    for (pump, _) in at_work.zip(ready.iter().skip(others.len())).filter(|(_, ready)| **ready) {
+        pump.advance()?;
     }
-    Ok(others_ready)
+    Ok(ready)
 }
 
 /// A pipe whose end kept by the caller is non-blocking and whose both ends are close-on-exec: (read, write).
@@ -172,7 +182,7 @@ mod tests {
         });
         let mut pump = Pump::new(source, target, Target::NonBlocking);
         while !pump.is_done() {
-            poll(std::slice::from_mut(&mut pump), &[]).unwrap();
+            poll(std::slice::from_mut(&mut pump), &[], None).unwrap();
         }
         assert_eq!(pump.carried(), expected.len() as u64);
         writer.join().unwrap();

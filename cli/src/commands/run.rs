@@ -15,6 +15,9 @@ use crate::{
     render,
 };
 
+/// 128 + SIGKILL.
+const KILLED: u8 = 137;
+
 /// Runs the sandbox in the foreground; its exit code becomes ours.
 pub fn run(global: &Global, arguments: Run, started_ns: u64) -> anyhow::Result<ExitCode> {
     let format = arguments.trace;
@@ -25,9 +28,14 @@ pub fn run(global: &Global, arguments: Run, started_ns: u64) -> anyhow::Result<E
     reconciled(&home)?;
     let outcome = run::run(&home, &request, &mut trace)?;
     let exit_code = outcome.exit.status.shell_code();
-    if outcome.exit.oom_killed {
-        let limit = request.memory_bytes.map(|bytes| format!(" of {}", render::bytes(bytes))).unwrap_or_default();
-        eprintln!("cloche: sandbox {} hit its memory limit{limit} and was killed", outcome.id);
+    if outcome.exit.oom_killed && exit_code == KILLED {
+        match request.memory_bytes {
+            Some(limit) => {
+                let limit = render::bytes(limit);
+                eprintln!("cloche: sandbox {} hit its memory limit of {limit} and was killed", outcome.id);
+            }
+            None => eprintln!("cloche: sandbox {} ran out of memory; give it more with --memory", outcome.id),
+        }
     }
     if let Some(format) = format {
         print_trace(

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags};
 use super::{Lost, Running, Streams, observed};
 use crate::{
     record::{ProcessId, Processes},
-    request::RunRequest,
+    request::{Isolation, RunRequest},
     spec::Workload,
     trace::{Mark, Trace},
 };
@@ -58,12 +58,21 @@ pub fn start(
     })?;
     trace.mark(Mark::ProcessStarted);
     let streams = Streams { stdin: stdin_host, stdout: stdout_host, stderr: stderr_host };
-    Ok(Box::new(RunningContainer { container, streams: Some(streams) }))
+    Ok(Box::new(RunningContainer {
+        container,
+        streams: Some(streams),
+        is_bare: request.isolation == Isolation::Process,
+        out_of_memory: false,
+    }))
 }
 
 struct RunningContainer {
     container: Container,
     streams: Option<Streams>,
+    /// Without a PID namespace, whose end would end its children.
+    is_bare: bool,
+    /// The limit was hit, and everything is killed.
+    out_of_memory: bool,
 }
 
 impl Running for RunningContainer {
@@ -77,14 +86,17 @@ impl Running for RunningContainer {
 
     fn poll_fds(&self) -> Vec<PollFd<'_>> {
         let pidfd = PollFd::from_borrowed_fd(self.container.pidfd(), PollFlags::IN);
-        let oom = self.container.oom_event().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let oom = self.container.oom_event().filter(|_| !self.out_of_memory);
+        let oom = oom.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         [Some(pidfd), oom].into_iter().flatten().collect()
     }
 
     fn advance(&mut self, trace: &mut Trace) -> Result<Option<Exit>, Lost> {
         if let Some(oom) = self.container.oom_event()
+            && !self.out_of_memory
             && is_readable(oom)
         {
+            self.out_of_memory = true;
             self.container.kill().map_err(|error| Lost(error.to_string()))?;
         }
         if !is_readable(self.container.pidfd()) {
@@ -92,6 +104,9 @@ impl Running for RunningContainer {
         }
         trace.mark(Mark::ProcessExit);
         let exit = self.container.wait().map_err(|error| Lost(error.to_string()))?;
+        if self.is_bare {
+            self.container.kill().map_err(|error| Lost(error.to_string()))?;
+        }
         Ok(Some(Exit {
             status: match exit.status {
                 cloche_runtime::ExitStatus::Code(code) => ExitStatus::Code(code),

@@ -26,6 +26,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use cloche_protocol::{
@@ -59,6 +60,10 @@ const DEFAULT_MEMORY_MIB: u64 = 256;
 const OVERHEAD_MIB: u64 = 64;
 /// The agent is up within a fraction of this even on an emulated CPU.
 const START_TIMEOUT_MS: u64 = 60_000;
+/// For the whole start, seen from outside: what the VMM's own watch does not see.
+const START_PATIENCE: Duration = Duration::from_millis(2 * START_TIMEOUT_MS);
+/// Between the end of the control stream and the VMM saying why.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Why a VM, or the container in it, did not start.
 #[derive(Debug, thiserror::Error)]
@@ -144,13 +149,22 @@ pub fn start(
     write_boot_archive(id, dir, workload, &config, request.interactive)?;
     let vmm = Vmm::spawn(&config)?;
     trace.mark(Mark::VmmSpawned);
-    let mut machine = Machine { vmm, control: None, decoder: Decoder::default(), streams: None };
-    let mut pending = Pending { listeners, stdin: None, stdout: None, stderr: None };
+    let mut machine = Machine { vmm, control: None, silent_since: None, decoder: Decoder::default(), streams: None };
+    let mut pending = Pending { listeners, ..Pending::default() };
+    let mut held_back = Vec::new();
+    let started = Instant::now();
     loop {
         machine.wait(&pending, signals)?;
         machine.read_events(trace)?;
-        if let Some(signo) = signals.take() {
-            return Err(VmError::Interrupted(signo));
+        while let Some(signo) = signals.take() {
+            if Signals::asks_for_the_end(signo) {
+                return Err(VmError::Interrupted(signo));
+            }
+            held_back.push(signo);
+        }
+        if started.elapsed() > START_PATIENCE {
+            let waited = START_PATIENCE.as_secs();
+            return Err(VmError::Vmm(format!("the guest has not started the process within {waited} s")));
         }
         pending.accept(&mut machine)?;
         while let Some(message) = machine.receive()? {
@@ -169,7 +183,7 @@ pub fn start(
                     return Err(VmError::Vmm(reason));
                 }
                 FromGuest::Failed { exit_code, message } => {
-                    return Err(VmError::Workload { exit_code, message });
+                    return Err(VmError::Workload { exit_code, message: printable(&message) });
                 }
                 FromGuest::Started => {
                     trace.mark(Mark::ProcessStarted);
@@ -179,6 +193,7 @@ pub fn start(
                     if machine.streams.is_none() {
                         return Err(VmError::Vmm("its agent started the process before its streams".into()));
                     }
+                    held_back.into_iter().for_each(|signo| machine.signal(signo));
                     return Ok(Box::new(machine));
                 }
                 FromGuest::Exited(_) => {
@@ -253,12 +268,13 @@ fn write_boot_archive(
     fs::write(dir.join("boot.cpio"), archive.finish()).map_err(setup("write the guest's configuration"))
 }
 
-/// The sockets that the guest's streams arrive at.
+/// The sockets that the guest's streams arrive at. Each takes one stream and is closed.
+#[derive(Default)]
 struct Listeners {
-    control: UnixListener,
+    control: Option<UnixListener>,
     stdin: Option<UnixListener>,
-    stdout: UnixListener,
-    stderr: UnixListener,
+    stdout: Option<UnixListener>,
+    stderr: Option<UnixListener>,
 }
 
 impl Listeners {
@@ -266,9 +282,9 @@ impl Listeners {
         let bind = |port: u32| {
             let listener = UnixListener::bind(dir.join(format!("vsock_{port}")))?;
             listener.set_nonblocking(true)?;
-            Ok(listener)
+            Ok(Some(listener))
         };
-        let stdin = stdin.then(|| bind(vsock_port::STDIN)).transpose();
+        let stdin = if stdin { bind(vsock_port::STDIN) } else { Ok(None) };
         Ok(Self {
             control: bind(vsock_port::CONTROL).map_err(setup("listen for the guest"))?,
             stdin: stdin.map_err(setup("listen for the guest"))?,
@@ -279,6 +295,7 @@ impl Listeners {
 }
 
 /// What has arrived of a VM that is starting.
+#[derive(Default)]
 struct Pending {
     listeners: Listeners,
     stdin: Option<OwnedFd>,
@@ -289,22 +306,23 @@ struct Pending {
 impl Pending {
     fn poll_fds(&self) -> Vec<PollFd<'_>> {
         let Listeners { control, stdin, stdout, stderr } = &self.listeners;
-        let listeners = [Some(control), stdin.as_ref(), Some(stdout), Some(stderr)];
-        listeners.into_iter().flatten().map(|listener| PollFd::new(listener, PollFlags::IN)).collect()
+        let listeners = [control, stdin, stdout, stderr].into_iter().flatten();
+        listeners.map(|listener| PollFd::new(listener, PollFlags::IN)).collect()
     }
 
     fn accept(&mut self, machine: &mut Machine) -> Result<(), VmError> {
-        if machine.control.is_none() {
-            machine.control = accept(&self.listeners.control)?;
+        if let Some(control) = accept(&mut self.listeners.control)? {
+            machine.control = Some(control);
         }
-        if let (None, Some(listener)) = (&self.stdin, &self.listeners.stdin) {
-            self.stdin = accept(listener)?.map(Into::into);
-        }
-        if self.stdout.is_none() {
-            self.stdout = accept(&self.listeners.stdout)?.map(Into::into);
-        }
-        if self.stderr.is_none() {
-            self.stderr = accept(&self.listeners.stderr)?.map(Into::into);
+        let streams = [
+            (&mut self.stdin, &mut self.listeners.stdin),
+            (&mut self.stdout, &mut self.listeners.stdout),
+            (&mut self.stderr, &mut self.listeners.stderr),
+        ];
+        for (stream, listener) in streams {
+            if let Some(arrived) = accept(listener)? {
+                *stream = Some(arrived.into());
+            }
         }
         Ok(())
     }
@@ -317,10 +335,12 @@ impl Pending {
     }
 }
 
-fn accept(listener: &UnixListener) -> Result<Option<UnixStream>, VmError> {
+fn accept(waiting: &mut Option<UnixListener>) -> Result<Option<UnixStream>, VmError> {
+    let Some(listener) = waiting else { return Ok(None) };
     match listener.accept() {
         Ok((stream, _)) => {
             stream.set_nonblocking(true).map_err(setup("set up a stream of the guest"))?;
+            *waiting = None;
             Ok(Some(stream))
         }
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
@@ -400,17 +420,20 @@ impl Drop for Vmm {
 struct Machine {
     vmm: Vmm,
     control: Option<UnixStream>,
+    /// When the guest closed the control stream. A VM on its way down does so shortly before the VMM says why.
+    silent_since: Option<Instant>,
     decoder: Decoder,
     streams: Option<Streams>,
 }
 
 impl Machine {
-    /// Sleeps until something happens while the VM starts.
+    /// Sleeps until something happens while the VM starts, or for a while.
     fn wait(&self, pending: &Pending, signals: &Signals) -> Result<(), VmError> {
         let mut fds = self.poll_fds();
         fds.extend(pending.poll_fds());
         fds.push(PollFd::new(signals, PollFlags::IN));
-        match rustix::event::poll(&mut fds, None) {
+        let timeout = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
+        match rustix::event::poll(&mut fds, Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(errno) => Err(setup("wait for the VM")(errno.into())),
         }
@@ -437,6 +460,12 @@ impl Machine {
         Ok(())
     }
 
+    /// Waits for the VMM to say why the guest fell silent, but not for ever.
+    fn await_last_words(&self) {
+        let timeout = rustix::event::Timespec { tv_sec: LAST_WORDS.as_secs() as i64, tv_nsec: 0 };
+        let _ = rustix::event::poll(&mut [PollFd::new(&self.vmm.events, PollFlags::IN)], Some(&timeout));
+    }
+
     /// Takes in the guest's last mark. The guest wrote it before its report, but the VMM passes marks on after the
     /// round of its loop that carried the report.
     fn await_last_mark(&mut self, trace: &mut Trace) {
@@ -453,20 +482,36 @@ impl Machine {
 
     /// The next message of the guest that has fully arrived.
     fn receive(&mut self) -> Result<Option<FromGuest>, FrameError> {
-        if let Some(message) = self.decoder.next()? {
+        if let Some(message) = self.decoder.take()? {
             return Ok(Some(message));
         }
         let Some(control) = &mut self.control else { return Ok(None) };
         let mut bytes = [0; 4096];
         match control.read(&mut bytes) {
-            // The stream's end comes with the VM's, which its events tell in full.
-            Ok(0) => self.control = None,
+            Ok(0) => {
+                self.control = None;
+                self.silent_since = Some(Instant::now());
+            }
             Ok(count) => self.decoder.push(&bytes[..count]),
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(error) => return Err(error.into()),
         }
-        self.decoder.next()
+        self.decoder.take()
     }
+}
+
+/// A guest's words as a terminal may show them: on as many lines as they are, and no longer than anybody reads.
+fn printable(words: &str) -> String {
+    const MAX_CHARACTERS: usize = 4096;
+    let mut shown = String::new();
+    for character in words.chars().take(MAX_CHARACTERS) {
+        if character.is_control() && character != '\n' {
+            shown.extend(character.escape_default());
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
 }
 
 /// A reason with the end of the guest's console under it, if there was any output.
@@ -502,11 +547,19 @@ impl Running for Machine {
             Ok(None) => {}
             Err(error) => return Err(Lost(error.to_string())),
         }
+        if self.silent_since.is_some() {
+            self.await_last_words();
+        }
         self.read_events(trace).map_err(|error| match error {
             VmError::Vmm(reason) => Lost(format!("the VM ended under the process: {reason}")),
             other => Lost(other.to_string()),
         })?;
-        Ok(None)
+        match self.silent_since {
+            Some(since) if since.elapsed() >= LAST_WORDS => {
+                Err(Lost("the guest agent closed its control stream under the process".into()))
+            }
+            _ => Ok(None),
+        }
     }
 
     fn signal(&mut self, signo: i32) {
@@ -530,6 +583,12 @@ mod tests {
     fn disk_devices_are_named_as_linux_does() {
         let names: Vec<_> = [0, 25, 26, 51, 52].map(disk_device).into();
         assert_eq!(names, ["/dev/vda", "/dev/vdz", "/dev/vdaa", "/dev/vdaz", "/dev/vdba"]);
+    }
+
+    #[test]
+    fn printable_words_steer_no_terminal() {
+        assert_eq!(printable("a\x1b[2Jb\nc"), "a\\u{1b}[2Jb\nc");
+        assert_eq!(printable(&"x".repeat(100_000)).len(), 4096);
     }
 
     #[test]
