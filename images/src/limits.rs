@@ -17,6 +17,10 @@ pub(crate) const MAX_LAYERS: usize = 127;
 /// Images in one archive, and descriptors in one index.
 pub(crate) const MAX_MANIFESTS: usize = 1024;
 
+/// Manifests and configurations of one archive together. They are all in memory before the first layer is read, and a
+/// small archive can name one large configuration many times.
+pub(crate) const MAX_METADATA_BYTES: usize = 64 << 20;
+
 /// Depth of indexes that name indexes. Real images have at most two.
 pub(crate) const MAX_INDEX_DEPTH: usize = 4;
 

@@ -6,7 +6,7 @@
 use serde::Deserialize;
 
 use super::source::Source;
-use super::{LoadError, PlannedImage, PlannedLayer, parse_config, parse_json};
+use super::{Metadata, LoadError, PlannedImage, PlannedLayer, parse_config, parse_json};
 use crate::digest::Digest;
 use crate::layer::ExpectedLayer;
 use crate::limits::{MAX_CONFIG_BYTES, MAX_MANIFEST_BYTES, MAX_MANIFESTS};
@@ -30,7 +30,8 @@ pub(super) fn plan(source: &Source) -> Result<Vec<PlannedImage>, LoadError> {
     if entries.len() > MAX_MANIFESTS {
         return Err(invalid(format!("{} images, where at most {MAX_MANIFESTS} are accepted", entries.len())));
     }
-    entries.into_iter().map(|entry| plan_image(source, entry)).collect()
+    let mut metadata = Metadata::default();
+    entries.into_iter().map(|entry| metadata.count(MANIFEST, plan_image(source, entry)?)).collect()
 }
 
 fn plan_image(source: &Source, entry: ManifestEntry) -> Result<PlannedImage, LoadError> {

@@ -7,13 +7,16 @@ mod docker_archive;
 mod oci_layout;
 mod source;
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use oci_spec::image::{Arch, ImageConfiguration, Os};
 
 use crate::digest::Digest;
 use crate::layer::{self, DecodeError, ExpectedLayer, LayerError};
-use crate::limits::MAX_LAYERS;
+use crate::limits::{MAX_LAYERS, MAX_METADATA_BYTES};
 use crate::reference::Reference;
 use crate::store::{ImageRecord, LayerRecord, Store, StoreError};
 use crate::tar::TarError;
@@ -256,18 +259,26 @@ impl Store {
         }
         let count = images.iter().map(|image| image.layers.len()).sum();
         let (mut index, mut records, mut loaded) = (0, Vec::new(), Vec::new());
-        for image in images {
+        // Images of one archive share layers, and a hostile one repeats a single layer as often as it can.
+        let mut done: HashMap<(&str, Digest), LayerRecord> = HashMap::new();
+        for image in &images {
             let mut layers = Vec::new();
             for (position, layer) in image.layers.iter().enumerate() {
                 let place = (position + 1, image.layers.len());
-                layers.push(self.load_layer(&source, layer, place, (index, count), progress)?);
+                let key = (layer.member.as_str(), layer.expected.diff_id);
+                let record = match done.get(&key) {
+                    Some(record) => record.clone(),
+                    None => self.load_layer(&source, layer, place, (index, count), progress)?,
+                };
+                done.insert(key, record.clone());
+                layers.push(record);
                 index += 1;
             }
-            let manifest = image.manifest.map(|manifest| self.put_blob(&manifest)).transpose()?;
+            let manifest = image.manifest.as_ref().map(|manifest| self.put_blob(manifest)).transpose()?;
             let id = self.put_blob(&image.config)?;
             let names = image.names.iter().map(Reference::to_string).collect();
             records.push(ImageRecord { id, manifest, names, layers });
-            loaded.push(Loaded { id, names: image.names });
+            loaded.push(Loaded { id, names: image.names.clone() });
         }
         self.commit(records)?;
         Ok(loaded)
@@ -284,7 +295,9 @@ impl Store {
         const MANIFEST: &str = "the image's manifest";
         let diff_id = layer.expected.diff_id;
         let member = source.require(&layer.member, MANIFEST)?;
-        let present = std::fs::metadata(self.layer_path(diff_id)).ok();
+        // One that has lost its length is made again and replaced.
+        let is_whole = |metadata: &std::fs::Metadata| self.layer_is_whole(diff_id, metadata.len());
+        let present = std::fs::metadata(self.layer_path(diff_id)).ok().filter(is_whole);
         progress.layer_started(&LayerStart {
             index,
             count,
@@ -320,6 +333,24 @@ impl Store {
         };
         progress.layer_finished();
         Ok(LayerRecord { diff_id, erofs_bytes })
+    }
+}
+
+/// Counts what planned images keep in memory.
+#[derive(Default)]
+struct Metadata {
+    bytes: usize,
+}
+
+impl Metadata {
+    /// Takes account of one more image, which `member` names.
+    fn count(&mut self, member: &str, image: PlannedImage) -> Result<PlannedImage, LoadError> {
+        self.bytes += image.config.len() + image.manifest.as_ref().map_or(0, Vec::len);
+        if self.bytes > MAX_METADATA_BYTES {
+            let problem = format!("configurations of more than {MAX_METADATA_BYTES} bytes in all");
+            return Err(LoadError::Invalid { member: member.to_owned(), problem });
+        }
+        Ok(image)
     }
 }
 

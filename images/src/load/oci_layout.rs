@@ -7,7 +7,7 @@ use oci_spec::image::{Arch, Descriptor, ImageIndex, ImageManifest, MediaType, Os
 use serde::Deserialize;
 
 use super::source::Source;
-use super::{LoadError, PlannedImage, PlannedLayer, parse_config, parse_json};
+use super::{Metadata, LoadError, PlannedImage, PlannedLayer, parse_config, parse_json};
 use crate::digest::Digest;
 use crate::layer::ExpectedLayer;
 use crate::limits::{MAX_CONFIG_BYTES, MAX_INDEX_DEPTH, MAX_LAYERS, MAX_MANIFEST_BYTES, MAX_MANIFESTS};
@@ -44,11 +44,12 @@ pub(super) fn plan(source: &Source) -> Result<Vec<PlannedImage>, LoadError> {
     let groups = group_by_name(index.manifests())?;
     let mut images: Vec<PlannedImage> = Vec::new();
     let mut seen = HashSet::new();
+    let mut metadata = Metadata::default();
     for Group { names, descriptors } in groups {
         let manifest = select(source, INDEX, &descriptors, 0)?;
         let digest = digest_of(INDEX, &manifest)?;
         if seen.insert(digest) {
-            images.push(plan_image(source, &manifest, names)?);
+            images.push(metadata.count(INDEX, plan_image(source, &manifest, names)?)?);
         } else if let Some(image) = images.iter_mut().find(|image| image.is_manifest(digest)) {
             // One image under several names has a descriptor for each.
             image.names.extend(names);

@@ -29,12 +29,21 @@ impl NewFile {
         &self.file
     }
 
-    /// Makes the file appear under `name`, durably. Another one of that name is kept: names are content digests.
+    /// Makes the file appear under `name`, durably. Another one of that name and length is kept: names are content
+    /// digests. One of another length is damaged, and is replaced.
     pub(super) fn publish(self, name: &str) -> io::Result<()> {
         self.file.sync_all()?;
         let from = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        match rustix::fs::linkat(CWD, from, CWD, self.directory.join(name), AtFlags::SYMLINK_FOLLOW) {
-            Ok(()) | Err(Errno::EXIST) => sync_directory(&self.directory),
+        let path = self.directory.join(name);
+        match rustix::fs::linkat(CWD, from, CWD, &path, AtFlags::SYMLINK_FOLLOW) {
+            Ok(()) => sync_directory(&self.directory),
+            Err(Errno::EXIST) if fs::metadata(&path)?.len() == self.file.metadata()?.len() => {
+                sync_directory(&self.directory)
+            }
+            Err(Errno::EXIST) => {
+                fs::remove_file(&path)?;
+                self.publish(name)
+            }
             Err(error) => Err(error.into()),
         }
     }

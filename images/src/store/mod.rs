@@ -297,6 +297,14 @@ impl Store {
         Index::read(&path).map_err(io_error("read", &path))
     }
 
+    /// Whether a layer's file has the length that the images which use it have it down with.
+    pub(crate) fn layer_is_whole(&self, diff_id: Digest, bytes: u64) -> bool {
+        // An index that cannot be read fails the load later, with its own words.
+        let Ok(index) = self.read_index() else { return true };
+        let mut layers = index.images.iter().flat_map(|image| &image.layers);
+        layers.all(|layer| layer.diff_id != diff_id || layer.erofs_bytes == bytes)
+    }
+
     /// Only under [`Self::lock_index`].
     fn write_index(&self, index: &Index) -> Result<(), StoreError> {
         let path = self.index_path();

@@ -176,7 +176,10 @@ impl<S: Stream> Connection<S> {
                     self.passed_on(count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => self.write_failed(&error),
+                Err(error) => {
+                    self.write_failed(&error);
+                    break;
+                }
             }
         }
         self.finish_writing();
@@ -206,7 +209,12 @@ impl<S: Stream> Connection<S> {
                 self.outgoing.clear();
                 self.passed_on(dropped);
             }
-            _ => self.reset = true,
+            // Nothing more can be passed on, and the guest is told so.
+            _ => {
+                self.write_broken = true;
+                self.outgoing.clear();
+                self.reset = true;
+            }
         }
     }
 
