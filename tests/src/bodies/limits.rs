@@ -8,7 +8,7 @@ use crate::world::Isolation;
 
 pub const BODIES: &[Body] = &[
     body!(process_over_its_memory_limit_dies_and_says_so),
-    body!(child_over_the_memory_limit_takes_the_sandbox_down),
+    body!(children_over_the_memory_limit_take_the_sandbox_down),
     body!(files_count_towards_the_memory_limit),
     body!(memory_below_the_limit_is_usable),
     body!(pids_limit_stops_a_fork_bomb),
@@ -17,17 +17,19 @@ pub const BODIES: &[Body] = &[
     body!(mistaken_processor_and_pids_values_are_refused),
 ];
 
-/// Takes memory bit by bit without end. (A single large request is refused at once where the whole machine is small.)
-const GREEDY: &str = "awk 'BEGIN { for (;;) a[i++] = i }'";
+// Memory is taken bit by bit: a single large request may be refused at once where the whole machine is small.
 
 fn process_over_its_memory_limit_dies_and_says_so(bed: &Bed) -> Story {
-    let greedy = format!("exec {GREEDY}");
-    bed.busybox().with("--memory", "64m").sh(&greedy).run()?.exits_with(137)?.says("memory limit")?;
+    let greedy = "bit=$(head -c 4194304 /dev/zero | tr '\\0' x); while :; do all=$all$bit; done";
+    bed.busybox().with("--memory", "64m").sh(greedy).run()?.exits_with(137)?.says("memory limit")?;
     Ok(())
 }
 
-fn child_over_the_memory_limit_takes_the_sandbox_down(bed: &Bed) -> Story {
-    let sandbox = bed.busybox().with("--memory", "64m").sh(&format!("{GREEDY}; echo survived"));
+fn children_over_the_memory_limit_take_the_sandbox_down(bed: &Bed) -> Story {
+    // Each `dd` fills a buffer of its block size and holds it, since nobody reads its pipe.
+    let greedy = "for i in $(seq 20); do dd if=/dev/zero bs=8M count=1 | sleep 1000 & done 2>/dev/null; \
+                  wait; echo survived";
+    let sandbox = bed.busybox().with("--memory", "64m").sh(greedy);
     sandbox.run()?.exits_with(137)?.prints("")?.says("memory limit")?;
     Ok(())
 }
