@@ -91,8 +91,8 @@ fn cgroups(directory: &Path, depth: usize, seen: &mut BTreeSet<String>) {
     }
 }
 
-/// Files and per-sandbox directories in the state directory. Lock files and the empty top-level directories stay by
-/// design: removing them would race with the next command.
+/// Files and per-sandbox directories in the state directory. The top-level directories and the lock files in them,
+/// which are empty, stay by design: removing them would race with the next command.
 pub fn in_state_directory(state: &Path) -> Vec<String> {
     let mut found = Vec::new();
     walk(state, 0, &mut found);
@@ -107,7 +107,7 @@ fn walk(directory: &Path, depth: usize, found: &mut Vec<String>) {
                 found.push(format!("state directory {}", path.display()));
             }
             walk(&path, depth + 1, found);
-        } else if !entry.file_name().to_string_lossy().ends_with("lock") {
+        } else if depth > 1 || entry.metadata().is_ok_and(|metadata| metadata.len() > 0) {
             found.push(format!("state file {}", path.display()));
         }
     }
