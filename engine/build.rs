@@ -30,7 +30,16 @@ fn build_agent(workspace: &Path, out: &Path) -> PathBuf {
     let target = env::var("TARGET").expect("set by cargo");
     let target_dir = out.join("agent");
     let status = Command::new(env::var_os("CARGO").expect("set by cargo"))
-        .args(["build", "--package", "cloche-guest-agent", "--profile", "agent", "--locked", "--target", &target])
+        .args([
+            "build",
+            "--package",
+            "cloche-guest-agent",
+            "--profile",
+            "agent",
+            "--locked",
+            "--target",
+            &target,
+        ])
         .arg("--target-dir")
         .arg(&target_dir)
         .current_dir(workspace)

@@ -214,7 +214,8 @@ pub fn compare(plan: &Plan, mut progress: impl FnMut(usize, usize)) -> Result<Co
             progress(round * plan.isolations.len() + index + 1, total);
         }
     }
-    let columns = plan.isolations.iter().zip(results).map(|(isolation, runs)| column(*isolation, &runs)).collect();
+    let columns =
+        plan.isolations.iter().zip(results).map(|(isolation, runs)| column(*isolation, &runs)).collect();
     Ok(Comparison { command: plan.image_and_command.clone(), runs: plan.runs, method: method(), columns })
 }
 
@@ -264,11 +265,16 @@ fn column(isolation: Isolation, runs: &[(RunTrace, u64)]) -> Column {
 /// Printed beside every figure: what clock, what machine.
 fn method() -> String {
     let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
-    let clock = match (std::env::var_os("CLOCHE_KVM_HOST").is_some(), std::env::var_os("CLOCHE_ICOUNT").is_some()) {
+    let clock = match (
+        std::env::var_os("CLOCHE_KVM_HOST").is_some(),
+        std::env::var_os("CLOCHE_ICOUNT").is_some(),
+    ) {
         (true, true) => {
             "emulated KVM host under icount: instruction time (1 instruction = 1 ns), not hardware latency"
         }
-        (true, false) => "emulated KVM host without icount: not to be quoted, use it for exit codes and memory only",
+        (true, false) => {
+            "emulated KVM host without icount: not to be quoted, use it for exit codes and memory only"
+        }
         (false, _) => "this machine's own clock",
     };
     format!("whole `cloche run` commands, interleaved after one warm-up each; host kernel {kernel}; {clock}")
@@ -311,7 +317,8 @@ mod tests {
         let mut marks = Trace::default();
         marks.mark_at(Mark::CliExec, 10);
         marks.mark_at(Mark::NetworkReady, 30);
-        let run = RunTrace { isolation: Isolation::Container, exit_code: 3, host_memory_peak_bytes: None, marks };
+        let run =
+            RunTrace { isolation: Isolation::Container, exit_code: 3, host_memory_peak_bytes: None, marks };
         let column = column(Isolation::Container, &[(run, 100)]);
         assert_eq!(column.phases_ns.keys().copied().collect::<Vec<_>>(), [Phase::Prepare, Phase::Whole]);
         assert_eq!(column.phases_ns[&Phase::Prepare].median, 20);

@@ -96,7 +96,12 @@ fn privileges() -> Finding {
     if mask >> CAP_SYS_ADMIN & 1 == 1 {
         Finding::good("privileges", "CAP_SYS_ADMIN is there")
     } else {
-        Finding::bad("privileges", Verdict::Missing, "CAP_SYS_ADMIN is missing", "run as root: `sudo cloche …`")
+        Finding::bad(
+            "privileges",
+            Verdict::Missing,
+            "CAP_SYS_ADMIN is missing",
+            "run as root: `sudo cloche …`",
+        )
     }
 }
 
@@ -165,7 +170,12 @@ fn filesystem(name: &'static str) -> Finding {
         Finding::good(name, "the kernel has it")
     } else {
         let detail = format!("this kernel has no {name}");
-        Finding::bad(name, Verdict::Missing, detail, format!("`modprobe {name}`, or use a kernel that has it"))
+        Finding::bad(
+            name,
+            Verdict::Missing,
+            detail,
+            format!("`modprobe {name}`, or use a kernel that has it"),
+        )
     }
 }
 
@@ -191,7 +201,9 @@ fn linux_guest() -> Option<Finding> {
             format!("boots: {:.1} ms from the first guest instruction to /init", ns as f64 / 1e6),
         ),
         Ok(None) => Finding::good(subject, "boots"),
-        Err(reason) => Finding::bad(subject, Verdict::Missing, format!("does not boot: {reason}"), KVM_REMEDY),
+        Err(reason) => {
+            Finding::bad(subject, Verdict::Missing, format!("does not boot: {reason}"), KVM_REMEDY)
+        }
     })
 }
 
@@ -212,7 +224,9 @@ fn boot(config: &VmConfig) -> Result<Option<u64>, String> {
     }
     let (mut first, mut init) = (None, None);
     let mut result = Err("the VMM ended unexpectedly".to_owned());
-    for line in vmm.stdout.take().map(BufReader::new).into_iter().flat_map(BufRead::lines).map_while(Result::ok) {
+    for line in
+        vmm.stdout.take().map(BufReader::new).into_iter().flat_map(BufRead::lines).map_while(Result::ok)
+    {
         match serde_json::from_str(&line) {
             Ok(Event::Mark { name: Mark::FirstInstruction, ns }) => first = Some(ns),
             Ok(Event::Mark { name: Mark::Init, ns }) => init = Some(ns),

@@ -88,7 +88,9 @@ pub enum RequestError {
     #[error("memory limit of {0} bytes is too small; the minimum is {MIN_MEMORY_BYTES} bytes (6m)")]
     MemoryTooSmall(u64),
     /// More memory than this machine has.
-    #[error("memory limit of {asked} bytes is more than the {available} bytes this machine has; ask for less")]
+    #[error(
+        "memory limit of {asked} bytes is more than the {available} bytes this machine has; ask for less"
+    )]
     MemoryTooLarge {
         /// The limit asked for.
         asked: u64,
@@ -265,7 +267,11 @@ impl FromStr for Bytes {
         let value: f64 = digits.parse().map_err(|_| bad())?;
         let bytes = value * (1u64 << shift) as f64;
         // `<` and not `<=`: u64::MAX as f64 rounds up to 2^64.
-        if value.is_finite() && bytes >= 0.0 && bytes < u64::MAX as f64 { Ok(Self(bytes as u64)) } else { Err(bad()) }
+        if value.is_finite() && bytes >= 0.0 && bytes < u64::MAX as f64 {
+            Ok(Self(bytes as u64))
+        } else {
+            Err(bad())
+        }
     }
 }
 

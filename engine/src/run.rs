@@ -7,8 +7,8 @@
 use std::path::PathBuf;
 
 use cloche_images::{ResolveError, Store, StoreError};
-use oci_spec::image::ImageConfiguration;
 use cloche_protocol::message::Exit;
+use oci_spec::image::ImageConfiguration;
 
 use crate::{
     home::Home,
@@ -110,9 +110,10 @@ pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outco
     let id = sandbox.record.id.clone();
     match result {
         Ok(exit) => {
-            let memory = (request.isolation == Isolation::Container)
-                .then_some(exit.memory_peak_bytes)
-                .unwrap_or_else(|| children_peak_bytes());
+            let memory = match request.isolation {
+                Isolation::Container => exit.memory_peak_bytes,
+                Isolation::Process | Isolation::Vm => children_peak_bytes(),
+            };
             sandbox.finish(Ended {
                 exit_code: exit.status.shell_code(),
                 oom_killed: exit.oom_killed,

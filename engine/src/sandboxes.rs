@@ -111,7 +111,8 @@ impl Sandboxes {
         // Two sandboxes that want one name take turns at looking whether it is free.
         let _turn = record.name.as_ref().map(|_| self.lock_names()).transpose()?;
         if let Some(name) = &record.name
-            && let Some(other) = self.entries()?.into_iter().find(|entry| entry.record.name.as_ref() == Some(name))
+            && let Some(other) =
+                self.entries()?.into_iter().find(|entry| entry.record.name.as_ref() == Some(name))
         {
             return Err(SandboxError::NameTaken { name: name.clone(), id: other.record.id });
         }
@@ -153,7 +154,8 @@ impl Sandboxes {
     /// The sandbox with this name, id, or unambiguous beginning of an id.
     pub fn find(&self, reference: &str) -> Result<Entry, SandboxError> {
         let mut entries = self.entries()?;
-        let exact = |entry: &Entry| entry.record.id == reference || entry.record.name.as_deref() == Some(reference);
+        let exact =
+            |entry: &Entry| entry.record.id == reference || entry.record.name.as_deref() == Some(reference);
         if let Some(at) = entries.iter().position(exact) {
             return Ok(entries.swap_remove(at));
         }
@@ -369,9 +371,7 @@ fn write_record(dir: &Path, record: &Record) -> Result<(), SandboxError> {
     let path = dir.join("record.json");
     let staging = dir.join(".record.json");
     let json = serde_json::to_vec(record).unwrap_or_default();
-    fs::write(&staging, json)
-        .and_then(|()| fs::rename(&staging, &path))
-        .map_err(io_error("write", &path))
+    fs::write(&staging, json).and_then(|()| fs::rename(&staging, &path)).map_err(io_error("write", &path))
 }
 
 fn remove_dir(dir: &Path) -> Result<(), SandboxError> {

@@ -8,15 +8,8 @@ use std::{
 use crate::syscalls;
 
 /// What a user or a supervisor sends to steer a program.
-const FORWARDED: [i32; 7] = [
-    libc::SIGHUP,
-    libc::SIGINT,
-    libc::SIGQUIT,
-    libc::SIGTERM,
-    libc::SIGUSR1,
-    libc::SIGUSR2,
-    libc::SIGCONT,
-];
+const FORWARDED: [i32; 7] =
+    [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2, libc::SIGCONT];
 
 /// Forwarded signals, blocked and collected by a descriptor, so that none is lost between two waits.
 #[derive(Debug)]

@@ -27,7 +27,9 @@ pub enum BootError {
         source: io::Error,
     },
     /// The kernel lacks drivers, or has them as modules, which are not here.
-    #[error("this kernel lacks these built-in drivers: {0}; boot one that has them, such as that of `cloche kernel build`")]
+    #[error(
+        "this kernel lacks these built-in drivers: {0}; boot one that has them, such as that of `cloche kernel build`"
+    )]
     MissingDrivers(String),
     /// The host wrote no usable configuration into the initramfs.
     #[error("cannot read {path} of the initramfs")]

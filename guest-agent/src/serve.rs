@@ -120,7 +120,8 @@ impl Streams {
         let stdin_pumps = self.pumps.len() - 2;
         self.pumps.drain(..stdin_pumps);
         while !self.pumps.iter().all(Pump::is_done) {
-            pump::poll(&mut self.pumps, &[], None).map_err(|error| ServeError::System("carry stdio", error))?;
+            pump::poll(&mut self.pumps, &[], None)
+                .map_err(|error| ServeError::System("carry stdio", error))?;
         }
         Ok(())
     }

@@ -86,17 +86,14 @@ impl Pump {
         if self.start == self.end {
             self.buffer.resize(BUFFER_BYTES, 0);
             match rustix::io::read(from, &mut self.buffer[..]) {
-                Ok(0) => {
-                    self.finish();
-                    return Ok(());
-                }
+                Ok(0) => return self.finish(),
                 Ok(count) => {
                     (self.start, self.end) = (0, count);
                     self.carried += count as u64;
                 }
                 Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
                 // A hung-up terminal, a reset peer, or no readable file in the first place: nothing more comes.
-                Err(_) => return Ok(self.finish()),
+                Err(_) => return self.finish(),
             }
             if self.target == Target::Shared {
                 // Whether the target takes bytes is known only after the next poll.
@@ -107,28 +104,27 @@ impl Pump {
         match rustix::io::write(to, &self.buffer[self.start..end]) {
             Ok(count) => self.start += count,
             Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN | Errno::SHUTDOWN | Errno::IO) => self.finish(),
+            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN | Errno::SHUTDOWN | Errno::IO) => {
+                return self.finish();
+            }
             Err(errno) => return Err(errno.into()),
         }
         Ok(())
     }
 
-    fn finish(&mut self) {
+    fn finish(&mut self) -> io::Result<()> {
         if let Some((_, to)) = self.ends.take() {
             // Half-close: a socket's other direction and bytes in flight outlive this. ENOTSOCK for everything else.
             let _ = rustix::net::shutdown(&to, rustix::net::Shutdown::Write);
         }
+        Ok(())
     }
 }
 
 /// One round of a poll loop: waits until a pump can move or one of `others` is ready, or for as long as `timeout` says,
 /// and lets the ready pumps move. Says which descriptors were ready: first those of `others`, then those of the pumps
 /// that were at work.
-pub fn poll(
-    pumps: &mut [Pump],
-    others: &[PollFd<'_>],
-    timeout: Option<Duration>,
-) -> io::Result<Vec<bool>> {
+pub fn poll(pumps: &mut [Pump], others: &[PollFd<'_>], timeout: Option<Duration>) -> io::Result<Vec<bool>> {
     let timeout = timeout.map(|timeout| Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: timeout.subsec_nanos().into(),

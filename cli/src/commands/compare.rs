@@ -23,7 +23,7 @@ pub fn compare(global: &Global, arguments: &Compare) -> anyhow::Result<ExitCode>
         global_arguments: vec![directory("--root", &global.root), directory("--state", &global.state)],
         kernel: arguments.kernel.clone(),
         memory: arguments.memory.clone(),
-        image_and_command: [&[arguments.image.clone()], arguments.command.as_slice()].concat(),
+        image_and_command: [std::slice::from_ref(&arguments.image), &arguments.command].concat(),
         isolations: arguments.isolation.iter().map(|isolation| (*isolation).into()).collect(),
         runs: arguments.runs as usize,
     };
@@ -36,7 +36,11 @@ pub fn compare(global: &Global, arguments: &Compare) -> anyhow::Result<ExitCode>
     });
     bar.finish_and_clear();
     let comparison = result?;
-    if arguments.json { print_json(&comparison)? } else { print!("{}", table(&comparison)) }
+    if arguments.json {
+        print_json(&comparison)?
+    } else {
+        print!("{}", table(&comparison))
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -80,7 +80,10 @@ fn load(store: &Store, file: &Path, name: Option<&str>, quiet: bool) -> anyhow::
 
 /// An archive's parts are looked up by position, which a pipe does not allow: it goes to an unnamed file first.
 fn spool_stdin() -> anyhow::Result<(PathBuf, Option<std::fs::File>)> {
-    anyhow::ensure!(!io::stdin().is_terminal(), "stdin is a terminal; pipe an archive into it or name a file");
+    anyhow::ensure!(
+        !io::stdin().is_terminal(),
+        "stdin is a terminal; pipe an archive into it or name a file"
+    );
     let mut spool = tempfile::tempfile().context("cannot make a temporary file for the archive on stdin")?;
     io::copy(&mut io::stdin().lock(), &mut spool).context("cannot copy the archive on stdin")?;
     spool.flush()?;

@@ -93,7 +93,10 @@ fn print_trace(format: TraceFormat, trace: RunTrace) -> anyhow::Result<()> {
                 vec![stamp.name.name().to_owned(), at, render::milliseconds(step)]
             }));
             eprint!("{}", render::table(&rows, &[1, 2]));
-            eprintln!("host clock (CLOCK_MONOTONIC) from the first line of `main`; {} isolation", trace.isolation);
+            eprintln!(
+                "host clock (CLOCK_MONOTONIC) from the first line of `main`; {} isolation",
+                trace.isolation
+            );
         }
     }
     Ok(())

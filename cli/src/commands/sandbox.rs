@@ -2,12 +2,7 @@
 
 use std::process::ExitCode;
 
-use cloche_engine::{
-    isolation::observed,
-    record::State,
-    request::Isolation,
-    sandboxes::Entry,
-};
+use cloche_engine::{isolation::observed, record::State, request::Isolation, sandboxes::Entry};
 use serde::Serialize;
 
 use super::{home, print_json, reconciled};

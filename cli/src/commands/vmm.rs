@@ -31,11 +31,18 @@ fn run(words: impl Iterator<Item = OsString>) -> anyhow::Result<ExitCode> {
         let parent = parent.with_context(|| format!("unknown argument `{word}`; it takes --die-with=PID"))?;
         cloche_engine::syscalls::die_with_parent().context("cannot tie this process to its parent")?;
         // It may have died before the line above.
-        anyhow::ensure!(std::os::unix::process::parent_id() == parent, "process {parent}, its parent, is gone");
+        anyhow::ensure!(
+            std::os::unix::process::parent_id() == parent,
+            "process {parent}, its parent, is gone"
+        );
     }
     let mut json = Vec::new();
-    io::stdin().take(MAX_CONFIG_BYTES).read_to_end(&mut json).context("cannot read the configuration from stdin")?;
-    let config: VmConfig = serde_json::from_slice(&json).context("the configuration on stdin is not valid")?;
+    io::stdin()
+        .take(MAX_CONFIG_BYTES)
+        .read_to_end(&mut json)
+        .context("cannot read the configuration from stdin")?;
+    let config: VmConfig =
+        serde_json::from_slice(&json).context("the configuration on stdin is not valid")?;
     let told = config.events_fd.is_some();
     match cloche_vmm::run(config, cloche_engine::INITRAMFS) {
         Ok(_) => Ok(ExitCode::SUCCESS),

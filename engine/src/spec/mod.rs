@@ -61,11 +61,7 @@ pub struct Workload {
 }
 
 /// Makes the spec of sandbox `id`.
-pub fn workload(
-    id: &str,
-    request: &RunRequest,
-    image: &ImageConfiguration,
-) -> Result<Workload, SpecError> {
+pub fn workload(id: &str, request: &RunRequest, image: &ImageConfiguration) -> Result<Workload, SpecError> {
     let config = image.config().as_ref();
     let args = arguments(request, config);
     if args.is_empty() {
@@ -102,7 +98,11 @@ fn arguments(request: &RunRequest, config: Option<&oci_spec::image::Config>) -> 
         Some(entrypoint) => (vec![entrypoint.clone()], Vec::new()),
         None => (image_entrypoint, image_command),
     };
-    if request.command.is_empty() { args.extend(default_command) } else { args.extend(request.command.clone()) }
+    if request.command.is_empty() {
+        args.extend(default_command)
+    } else {
+        args.extend(request.command.clone())
+    }
     args
 }
 

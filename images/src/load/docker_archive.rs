@@ -6,7 +6,7 @@
 use serde::Deserialize;
 
 use super::source::Source;
-use super::{Metadata, LoadError, PlannedImage, PlannedLayer, parse_config, parse_json};
+use super::{LoadError, Metadata, PlannedImage, PlannedLayer, parse_config, parse_json};
 use crate::digest::Digest;
 use crate::layer::ExpectedLayer;
 use crate::limits::{MAX_CONFIG_BYTES, MAX_MANIFEST_BYTES, MAX_MANIFESTS};

@@ -7,7 +7,7 @@ use oci_spec::image::{Arch, Descriptor, ImageIndex, ImageManifest, MediaType, Os
 use serde::Deserialize;
 
 use super::source::Source;
-use super::{Metadata, LoadError, PlannedImage, PlannedLayer, parse_config, parse_json};
+use super::{LoadError, Metadata, PlannedImage, PlannedLayer, parse_config, parse_json};
 use crate::digest::Digest;
 use crate::layer::ExpectedLayer;
 use crate::limits::{MAX_CONFIG_BYTES, MAX_INDEX_DEPTH, MAX_LAYERS, MAX_MANIFEST_BYTES, MAX_MANIFESTS};

@@ -35,19 +35,19 @@ impl Archive {
         self.entries += 1;
         let name = path.trim_start_matches('/');
         let fields = [
-            self.entries,             // inode: distinct, or files would be taken for hard links
+            self.entries, // inode: distinct, or files would be taken for hard links
             mode,
-            0,                        // uid
-            0,                        // gid
-            1,                        // links
-            0,                        // mtime: none, so that archives are reproducible
+            0, // uid
+            0, // gid
+            1, // links
+            0, // mtime: none, so that archives are reproducible
             content.len() as u32,
-            0,                        // major of the file system
-            0,                        // minor of the file system
+            0, // major of the file system
+            0, // minor of the file system
             major,
             minor,
             name.len() as u32 + 1,
-            0,                        // checksum: unused in this variant
+            0, // checksum: unused in this variant
         ];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {

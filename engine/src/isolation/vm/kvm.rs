@@ -11,7 +11,9 @@ pub enum KvmError {
     )]
     Missing,
     /// A device node that this user may not open.
-    #[error("cannot open /dev/kvm; join the group that owns it, run `cloche doctor`, or use --isolation container")]
+    #[error(
+        "cannot open /dev/kvm; join the group that owns it, run `cloche doctor`, or use --isolation container"
+    )]
     Denied(#[source] std::io::Error),
     /// KVM without hardware virtualisation.
     #[error(

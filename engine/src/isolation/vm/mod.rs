@@ -149,7 +149,8 @@ pub fn start(
     write_boot_archive(id, dir, workload, &config, request.interactive)?;
     let vmm = Vmm::spawn(&config)?;
     trace.mark(Mark::VmmSpawned);
-    let mut machine = Machine { vmm, control: None, silent_since: None, decoder: Decoder::default(), streams: None };
+    let mut machine =
+        Machine { vmm, control: None, silent_since: None, decoder: Decoder::default(), streams: None };
     let mut pending = Pending { listeners, ..Pending::default() };
     let mut held_back = Vec::new();
     let started = Instant::now();
@@ -533,7 +534,9 @@ impl Running for Machine {
     fn poll_fds(&self) -> Vec<PollFd<'_>> {
         let mut fds =
             vec![PollFd::new(&self.vmm.pidfd, PollFlags::IN), PollFd::new(&self.vmm.events, PollFlags::IN)];
-        fds.extend(self.control.as_ref().map(|control| PollFd::from_borrowed_fd(control.as_fd(), PollFlags::IN)));
+        fds.extend(
+            self.control.as_ref().map(|control| PollFd::from_borrowed_fd(control.as_fd(), PollFlags::IN)),
+        );
         fds
     }
 
@@ -543,7 +546,9 @@ impl Running for Machine {
                 self.await_last_mark(trace);
                 return Ok(Some(exit));
             }
-            Ok(Some(other)) => return Err(Lost(format!("the guest agent sent {other:?} to a running container"))),
+            Ok(Some(other)) => {
+                return Err(Lost(format!("the guest agent sent {other:?} to a running container")));
+            }
             Ok(None) => {}
             Err(error) => return Err(Lost(error.to_string())),
         }
