@@ -171,7 +171,8 @@ impl Sandboxes {
     pub fn remove(&self, reference: &str, force: bool) -> Result<String, SandboxError> {
         let id = self.find(reference)?.record.id;
         let dir = self.dir.join(&id);
-        let _lock = self.end(&id, &dir, force)?;
+        // Its monitor may have forgotten it meanwhile, which is all that was asked for.
+        let Some(_lock) = self.end(&id, &dir, force)? else { return Ok(id) };
         if let Some(record) = read_record(&dir)
             && !matches!(record.state, State::Exited(_))
         {
@@ -182,8 +183,8 @@ impl Sandboxes {
     }
 
     /// Takes the lock of a sandbox from its monitor, if `force` by killing first the sandbox, then the monitor. Other
-    /// commands hold the lock for a moment, too; they are waited for.
-    fn end(&self, id: &str, dir: &Path, force: bool) -> Result<File, SandboxError> {
+    /// commands hold the lock for a moment, too; they are waited for. `None` if the sandbox is gone.
+    fn end(&self, id: &str, dir: &Path, force: bool) -> Result<Option<File>, SandboxError> {
         const PAUSE: Duration = Duration::from_millis(5);
         /// For the monitor to see the end, pass on the last output and clean up.
         const GRACE: Duration = Duration::from_secs(3);
@@ -191,9 +192,9 @@ impl Sandboxes {
         let started = Instant::now();
         loop {
             if let Some(lock) = try_lock(dir) {
-                return Ok(lock);
+                return Ok(Some(lock));
             }
-            let record = read_record(dir).ok_or_else(|| SandboxError::Unknown(id.into()))?;
+            let Some(record) = read_record(dir) else { return Ok(None) };
             let attended = !matches!(record.state, State::Exited(_)) && record.monitor.is_alive();
             if attended && !force || started.elapsed() > PATIENCE {
                 return Err(SandboxError::Running(id.into()));

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
@@ -53,6 +53,10 @@ impl Source {
         let decode = |source| LoadError::Decode { path: path.to_owned(), source };
         let file = File::open(path).map_err(read)?;
         let metadata = file.metadata().map_err(read)?;
+        // A device has no end; an archive comes from a file or through a pipe.
+        if metadata.file_type().is_char_device() || metadata.file_type().is_block_device() {
+            return Err(LoadError::NotAnImage(path.to_owned()));
+        }
         if metadata.is_dir() {
             return Ok(Source { path: path.to_owned(), form: Form::Directory(file) });
         }
