@@ -50,7 +50,6 @@ pub struct Running {
     stdout: Collector,
     stderr: Collector,
     deadline: Instant,
-    waited: bool,
 }
 
 impl Running {
@@ -71,7 +70,7 @@ impl Running {
             thread::spawn(move || pipe.write_all(&bytes));
         }
         let pid = Pid::from_child(&child);
-        Ok(Self { command: text, child, pid, input: held, stdout, stderr, deadline, waited: false })
+        Ok(Self { command: text, child, pid, input: held, stdout, stderr, deadline })
     }
 
     /// The child's process id.
@@ -138,7 +137,6 @@ impl Running {
             return Err(late);
         }
         let status = self.child.wait().context("wait for the child")?;
-        self.waited = true;
         // Whoever still holds the pipes after the child is gone would hang a shell pipeline, too.
         let patience = self.deadline.min(Instant::now() + Duration::from_secs(20));
         for (name, collector) in [("stdout", &self.stdout), ("stderr", &self.stderr)] {
@@ -208,7 +206,8 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if !self.waited {
+        // Once it is reaped its number may be another's.
+        if !matches!(self.child.try_wait(), Ok(Some(_))) {
             self.kill_all();
             let _ = self.child.wait();
         }
