@@ -17,6 +17,7 @@
 
 mod bed;
 mod bodies;
+mod finished;
 mod image;
 mod leftovers;
 mod noise;
