@@ -25,8 +25,6 @@ pub enum Layering {
     Plain,
     /// As gzipped tar.
     Gzip,
-    /// As tar compressed by zstd.
-    Zstd,
 }
 
 impl Layering {
@@ -34,7 +32,6 @@ impl Layering {
         match self {
             Self::Plain => "application/vnd.oci.image.layer.v1.tar",
             Self::Gzip => "application/vnd.oci.image.layer.v1.tar+gzip",
-            Self::Zstd => "application/vnd.oci.image.layer.v1.tar+zstd",
         }
     }
 
@@ -42,7 +39,6 @@ impl Layering {
         match self {
             Self::Plain => Ok(layer.to_vec()),
             Self::Gzip => gzip(layer),
-            Self::Zstd => zstd::encode_all(layer, 1).context("compress"),
         }
     }
 }
@@ -61,22 +57,19 @@ pub struct Image {
     pub layers: Vec<Vec<u8>>,
     /// The `config` object of the image configuration (OCI image-spec: config.md#properties).
     pub config: Value,
-    /// The processor it is for, by Go's name.
-    pub architecture: &'static str,
 }
 
 impl Image {
     /// An image of these layers with an ordinary `PATH` and nothing else set.
     pub fn new(layers: Vec<Vec<u8>>) -> Self {
-        let config = json!({ "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sh"] });
-        Self { layers, config, architecture: "amd64" }
+        Self { layers, config: json!({ "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sh"] }) }
     }
 
     fn configuration(&self) -> Vec<u8> {
         let diff_ids: Vec<String> =
             self.layers.iter().map(|layer| format!("sha256:{}", sha256_hex(layer))).collect();
         let document = json!({
-            "architecture": self.architecture,
+            "architecture": "amd64",
             "os": "linux",
             "config": self.config,
             "rootfs": { "type": "layers", "diff_ids": diff_ids },

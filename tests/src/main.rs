@@ -17,7 +17,6 @@
 
 mod bed;
 mod bodies;
-mod finished;
 mod image;
 mod leftovers;
 mod noise;
