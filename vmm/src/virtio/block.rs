@@ -134,6 +134,7 @@ impl Device for Block {
             device_type: device_type::BLOCK,
             features: feature::SEG_MAX | feature::FLUSH | read_only,
             queue_sizes: QUEUE_SIZES,
+            optional_queues: 0,
             config,
         }
     }

@@ -3,10 +3,18 @@
 use std::{
     io,
     os::fd::RawFd,
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
 };
 
-use super::queue::{QueueError, VirtQueue};
+use tracing::warn;
+
+use super::{
+    config_space::ConfigSpace,
+    queue::{QueueError, VirtQueue},
+};
 use crate::{devices::Interrupt, guest_memory::GuestMemory};
 
 /// Device types (virtio 1.2 §5).
@@ -28,7 +36,9 @@ pub struct Identity {
     pub features: u64,
     /// Largest size of each queue; powers of two.
     pub queue_sizes: &'static [u16],
-    /// The device configuration space, read-only.
+    /// How many of the queues, counted from the end, a driver may leave out: those of features that it does not accept.
+    pub optional_queues: usize,
+    /// The device configuration space as it is at first.
     pub config: Vec<u8>,
 }
 
@@ -51,8 +61,11 @@ pub trait Poller {
 
 /// What a running device works with.
 pub struct Running<'a> {
-    /// Its queues.
+    /// Its queues, without those that the driver left out.
     pub queues: &'a mut [VirtQueue],
+    /// The feature bits that the driver accepted.
+    #[allow(dead_code)]
+    pub features: u64,
     /// Where their buffers are.
     pub memory: &'a GuestMemory,
     /// Its event loop.
@@ -81,6 +94,17 @@ pub trait Device: Send {
     /// What the transport shows to the driver.
     fn identity(&self) -> Identity;
 
+    /// The space that the transport shows, where it changes at run time or the driver writes to it. `None`: it is
+    /// [`Identity::config`] for ever.
+    fn config_space(&self) -> Option<Arc<ConfigSpace>> {
+        None
+    }
+
+    /// The driver is ready (DRIVER_OK). Buffers may have come before.
+    fn start(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
+        self.queues_ready(running)
+    }
+
     /// The driver rang: any of the queues may have new buffers.
     fn queues_ready(&mut self, running: &mut Running) -> Result<Progress, QueueError>;
 
@@ -102,6 +126,8 @@ pub trait Device: Send {
 pub struct InterruptStatus {
     pending: AtomicU32,
     needs_reset: AtomicBool,
+    /// Whether the driver is ready to be told of a changed configuration.
+    live: AtomicBool,
     line: Box<dyn Interrupt>,
 }
 
@@ -111,7 +137,22 @@ impl InterruptStatus {
 
     /// With nothing pending.
     pub fn new(line: Box<dyn Interrupt>) -> Self {
-        Self { pending: AtomicU32::new(0), needs_reset: AtomicBool::new(false), line }
+        let (needs_reset, live) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { pending: AtomicU32::new(0), needs_reset, live, line }
+    }
+
+    /// The driver has set DRIVER_OK.
+    pub fn set_live(&self) {
+        self.live.store(true, Ordering::Release);
+    }
+
+    /// Tells the driver, if it is there, to read the configuration space again (virtio 1.2 §2.5).
+    pub fn signal_configuration_change(&self) {
+        if self.live.load(Ordering::Acquire)
+            && let Err(error) = self.signal(Self::CONFIGURATION_CHANGE)
+        {
+            warn!(%error, "a virtio interrupt was lost");
+        }
     }
 
     /// Tells the driver that buffers came back.
@@ -147,6 +188,7 @@ impl InterruptStatus {
 
     /// The driver has reset the device.
     pub fn clear(&self) {
+        self.live.store(false, Ordering::Release);
         self.pending.store(0, Ordering::Release);
         self.needs_reset.store(false, Ordering::Release);
     }

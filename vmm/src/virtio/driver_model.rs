@@ -193,7 +193,8 @@ pub fn ring(
     queues: &mut [VirtQueue],
     memory: &GuestMemory,
 ) -> Result<Progress, QueueError> {
-    device.queues_ready(&mut Running { queues, memory, poller: &mut Watched::default() })
+    let features = device.identity().features;
+    device.queues_ready(&mut Running { queues, features, memory, poller: &mut Watched::default() })
 }
 
 /// An interrupt line that counts.

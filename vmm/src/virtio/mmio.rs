@@ -52,8 +52,8 @@ mod status {
 
 /// Features that this implementation of queues and transport has, whatever the device (virtio 1.2 §6).
 mod feature {
+    pub use crate::virtio::queue::FEATURE_EVENT_IDX as EVENT_IDX;
     pub const INDIRECT_DESC: u64 = 1 << 28;
-    pub const EVENT_IDX: u64 = 1 << 29;
     pub const VERSION_1: u64 = 1 << 32;
 }
 
@@ -106,20 +106,12 @@ impl MmioTransport {
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some(config_offset) = offset.checked_sub(register::CONFIG) {
-            self.read_config(config_offset, data);
+            self.worker.config().read(config_offset, data);
         } else if let Ok(word) = <&mut [u8; 4]>::try_from(data)
             && offset.is_multiple_of(4)
         {
             // §4.2.2.2: registers are accessed by aligned 32-bit reads and writes.
             *word = self.read_register(offset).to_le_bytes();
-        }
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config =
-            usize::try_from(offset).ok().and_then(|offset| self.worker.identity().config.get(offset..));
-        for (to, from) in data.iter_mut().zip(config.unwrap_or_default()) {
-            *to = *from;
         }
     }
 
@@ -136,7 +128,7 @@ impl MmioTransport {
             register::STATUS => self.status(),
             // There are no shared memory regions: length and base read as all ones (§4.2.2.1).
             register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
-            register::CONFIG_GENERATION => 0,
+            register::CONFIG_GENERATION => self.worker.config().generation(),
             _ => 0,
         }
     }
@@ -148,6 +140,13 @@ impl MmioTransport {
 
     /// The driver writes `data` at `offset`. What is not there is ignored.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(config_offset) = offset.checked_sub(register::CONFIG) {
+            // §4.2.2.2: not before the driver has been recognised.
+            if self.status & status::DRIVER != 0 {
+                self.worker.config().driver_write(config_offset, data);
+            }
+            return;
+        }
         let Ok(word) = <[u8; 4]>::try_from(data) else { return };
         let value = u32::from_le_bytes(word);
         match offset {
@@ -206,15 +205,23 @@ impl MmioTransport {
             return;
         }
         if gained == status::DRIVER_OK {
-            if self.queues.iter().all(|queue| queue.ready) {
-                let setups = self.queues.iter().map(|queue| queue.setup).collect();
-                self.worker.start(setups, self.accepted & feature::EVENT_IDX != 0);
-            } else {
+            let Some(setups) = self.ready_queues() else {
                 self.violation();
                 return;
-            }
+            };
+            self.interrupt().set_live();
+            self.worker.start(setups, self.accepted);
         }
         self.status |= gained;
+    }
+
+    /// The queues that the driver set up: all, but for optional ones at the end. `None` if one is missing.
+    fn ready_queues(&self) -> Option<Vec<QueueSetup>> {
+        let ready: Vec<_> =
+            self.queues.iter().take_while(|queue| queue.ready).map(|queue| queue.setup).collect();
+        let complete = ready.len() + self.worker.identity().optional_queues >= self.queues.len()
+            && self.queues.iter().skip(ready.len()).all(|queue| !queue.ready);
+        complete.then_some(ready)
     }
 
     fn features_acceptable(&self) -> bool {

@@ -16,6 +16,7 @@
 )]
 
 pub mod block;
+pub mod config_space;
 pub mod device;
 #[cfg(test)]
 mod driver_model;

@@ -1,10 +1,23 @@
 //! Split virtqueues as devices use them: chains come out checked, and any that is not as virtio 1.2 §2.7 demands is an
 //! error that ends the queue.
 
+use std::sync::atomic::{Ordering, fence};
+
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use crate::guest_memory::GuestMemory;
+
+/// VIRTIO_F_EVENT_IDX: both sides say at which index they want to be told (virtio 1.2 §2.7.7, §2.7.10).
+pub const FEATURE_EVENT_IDX: u64 = 1 << 29;
+
+/// Offset of the index in either ring, and of the first element (virtio 1.2 §2.7.6, §2.7.8).
+const RING_INDEX: u64 = 2;
+const RING_ELEMENTS: u64 = 4;
+/// Bytes of an element of the used ring.
+const USED_ELEMENT_BYTES: u64 = 8;
+/// In the available ring's flags (virtio 1.2 §2.7.6): the driver wants no interrupts.
+const NO_INTERRUPT: u16 = 1;
 
 /// Addresses and size of a queue as its driver wrote them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -77,8 +90,8 @@ pub enum QueueError {
 #[derive(Debug)]
 pub struct VirtQueue {
     ring: Queue,
-    /// Whether buffers were returned since the driver was last told.
-    returned: bool,
+    /// The used ring's index when it was last decided whether to tell the driver.
+    told: u16,
 }
 
 /// Buffers that a driver made available together.
@@ -111,7 +124,7 @@ impl VirtQueue {
         if !ring.is_valid(memory) {
             return Err(bad());
         }
-        Ok(Self { ring, returned: false })
+        Ok(Self { ring, told: 0 })
     }
 
     /// The next chain that the driver made available.
@@ -154,17 +167,52 @@ impl VirtQueue {
 
     /// Returns a chain, of which the device has written `written` bytes.
     pub fn push_used(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), QueueError> {
-        self.ring.add_used(memory, head, written).map_err(QueueError::Ring)?;
-        self.returned = true;
+        self.push_used_together(memory, &[(head, written)])
+    }
+
+    /// Returns several chains, each with the bytes written, so that the driver sees all or none: what was received
+    /// into merged buffers is one frame.
+    pub fn push_used_together(
+        &mut self,
+        memory: &GuestMemory,
+        returned: &[(u16, u32)],
+    ) -> Result<(), QueueError> {
+        let failed = |error| QueueError::Ring(virtio_queue::Error::GuestMemory(error));
+        let (used, size) = (self.ring.used_ring(), self.ring.size());
+        let mut next = self.ring.next_used();
+        for (head, written) in returned {
+            // `is_valid` has checked that the whole ring is in memory, so that no sum overflows.
+            let slot = used + RING_ELEMENTS + u64::from(next % size) * USED_ELEMENT_BYTES;
+            let element = u64::from(*written) << 32 | u64::from(*head);
+            memory.write_obj(element.to_le_bytes(), GuestAddress(slot)).map_err(failed)?;
+            next = next.wrapping_add(1);
+        }
+        // Release: who sees the index sees the elements (§2.7.8.2).
+        memory.store(next.to_le(), GuestAddress(used + RING_INDEX), Ordering::Release).map_err(failed)?;
+        self.ring.set_next_used(next);
         Ok(())
     }
 
     /// Whether the driver wants to be told of what was returned since the last call.
     pub fn take_notification(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        if !std::mem::take(&mut self.returned) {
+        let failed = |error| QueueError::Ring(virtio_queue::Error::GuestMemory(error));
+        let (before, now) = (self.told, self.ring.next_used());
+        if before == now {
             return Ok(false);
         }
-        self.ring.needs_notification(memory).map_err(QueueError::Ring)
+        self.told = now;
+        // The driver must see the used ring's index before we look at whether it wants to know (§2.7.7.2).
+        fence(Ordering::SeqCst);
+        let available = self.ring.avail_ring();
+        let read =
+            |address| memory.load(GuestAddress(address), Ordering::Relaxed).map(u16::from_le).map_err(failed);
+        if self.ring.event_idx_enabled() {
+            let wanted_at = read(available + RING_ELEMENTS + 2 * u64::from(self.ring.size()))?;
+            // Whether the index that the driver waits for is among those passed since `before`, modulo 2^16.
+            Ok(now.wrapping_sub(wanted_at).wrapping_sub(1) < now.wrapping_sub(before))
+        } else {
+            Ok(read(available)? & NO_INTERRUPT == 0)
+        }
     }
 
     /// Asks the driver to ring when it makes something available. True if it has done so meanwhile: look again.
@@ -278,7 +326,6 @@ impl<'m> Buffers<'m> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use vm_memory::Bytes;
 
     use super::*;
     use crate::virtio::driver_model::{Driver, INDIRECT, MEMORY_BYTES, NEXT, Part, WRITE, memory};
@@ -302,6 +349,60 @@ mod tests {
         assert!(!queue.take_notification(&memory).unwrap());
         assert_eq!(driver.take_used(), Some((head, b"abcde123\0".to_vec(), 3)));
         assert!(queue.pop(&memory).unwrap().is_none());
+    }
+
+    #[test]
+    fn chains_pushed_together_appear_with_one_index_across_the_ring_s_end() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 4);
+        let mut queue = driver.queue();
+        for round in 0..5 {
+            let heads: Vec<u16> = (0..3).map(|_| driver.add(&[Part::Writable(1)])).collect();
+            for _ in &heads {
+                queue.pop(&memory).unwrap().unwrap();
+            }
+            let returned: Vec<_> = heads.iter().map(|head| (*head, 1)).collect();
+            queue.push_used_together(&memory, &returned).unwrap();
+            let index: u16 = memory.read_obj(GuestAddress(driver.setup().used + RING_INDEX)).unwrap();
+            assert_eq!(index, 3 * (round + 1));
+            let seen: Vec<_> = std::iter::from_fn(|| driver.take_used()).map(|(head, _, _)| head).collect();
+            assert_eq!(seen, heads);
+        }
+    }
+
+    #[test]
+    fn notification_is_asked_for_as_flag_or_event_index_say() {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 8);
+        let setup = driver.setup();
+        let mut give_back = |queue: &mut VirtQueue| {
+            let head = driver.add(&[Part::Writable(1)]);
+            queue.pop(&memory).unwrap().unwrap();
+            queue.push_used(&memory, head, 1).unwrap();
+            driver.take_used().unwrap();
+        };
+        let mut queue = VirtQueue::new(0, setup, false, &memory).unwrap();
+        memory.write_obj(NO_INTERRUPT, GuestAddress(setup.available)).unwrap();
+        give_back(&mut queue);
+        assert!(!queue.take_notification(&memory).unwrap());
+        memory.write_obj(0u16, GuestAddress(setup.available)).unwrap();
+        give_back(&mut queue);
+        assert!(queue.take_notification(&memory).unwrap());
+
+        let mut driver = Driver::new(&memory, 1, 8);
+        let setup = driver.setup();
+        let mut queue = VirtQueue::new(0, setup, true, &memory).unwrap();
+        let mut told = Vec::new();
+        // The driver wants to be told of the third (§2.7.7.2).
+        memory.write_obj(2u16, GuestAddress(setup.available + RING_ELEMENTS + 16)).unwrap();
+        for _ in 0..5 {
+            let head = driver.add(&[Part::Writable(1)]);
+            queue.pop(&memory).unwrap().unwrap();
+            queue.push_used(&memory, head, 1).unwrap();
+            driver.take_used().unwrap();
+            told.push(queue.take_notification(&memory).unwrap());
+        }
+        assert_eq!(told, [false, false, true, false, false]);
     }
 
     #[test]

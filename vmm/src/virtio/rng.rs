@@ -20,6 +20,7 @@ impl Device for Rng {
             device_type: device_type::ENTROPY,
             features: 0,
             queue_sizes: QUEUE_SIZES,
+            optional_queues: 0,
             config: Vec::new(),
         }
     }

@@ -22,14 +22,15 @@ use tracing::warn;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
+    config_space::ConfigSpace,
     device::{Device, Identity, InterruptStatus, Poller, Progress, Readiness, Running},
-    queue::{QueueError, QueueSetup, VirtQueue},
+    queue::{FEATURE_EVENT_IDX, QueueError, QueueSetup, VirtQueue},
 };
 use crate::guest_memory::GuestMemory;
 
 /// What a transport tells its worker.
 enum Command {
-    Start { queues: Vec<QueueSetup>, event_idx: bool },
+    Start { queues: Vec<QueueSetup>, features: u64 },
     Stop { done: SyncSender<()> },
 }
 
@@ -40,6 +41,7 @@ pub struct WorkerHandle {
     doorbell: EventFd,
     interrupt: Arc<InterruptStatus>,
     identity: Identity,
+    config: Arc<ConfigSpace>,
 }
 
 impl WorkerHandle {
@@ -53,9 +55,15 @@ impl WorkerHandle {
         &self.interrupt
     }
 
-    /// Lets the device run on these queues. Does not wait: buffers that come before are found then.
-    pub fn start(&self, queues: Vec<QueueSetup>, event_idx: bool) {
-        self.send(Command::Start { queues, event_idx });
+    /// The device configuration space.
+    pub fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    /// Lets the device run on these queues with the features that the driver accepted. Does not wait: buffers that
+    /// come before are found then.
+    pub fn start(&self, queues: Vec<QueueSetup>, features: u64) {
+        self.send(Command::Start { queues, features });
     }
 
     /// Stops the device, and waits until it no longer touches its queues.
@@ -91,6 +99,7 @@ pub struct Worker {
     interrupt: Arc<InterruptStatus>,
     memory: GuestMemory,
     queues: Option<Vec<VirtQueue>>,
+    features: u64,
     failures: u32,
 }
 
@@ -104,14 +113,30 @@ impl Worker {
         let (sender, commands) = channel();
         let wake = EventFd::new(EFD_NONBLOCK)?;
         let doorbell = EventFd::new(EFD_NONBLOCK)?;
+        let identity = device.identity();
+        let config = device
+            .config_space()
+            .unwrap_or_else(|| Arc::new(ConfigSpace::new(identity.config.clone(), 0..0)));
+        config.connect(interrupt.clone());
         let handle = WorkerHandle {
             commands: sender,
             wake: wake.try_clone()?,
             doorbell: doorbell.try_clone()?,
             interrupt: interrupt.clone(),
-            identity: device.identity(),
+            identity,
+            config,
         };
-        let worker = Self { device, commands, wake, doorbell, interrupt, memory, queues: None, failures: 0 };
+        let worker = Self {
+            device,
+            commands,
+            wake,
+            doorbell,
+            interrupt,
+            memory,
+            queues: None,
+            features: 0,
+            failures: 0,
+        };
         Ok((worker, handle))
     }
 
@@ -125,7 +150,8 @@ impl Worker {
         let _ = self.wake.read();
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Start { queues, event_idx } => {
+                Command::Start { queues, features } => {
+                    let event_idx = features & FEATURE_EVENT_IDX != 0;
                     let built: Result<Vec<_>, _> = queues
                         .into_iter()
                         .enumerate()
@@ -134,7 +160,8 @@ impl Worker {
                     match built {
                         Ok(queues) => {
                             self.queues = Some(queues);
-                            self.drive(poller, |device, running| device.queues_ready(running));
+                            self.features = features;
+                            self.drive(poller, |device, running| device.start(running));
                         }
                         Err(error) => self.fail(error, poller),
                     }
@@ -155,7 +182,7 @@ impl Worker {
         work: impl FnOnce(&mut dyn Device, &mut Running) -> Result<Progress, QueueError>,
     ) {
         let Some(queues) = &mut self.queues else { return };
-        let mut running = Running { queues, memory: &self.memory, poller };
+        let mut running = Running { queues, features: self.features, memory: &self.memory, poller };
         let result = work(self.device.as_mut(), &mut running).and_then(|progress| {
             let mut notify = false;
             for queue in queues.iter_mut() {

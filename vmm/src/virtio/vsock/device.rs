@@ -118,6 +118,7 @@ impl<C: Connector> Device for Vsock<C> {
             // Streams need no feature bit (§5.10.3).
             features: 0,
             queue_sizes: QUEUE_SIZES,
+            optional_queues: 0,
             config: u64::from(self.guest_cid).to_le_bytes().to_vec(),
         }
     }
@@ -196,7 +197,7 @@ mod tests {
             work: impl Fn(&mut Vsock<ModelConnector>, &mut Running) -> Result<Progress, QueueError>,
         ) {
             let poller = &mut self.watched;
-            let mut running = Running { queues: &mut self.queues, memory: &self.memory, poller };
+            let mut running = Running { queues: &mut self.queues, features: 0, memory: &self.memory, poller };
             while work(&mut self.device, &mut running).unwrap() == Progress::More {}
         }
 
@@ -385,6 +386,7 @@ mod tests {
             let mut fixture = Fixture::new();
             fixture.tx.add(&parts);
             let mut running = Running {
+                features: 0,
                 queues: &mut fixture.queues,
                 memory: &fixture.memory,
                 poller: &mut fixture.watched,
@@ -394,8 +396,12 @@ mod tests {
         let mut fixture = Fixture::new();
         let header = packet(7, op::DATA, 2).encode();
         fixture.tx.add(&[Part::Readable(&header), Part::Readable(b"x")]);
-        let mut running =
-            Running { queues: &mut fixture.queues, memory: &fixture.memory, poller: &mut fixture.watched };
+        let mut running = Running {
+            features: 0,
+            queues: &mut fixture.queues,
+            memory: &fixture.memory,
+            poller: &mut fixture.watched,
+        };
         assert!(matches!(fixture.device.queues_ready(&mut running), Err(QueueError::BadRequest { .. })));
     }
 
