@@ -179,13 +179,14 @@ impl<'a> Bed<'a> {
         Ok(Loaded { bed: self, name: name.to_owned() })
     }
 
-    /// The static busybox of the `busybox` image, fetched once per run through a sandbox.
+    /// The static busybox of the `busybox` image, fetched once per run through a container.
     pub fn busybox_binary(&'a self) -> Result<&'static [u8]> {
         static BINARY: OnceLock<Vec<u8>> = OnceLock::new();
         if let Some(binary) = BINARY.get() {
             return Ok(binary);
         }
-        let fetched = self.busybox().command(&["cat", "/bin/busybox"]).run()?.succeeds()?.stdout;
+        let container = self.busybox().isolation(Some(Isolation::Container.as_str()));
+        let fetched = container.command(&["cat", "/bin/busybox"]).run()?.succeeds()?.stdout;
         ensure!(fetched.starts_with(b"\x7fELF"), "/bin/busybox of the busybox image is not a program");
         Ok(BINARY.get_or_init(|| fetched))
     }

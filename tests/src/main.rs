@@ -12,11 +12,14 @@
 //!   │                       │ use
 //!   └─ gives each a ──▶ bed::Bed ──▶ sandbox ──▶ process      drive `cloche`
 //!                           ├──────▶ leftovers, procfs        look at what it leaves on the host
-//!                           └──────▶ image, tree, tar, noise  make images whose content is known
+//!                           ├──────▶ image, tree, tar, noise  make images whose content is known
+//!                           └──────▶ guest ──▶ cpio           boot a bare guest for tests of its devices
 //! ```
 
 mod bed;
 mod bodies;
+mod cpio;
+mod guest;
 mod image;
 mod leftovers;
 mod noise;

@@ -4,6 +4,7 @@ mod bad_archives;
 mod bad_requests;
 mod commands;
 mod crash;
+mod devices;
 mod exit_status;
 mod hardening;
 mod identity;
@@ -19,7 +20,7 @@ use crate::suite::Body;
 
 /// Every body of the suite.
 pub fn all() -> Vec<Body> {
-    [
+    let themes = [
         exit_status::BODIES,
         stdio::BODIES,
         identity::BODIES,
@@ -34,6 +35,6 @@ pub fn all() -> Vec<Body> {
         bad_archives::BODIES,
         crash::BODIES,
         random_kills::BODIES,
-    ]
-    .concat()
+    ];
+    themes.into_iter().flatten().copied().chain(devices::all()).collect()
 }

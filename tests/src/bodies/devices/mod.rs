@@ -1,0 +1,11 @@
+//! What Linux's own drivers find in a guest's devices: one file for each kind of device. See [`crate::guest`].
+
+mod block;
+mod rng;
+
+use crate::suite::Body;
+
+/// Every body of this theme.
+pub fn all() -> Vec<Body> {
+    [block::BODIES, rng::BODIES].concat()
+}
