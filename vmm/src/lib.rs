@@ -21,6 +21,7 @@ mod virtio;
 
 pub mod config;
 pub mod event;
+pub mod rate_limit;
 
 pub use config::VmConfig;
 pub use event::{Event, ExitReason};
