@@ -53,6 +53,9 @@ pub struct VmConfig {
     /// Inherited file descriptor to which [`crate::event::Event`]s are written, one JSON object a line.
     #[serde(default)]
     pub events_fd: Option<RawFd>,
+    /// Inherited file descriptor of a listening unix socket, on which the VM takes requests: see [`crate::control`].
+    #[serde(default)]
+    pub control_fd: Option<RawFd>,
 }
 
 /// One piece of the initramfs.
@@ -121,6 +124,7 @@ impl VmConfig {
             console_log: None,
             start_timeout_ms: None,
             events_fd: None,
+            control_fd: None,
         }
     }
 
@@ -151,8 +155,10 @@ impl VmConfig {
         if self.start_timeout_ms == Some(0) {
             return Err(ConfigError::new("start_timeout_ms", 0, "1 and above, or none"));
         }
-        if let Some(fd) = self.events_fd.filter(|fd| *fd < 0) {
-            return Err(ConfigError::new("events_fd", fd, "an open file descriptor"));
+        for (field, fd) in [("events_fd", self.events_fd), ("control_fd", self.control_fd)] {
+            if let Some(fd) = fd.filter(|fd| *fd < 0) {
+                return Err(ConfigError::new(field, fd, "an open file descriptor"));
+            }
         }
         self.validate_disks()?;
         self.validate_vsock()
@@ -233,6 +239,7 @@ mod tests {
         assert!(refused(|c| c.cmdline_extra = "a\nb".into()).starts_with("cmdline_extra is \"a\\nb\""));
         assert!(refused(|c| c.start_timeout_ms = Some(0)).starts_with("start_timeout_ms is 0"));
         assert!(refused(|c| c.events_fd = Some(-1)).starts_with("events_fd is -1"));
+        assert!(refused(|c| c.control_fd = Some(-1)).starts_with("control_fd is -1"));
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //!   boot      kernel, initramfs, tables in guest memory    knows files and guest memory
 //!   devices   serial port, exit port                       know only their registers
 //!   virtio    MMIO transport; block, vsock, rng            know guest memory and backends
+//!   control   schema and framing of the control socket     knows no machine
 //!   backends  files, sockets, randomness                   know only the host
 //! ```
 
@@ -20,6 +21,7 @@ mod syscalls;
 mod virtio;
 
 pub mod config;
+pub mod control;
 pub mod event;
 pub mod rate_limit;
 

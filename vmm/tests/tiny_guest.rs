@@ -1,6 +1,8 @@
 //! The machine on this host's KVM, with guests of a few instructions: any `/dev/kvm` can run them, also one that cannot
 //! run Linux. Where there is none, the tests count as ignored.
 
+mod control;
+
 use std::{
     fs::{self, File, OpenOptions},
     io::{Read, Seek},
@@ -252,8 +254,9 @@ fn main() {
         ("guest_that_reported_is_not_timed_out", guest_that_reported_is_not_timed_out),
         ("failure_is_reported_with_its_step", failure_is_reported_with_its_step),
     ];
-    let trials = tests.map(|(name, test)| Trial::test(name, test).with_ignored_flag(no_kvm));
+    let trials = tests.iter().chain(control::TESTS).copied();
+    let trials = trials.map(|(name, test)| Trial::test(name, test).with_ignored_flag(no_kvm)).collect();
     // One after the other: a VM takes the whole process.
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
-    libtest_mimic::run(&arguments, trials.into()).exit();
+    libtest_mimic::run(&arguments, trials).exit();
 }

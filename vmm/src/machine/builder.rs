@@ -9,6 +9,7 @@
 use std::{
     fs::File,
     io,
+    os::unix::net::UnixListener,
     path::PathBuf,
     sync::{Arc, Mutex, atomic::AtomicUsize},
     thread,
@@ -21,8 +22,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{
     bus::Bus,
     cpu, kvm as kvm_memory,
+    lifecycle::Gate,
     open::Opened,
     report::Reporter,
+    requests::Subject,
     vcpu::{Endings, Shared},
 };
 use crate::{
@@ -44,6 +47,7 @@ use crate::{
     guest_memory::{self, GuestMemory, MapError},
     virtio::{
         block::Block,
+        counters::DeviceCounters,
         device::{Device, InterruptStatus},
         mmio::{MmioTransport, QUEUE_NOTIFY},
         rng::Rng,
@@ -64,10 +68,14 @@ pub struct Machine {
     pub vcpus: Vec<VcpuFd>,
     /// Devices for the event loop.
     pub workers: Vec<Worker>,
-    /// What all threads share.
-    pub shared: Arc<Shared>,
     /// Signalled when the machine ends.
     pub end: EventFd,
+    /// Signalled when the last vCPU parks.
+    pub all_parked: EventFd,
+    /// Where clients of the control socket connect.
+    pub listener: Option<UnixListener>,
+    /// What they can ask about.
+    pub subject: Subject,
     /// What has to reach the host when the guest has ended, if it can send anything.
     pub last_words: Option<LastWords>,
 }
@@ -142,7 +150,7 @@ pub fn build(
     console: Arc<Mutex<Console>>,
     reporter: Arc<Reporter>,
 ) -> Result<Machine, BuildError> {
-    let Opened { kvm, mut kernel, initramfs, disks, console_log: _ } = opened;
+    let Opened { kvm, mut kernel, initramfs, disks, console_log: _, control } = opened;
     let regions = layout::memory_regions(config.memory_bytes());
     let memory = guest_memory::map(&regions)?;
     let resources = |what| move |source| BuildError::Resources { what, source };
@@ -188,9 +196,15 @@ pub fn build(
 
     let end = EventFd::new(EFD_NONBLOCK).map_err(resources("the event loop"))?;
     let wake = end.try_clone().map_err(resources("the event loop"))?;
-    let bus = Bus::new(SerialPort::new(Box::new(IrqFd(serial_interrupt)), console), devices.transports);
-    let shared = Arc::new(Shared::new(bus, Endings::new(wake), reporter));
-    Ok(Machine { vm, vcpus, workers: devices.workers, shared, end, last_words })
+    let all_parked = EventFd::new(EFD_NONBLOCK).map_err(resources("the event loop"))?;
+    let parked = all_parked.try_clone().map_err(resources("the event loop"))?;
+    let gate = Gate::new(config.vcpus.into(), parked);
+    let Devices { workers, transports, counters, .. } = devices;
+    let bus = Bus::new(SerialPort::new(Box::new(IrqFd(serial_interrupt)), console.clone()), transports);
+    let shared = Arc::new(Shared::new(bus, Endings::new(wake), reporter, gate, config.vcpus));
+    let kvm = kvm_memory::vm_statistics(&vm);
+    let subject = Subject { shared, console, memory, devices: counters, kvm };
+    Ok(Machine { vm, vcpus, workers, end, all_parked, listener: control, subject, last_words })
 }
 
 /// An interrupt line that KVM pulses when the eventfd is signalled.
@@ -216,6 +230,7 @@ struct Devices<'a> {
     memory: &'a GuestMemory,
     workers: Vec<Worker>,
     transports: Vec<MmioTransport>,
+    counters: Vec<Arc<DeviceCounters>>,
     /// Interrupt line of each device.
     lines: Vec<u32>,
     wiring: Wiring,
@@ -223,7 +238,14 @@ struct Devices<'a> {
 
 impl<'a> Devices<'a> {
     fn new(memory: &'a GuestMemory) -> Self {
-        Self { memory, workers: vec![], transports: vec![], lines: vec![], wiring: Wiring::default() }
+        Self {
+            memory,
+            workers: vec![],
+            transports: vec![],
+            counters: vec![],
+            lines: vec![],
+            wiring: Wiring::default(),
+        }
     }
 
     /// Adds a device and returns its doorbell.
@@ -236,6 +258,7 @@ impl<'a> Devices<'a> {
         let doorbell = worker.doorbell().try_clone()?;
         self.wiring.doorbells.push(worker.doorbell().try_clone()?);
         self.lines.push(line);
+        self.counters.push(handle.counters().clone());
         self.workers.push(worker);
         self.transports.push(MmioTransport::new(handle));
         Ok(doorbell)

@@ -11,8 +11,12 @@ mod bus;
 mod cpu;
 mod host;
 mod kvm;
+mod kvm_statistics;
+mod lifecycle;
 mod open;
+mod plane;
 mod report;
+mod requests;
 mod supervisor;
 mod vcpu;
 

@@ -4,6 +4,7 @@
 use std::{
     fs::{File, OpenOptions},
     io,
+    os::{fd::RawFd, unix::net::UnixListener},
     path::PathBuf,
 };
 
@@ -13,6 +14,7 @@ use crate::{
     backends::disk::{Disk, DiskError},
     boot::initramfs::Part,
     config::{InitramfsPart, VmConfig},
+    syscalls,
 };
 
 /// Version of the KVM API; it has not changed since Linux 2.6.22 (Linux `Documentation/virt/kvm/api.rst` §4.1).
@@ -40,6 +42,8 @@ pub struct Opened<'a> {
     pub disks: Vec<(Disk, String)>,
     /// Where the console's contents go in the end.
     pub console_log: Option<File>,
+    /// Where clients of the control socket connect.
+    pub control: Option<UnixListener>,
 }
 
 /// Why something could not be opened.
@@ -61,6 +65,15 @@ pub enum OpenError {
         role: &'static str,
         /// Where it should be.
         path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The control socket.
+    #[error("the control_fd {fd} cannot be used")]
+    Control {
+        /// Its number.
+        fd: RawFd,
         /// Why not.
         #[source]
         source: io::Error,
@@ -103,9 +116,21 @@ pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opene
                     .map_err(file_error("console log", path))
             })
             .transpose()?,
+        control: config
+            .control_fd
+            .map(|fd| take_listener(fd).map_err(|source| OpenError::Control { fd, source }))
+            .transpose()?,
         // Last, so that a wrong path is reported on any host.
         kvm: open_kvm()?,
     })
+}
+
+fn take_listener(fd: RawFd) -> io::Result<UnixListener> {
+    let listener = UnixListener::from(syscalls::take_inherited_fd(fd)?);
+    // It fails on what is no unix socket.
+    listener.local_addr()?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 fn open_kernel(config: &VmConfig) -> Result<File, OpenError> {

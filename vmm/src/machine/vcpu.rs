@@ -3,12 +3,12 @@
 //! ```text
 //!   KVM_RUN ──▶ exit: I/O ──▶ Bus ──▶ KVM_RUN …
 //!      │          └ exit port, reset, error ──▶ Endings, thread ends
-//!      └ kicked and told to stop ──▶ thread ends
+//!      └ kicked ──▶ Gate: sleep while paused, thread ends when told to stop
 //! ```
 
 use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, Ordering},
+    Arc, Mutex, OnceLock, PoisonError,
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use cloche_protocol::machine::GuestMark;
@@ -18,11 +18,15 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{
     bus::{Bus, Request},
     kvm::{self, Kickable},
+    kvm_statistics::KvmStatistics,
+    lifecycle::Gate,
     report::Reporter,
 };
 use crate::{
+    control::api::VcpuStats,
     devices::control,
     event::{Mark, Stats},
+    syscalls::ThreadClock,
 };
 
 /// Why the machine stops running.
@@ -88,6 +92,9 @@ pub enum RunError {
     /// The event loop failed.
     #[error("waiting for events failed")]
     EventLoop(#[source] event_manager::Error),
+    /// The control socket's part of it failed.
+    #[error("waiting for control events failed")]
+    Control(#[source] std::io::Error),
 }
 
 /// The first reason to end, and the eventfd that tells the main thread of it.
@@ -115,6 +122,40 @@ impl Endings {
     }
 }
 
+/// What a vCPU's thread counts, for others to read while it runs.
+#[derive(Debug, Default)]
+pub struct VcpuCounters {
+    io_exits: AtomicU64,
+    mmio_exits: AtomicU64,
+    interrupted_exits: AtomicU64,
+    /// From the thread's start.
+    clock: OnceLock<ThreadClock>,
+    /// KVM's own, if it tells.
+    kvm: OnceLock<KvmStatistics>,
+}
+
+impl VcpuCounters {
+    /// What was counted so far.
+    pub fn snapshot(&self) -> VcpuStats {
+        VcpuStats {
+            cpu_ns: self.clock.get().map_or(0, ThreadClock::cpu_ns),
+            io_exits: self.io_exits.load(Ordering::Relaxed),
+            mmio_exits: self.mmio_exits.load(Ordering::Relaxed),
+            interrupted_exits: self.interrupted_exits.load(Ordering::Relaxed),
+        }
+    }
+
+    /// KVM's statistics of this vCPU, once its thread has started.
+    pub fn kvm(&self) -> Option<&KvmStatistics> {
+        self.kvm.get()
+    }
+}
+
+/// Only one thread counts, so that this needs no locked instruction.
+fn count(counter: &AtomicU64) {
+    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+}
+
 /// What all vCPU threads and the main thread share.
 pub struct Shared {
     /// Devices.
@@ -123,38 +164,33 @@ pub struct Shared {
     pub endings: Endings,
     /// Where marks go.
     pub reporter: Arc<Reporter>,
-    /// Set before vCPU threads are kicked.
-    pub stopping: AtomicBool,
+    /// Where vCPU threads stop for a pause and for the end.
+    pub gate: Gate,
     /// Whether the guest's agent has reported.
     pub agent_ready: AtomicBool,
-    stats: Mutex<Stats>,
+    /// By index of the vCPU.
+    pub vcpus: Vec<VcpuCounters>,
 }
 
 impl Shared {
-    /// For a machine that does not run yet.
-    pub fn new(bus: Bus, endings: Endings, reporter: Arc<Reporter>) -> Self {
-        Self {
-            bus,
-            endings,
-            reporter,
-            stopping: AtomicBool::new(false),
-            agent_ready: AtomicBool::new(false),
-            stats: Mutex::default(),
-        }
+    /// For a machine of so many vCPUs that does not run yet.
+    pub fn new(bus: Bus, endings: Endings, reporter: Arc<Reporter>, gate: Gate, vcpus: u8) -> Self {
+        let vcpus = (0..vcpus).map(|_| VcpuCounters::default()).collect();
+        Self { bus, endings, reporter, gate, agent_ready: AtomicBool::new(false), vcpus }
     }
 
-    /// What was counted by the vCPU threads that have ended.
+    /// What was counted by the vCPU threads.
     pub fn stats(&self) -> Stats {
-        *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn add_stats(&self, counts: Stats) {
-        let mut sum = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
-        sum.io_exits += counts.io_exits;
-        sum.mmio_exits += counts.mmio_exits;
-        if let Some(exits) = counts.kvm_exits {
-            sum.kvm_exits = Some(sum.kvm_exits.unwrap_or(0) + exits);
+        let mut sum = Stats::default();
+        for vcpu in &self.vcpus {
+            let counts = vcpu.snapshot();
+            sum.io_exits += counts.io_exits;
+            sum.mmio_exits += counts.mmio_exits;
+            if let Some(exits) = vcpu.kvm().and_then(|kvm| kvm.value("exits")) {
+                sum.kvm_exits = Some(sum.kvm_exits.unwrap_or(0) + exits);
+            }
         }
+        sum
     }
 
     fn serve(&self, request: Request) -> Option<Ending> {
@@ -174,54 +210,58 @@ impl Shared {
 
 /// Runs vCPU `index` on this thread until the machine ends.
 pub fn run(index: u8, mut vcpu: VcpuFd, shared: &Shared) {
+    let Some(counters) = shared.vcpus.get(usize::from(index)) else { return };
+    let _ = counters.clock.set(ThreadClock::own());
+    if let Some(statistics) = kvm::vcpu_statistics(&vcpu) {
+        let _ = counters.kvm.set(statistics);
+    }
     let kickable = Kickable::new(&mut vcpu);
-    let mut counts = Stats::default();
     if index == 0 {
         shared.reporter.mark(Mark::FirstInstruction);
     }
-    let ending = loop {
-        if shared.stopping.load(Ordering::Acquire) {
-            break None;
+    while shared.gate.pass(|| tell_of_pause(kickable.vcpu)) {
+        if let Some(ending) = step(index, kickable.vcpu, shared, counters) {
+            shared.endings.end(ending);
+            return;
         }
-        if let Some(ending) = step(index, kickable.vcpu, shared, &mut counts) {
-            break Some(ending);
-        }
-    };
-    // Before the main thread is told: it goes on at once.
-    counts.kvm_exits = kvm::exit_count(kickable.vcpu);
-    shared.add_stats(counts);
-    if let Some(ending) = ending {
-        shared.endings.end(ending);
     }
 }
 
+/// Lets the guest's watchdogs know that time passes without it. A guest without kvmclock cannot be told (EINVAL).
+fn tell_of_pause(vcpu: &VcpuFd) {
+    let _ = vcpu.kvmclock_ctrl();
+}
+
 /// One stay in the guest and what it asks for.
-fn step(index: u8, vcpu: &mut VcpuFd, shared: &Shared, counts: &mut Stats) -> Option<Ending> {
+fn step(index: u8, vcpu: &mut VcpuFd, shared: &Shared, counters: &VcpuCounters) -> Option<Ending> {
     let failed = |error| Some(Ending::Failed(error));
     match vcpu.run() {
         Ok(VcpuExit::IoOut(port, data)) => {
-            counts.io_exits += 1;
+            count(&counters.io_exits);
             let request = shared.bus.port_write(port, data)?;
             shared.serve(request)
         }
         Ok(VcpuExit::IoIn(port, data)) => {
-            counts.io_exits += 1;
+            count(&counters.io_exits);
             shared.bus.port_read(port, data);
             None
         }
         Ok(VcpuExit::MmioWrite(address, data)) => {
-            counts.mmio_exits += 1;
+            count(&counters.mmio_exits);
             shared.bus.memory_write(address, data);
             None
         }
         Ok(VcpuExit::MmioRead(address, data)) => {
-            counts.mmio_exits += 1;
+            count(&counters.mmio_exits);
             shared.bus.memory_read(address, data);
             None
         }
         // A triple fault: what `reboot=t` does, and a kernel that is lost too.
         Ok(VcpuExit::Shutdown) => Some(Ending::Reset),
-        Ok(VcpuExit::Intr) => None,
+        Ok(VcpuExit::Intr) => {
+            count(&counters.interrupted_exits);
+            None
+        }
         Ok(VcpuExit::InternalError) => {
             let suberror = kvm::internal_suberror(vcpu);
             let rip = vcpu.get_regs().map_or(0, |regs| regs.rip);
@@ -230,6 +270,7 @@ fn step(index: u8, vcpu: &mut VcpuFd, shared: &Shared, counts: &mut Stats) -> Op
         Ok(VcpuExit::FailEntry(reason, _)) => failed(RunError::FailEntry { vcpu: index, reason }),
         Ok(other) => failed(RunError::UnknownExit { vcpu: index, exit: format!("{other:?}") }),
         Err(error) if error.errno() == libc::EINTR => {
+            count(&counters.interrupted_exits);
             vcpu.set_kvm_immediate_exit(0);
             None
         }

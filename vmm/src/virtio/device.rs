@@ -5,7 +5,7 @@ use std::{
     os::fd::RawFd,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
 
@@ -25,6 +25,23 @@ pub mod device_type {
     pub const ENTROPY: u32 = 4;
     /// Socket device.
     pub const SOCKET: u32 = 19;
+
+    /// What a type is called.
+    pub fn name(device_type: u32) -> &'static str {
+        match device_type {
+            1 => "net",
+            BLOCK => "block",
+            3 => "console",
+            ENTROPY => "rng",
+            5 => "balloon",
+            9 => "9p",
+            SOCKET => "vsock",
+            24 => "mem",
+            26 => "fs",
+            27 => "pmem",
+            _ => "other",
+        }
+    }
 }
 
 /// What never changes about a device.
@@ -129,6 +146,8 @@ pub struct InterruptStatus {
     /// Whether the driver is ready to be told of a changed configuration.
     live: AtomicBool,
     line: Box<dyn Interrupt>,
+    sent: AtomicU64,
+    failures: AtomicU64,
 }
 
 impl InterruptStatus {
@@ -138,7 +157,8 @@ impl InterruptStatus {
     /// With nothing pending.
     pub fn new(line: Box<dyn Interrupt>) -> Self {
         let (needs_reset, live) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { pending: AtomicU32::new(0), needs_reset, live, line }
+        let (sent, failures) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { pending: AtomicU32::new(0), needs_reset, live, line, sent, failures }
     }
 
     /// The driver has set DRIVER_OK.
@@ -163,12 +183,24 @@ impl InterruptStatus {
     /// Tells the driver that the device gave up (virtio 1.2 §2.1.2: DEVICE_NEEDS_RESET).
     pub fn signal_needs_reset(&self) -> io::Result<()> {
         self.needs_reset.store(true, Ordering::Release);
+        self.failures.fetch_add(1, Ordering::Relaxed);
         self.signal(Self::CONFIGURATION_CHANGE)
     }
 
     fn signal(&self, cause: u32) -> io::Result<()> {
         self.pending.fetch_or(cause, Ordering::Release);
+        self.sent.fetch_add(1, Ordering::Relaxed);
         self.line.trigger()
+    }
+
+    /// How often the driver was interrupted.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// How often the device gave up.
+    pub fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
     }
 
     /// The register that the driver reads.

@@ -17,6 +17,7 @@
 
 pub mod block;
 pub mod config_space;
+pub mod counters;
 pub mod device;
 #[cfg(test)]
 mod driver_model;

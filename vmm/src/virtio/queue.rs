@@ -1,11 +1,15 @@
 //! Split virtqueues as devices use them: chains come out checked, and any that is not as virtio 1.2 §2.7 demands is an
 //! error that ends the queue.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::{
+    Arc,
+    atomic::{Ordering, fence},
+};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
+use super::counters::QueueCounters;
 use crate::guest_memory::GuestMemory;
 
 /// VIRTIO_F_EVENT_IDX: both sides say at which index they want to be told (virtio 1.2 §2.7.7, §2.7.10).
@@ -92,6 +96,9 @@ pub struct VirtQueue {
     ring: Queue,
     /// The used ring's index when it was last decided whether to tell the driver.
     told: u16,
+    counters: Arc<QueueCounters>,
+    /// Descriptors and readable bytes of the last chain, in case it is put back.
+    last: (u64, u64),
 }
 
 /// Buffers that a driver made available together.
@@ -124,7 +131,12 @@ impl VirtQueue {
         if !ring.is_valid(memory) {
             return Err(bad());
         }
-        Ok(Self { ring, told: 0 })
+        Ok(Self { ring, told: 0, counters: Arc::default(), last: (0, 0) })
+    }
+
+    /// The same queue, counting here.
+    pub fn counted_by(self, counters: Arc<QueueCounters>) -> Self {
+        Self { counters, ..self }
     }
 
     /// The next chain that the driver made available.
@@ -135,11 +147,13 @@ impl VirtQueue {
         let mut readable = Buffers::default();
         let mut writable = Buffers::default();
         let mut complete = false;
+        let mut descriptors = 0;
         for (position, descriptor) in chain.enumerate() {
             if position >= usize::from(limit) {
                 return Err(QueueError::LongChain { head, limit });
             }
             complete = !descriptor.has_next();
+            descriptors += 1;
             let (address, bytes) = (descriptor.addr(), descriptor.len());
             let slice = memory
                 .get_slice(address, bytes as usize)
@@ -154,6 +168,8 @@ impl VirtQueue {
         }
         // The iterator ends early and silently where a link leads nowhere.
         if complete {
+            self.last = (descriptors, readable.len() as u64);
+            self.counters.taken(self.last.0, self.last.1);
             Ok(Some(Chain { head, readable, writable }))
         } else {
             Err(QueueError::BrokenChain { head })
@@ -163,6 +179,7 @@ impl VirtQueue {
     /// Makes the next [`VirtQueue::pop`] return the last chain once more.
     pub fn undo_pop(&mut self) {
         self.ring.go_to_previous_position();
+        self.counters.untaken(self.last.0, self.last.1);
     }
 
     /// Returns a chain, of which the device has written `written` bytes.
@@ -190,6 +207,7 @@ impl VirtQueue {
         // Release: who sees the index sees the elements (§2.7.8.2).
         memory.store(next.to_le(), GuestAddress(used + RING_INDEX), Ordering::Release).map_err(failed)?;
         self.ring.set_next_used(next);
+        returned.iter().for_each(|(_, written)| self.counters.returned((*written).into()));
         Ok(())
     }
 

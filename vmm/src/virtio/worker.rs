@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
     config_space::ConfigSpace,
+    counters::DeviceCounters,
     device::{Device, Identity, InterruptStatus, Poller, Progress, Readiness, Running},
     queue::{FEATURE_EVENT_IDX, QueueError, QueueSetup, VirtQueue},
 };
@@ -42,9 +43,15 @@ pub struct WorkerHandle {
     interrupt: Arc<InterruptStatus>,
     identity: Identity,
     config: Arc<ConfigSpace>,
+    counters: Arc<DeviceCounters>,
 }
 
 impl WorkerHandle {
+    /// What the device counts.
+    pub fn counters(&self) -> &Arc<DeviceCounters> {
+        &self.counters
+    }
+
     /// What the device is.
     pub fn identity(&self) -> &Identity {
         &self.identity
@@ -101,6 +108,7 @@ pub struct Worker {
     queues: Option<Vec<VirtQueue>>,
     features: u64,
     failures: u32,
+    counters: Arc<DeviceCounters>,
 }
 
 impl Worker {
@@ -118,6 +126,11 @@ impl Worker {
             .config_space()
             .unwrap_or_else(|| Arc::new(ConfigSpace::new(identity.config.clone(), 0..0)));
         config.connect(interrupt.clone());
+        let counters = Arc::new(DeviceCounters::new(
+            identity.device_type,
+            identity.queue_sizes.len(),
+            interrupt.clone(),
+        ));
         let handle = WorkerHandle {
             commands: sender,
             wake: wake.try_clone()?,
@@ -125,6 +138,7 @@ impl Worker {
             interrupt: interrupt.clone(),
             identity,
             config,
+            counters: counters.clone(),
         };
         let worker = Self {
             device,
@@ -136,6 +150,7 @@ impl Worker {
             queues: None,
             features: 0,
             failures: 0,
+            counters,
         };
         Ok((worker, handle))
     }
@@ -155,7 +170,10 @@ impl Worker {
                     let built: Result<Vec<_>, _> = queues
                         .into_iter()
                         .enumerate()
-                        .map(|(index, setup)| VirtQueue::new(index, setup, event_idx, &self.memory))
+                        .map(|(index, setup)| {
+                            let queue = VirtQueue::new(index, setup, event_idx, &self.memory)?;
+                            Ok(queue.counted_by(self.counters.queue(index)))
+                        })
                         .collect();
                     match built {
                         Ok(queues) => {
