@@ -9,8 +9,10 @@
 mod device_bpf;
 mod device_policy;
 mod files;
+mod freezer;
 mod limits;
 mod removal;
+mod usage;
 mod v1;
 mod v2;
 
@@ -24,6 +26,7 @@ use oci_spec::runtime::LinuxResources;
 
 pub use device_policy::DeviceRuleError;
 use limits::Limits;
+pub use usage::Usage;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -81,6 +84,17 @@ pub enum CgroupError {
     /// Processes or cgroups of somebody else are in it.
     #[error("the cgroup {0} is in use already; is a container of this id still running?")]
     InUse(PathBuf),
+    /// There is nothing to freeze with.
+    #[error("this kernel cannot freeze the cgroup {0}; it needs Linux 5.2 with cgroup v2, or the v1 freezer")]
+    NoFreezer(PathBuf),
+    /// Processes did not stop.
+    #[error("processes of the cgroup {path} did not {action} within {} s", freezer::PATIENCE.as_secs())]
+    Stubborn {
+        /// What they should have done.
+        action: &'static str,
+        /// The cgroup.
+        path: PathBuf,
+    },
     /// A file or directory of the cgroup file system refused.
     #[error("cannot {action} {path}")]
     Io {
@@ -166,12 +180,11 @@ impl Cgroup {
     fn fill(&mut self, relative: &Path, limits: &Limits) -> Result<(), CgroupError> {
         match self.layout {
             Layout::V2 => self.unified = Some(v2::create(Path::new(ROOT), relative, limits)?),
-            Layout::V1 | Layout::Hybrid => {
-                if self.layout == Layout::Hybrid {
-                    self.unified = Some(v2::create_bare(&Path::new(ROOT).join("unified"), relative)?);
-                }
-                v1::create(Path::new(ROOT), relative, limits, &mut self.v1)?;
+            Layout::Hybrid => {
+                self.unified = Some(v2::create_bare(&Path::new(ROOT).join("unified"), relative)?);
+                v1::create(Path::new(ROOT), relative, limits, &v1::WANTED, &mut self.v1)?;
             }
+            Layout::V1 => v1::create(Path::new(ROOT), relative, limits, &v1::WANTED_ALONE, &mut self.v1)?,
         }
         self.apply_limits(limits)
     }
@@ -294,6 +307,26 @@ impl Cgroup {
             }
             _ => self.paths().try_for_each(removal::kill_listed),
         }
+    }
+
+    /// Stops every process in it and below it, and waits until all stand still. They can still be killed.
+    pub fn freeze(&self) -> Result<(), CgroupError> {
+        freezer::set(self, true)
+    }
+
+    /// Lets them go on.
+    pub fn thaw(&self) -> Result<(), CgroupError> {
+        freezer::set(self, false)
+    }
+
+    /// Whether its processes stand still.
+    pub fn is_frozen(&self) -> bool {
+        freezer::is_frozen(self)
+    }
+
+    /// What its processes use and have used.
+    pub fn usage(&self) -> Usage {
+        Usage::read(self)
     }
 
     /// Removes it and whatever is below it. Waits for killed processes to be gone, but not for ever.

@@ -17,9 +17,11 @@ use super::{
 };
 
 /// Controllers that this runtime sets anything in.
-const CONTROLLERS: [&str; 5] = ["memory", "pids", "devices", "cpu", "cpuset"];
-/// Used for every container where they exist: for its peak memory, and to find and kill its processes.
-const WANTED: [&str; 2] = ["memory", "pids"];
+const CONTROLLERS: [&str; 7] = ["memory", "pids", "devices", "cpu", "cpuset", "freezer", "cpuacct"];
+/// Used for every container where they exist: for its memory, and to find and kill its processes.
+pub(super) const WANTED: [&str; 2] = ["memory", "pids"];
+/// As [`WANTED`] where there is no v2 hierarchy beside them, which freezes and tells of CPU time.
+pub(super) const WANTED_ALONE: [&str; 4] = ["memory", "pids", "freezer", "cpuacct"];
 
 /// A container's directory in one hierarchy.
 #[derive(Debug)]
@@ -68,6 +70,7 @@ pub(super) fn create(
     root: &Path,
     relative: &Path,
     limits: &Limits,
+    wanted: &[&str],
     made: &mut Vec<Directory>,
 ) -> Result<(), CgroupError> {
     if let Some((file, _)) = limits.unified.first() {
@@ -82,7 +85,7 @@ pub(super) fn create(
     }
     for controller in CONTROLLERS {
         let limit = needed.iter().find(|(needed, _)| *needed == controller).map(|(_, limit)| *limit);
-        if limit.is_none() && !WANTED.contains(&controller) {
+        if limit.is_none() && !wanted.contains(&controller) {
             continue;
         }
         let Some((name, mount_point)) = hierarchy(root, controller) else {

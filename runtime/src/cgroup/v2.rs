@@ -8,8 +8,8 @@ use super::{
     make_leaf, make_parent,
 };
 
-/// Wanted for every container where they exist: for its peak memory, and so that out-of-memory is seen.
-const WANTED: [&str; 2] = ["memory", "pids"];
+/// Wanted for every container where they exist: for what it uses, and so that out-of-memory is seen.
+const WANTED: [&str; 3] = ["memory", "pids", "io"];
 
 /// Makes `relative` under `root` with the controllers that `limits` need.
 pub(super) fn create(root: &Path, relative: &Path, limits: &Limits) -> Result<PathBuf, CgroupError> {
