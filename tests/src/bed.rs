@@ -13,9 +13,10 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::finished::Finished;
 use crate::image::Image;
 use crate::leftovers::{self, Snapshot};
-use crate::process::{Finished, Input, Running};
+use crate::process::{Input, Running};
 use crate::sandbox::Sandbox;
 use crate::world::{self, Isolation, World};
 

@@ -34,7 +34,8 @@ use serde_json::{Value, json};
 
 use crate::bed::Bed;
 use crate::cpio::Archive;
-use crate::process::{Finished, Input, Running};
+use crate::finished::Finished;
+use crate::process::{Input, Running};
 
 /// Printed before the script starts.
 const BEGIN: &str = "---- the script begins ----";

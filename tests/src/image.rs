@@ -25,6 +25,8 @@ pub enum Layering {
     Plain,
     /// As gzipped tar.
     Gzip,
+    /// As tar compressed by zstd.
+    Zstd,
 }
 
 impl Layering {
@@ -32,6 +34,7 @@ impl Layering {
         match self {
             Self::Plain => "application/vnd.oci.image.layer.v1.tar",
             Self::Gzip => "application/vnd.oci.image.layer.v1.tar+gzip",
+            Self::Zstd => "application/vnd.oci.image.layer.v1.tar+zstd",
         }
     }
 
@@ -39,6 +42,7 @@ impl Layering {
         match self {
             Self::Plain => Ok(layer.to_vec()),
             Self::Gzip => gzip(layer),
+            Self::Zstd => zstd::encode_all(layer, 1).context("compress"),
         }
     }
 }
@@ -57,19 +61,22 @@ pub struct Image {
     pub layers: Vec<Vec<u8>>,
     /// The `config` object of the image configuration (OCI image-spec: config.md#properties).
     pub config: Value,
+    /// The processor it is for, by Go's name.
+    pub architecture: &'static str,
 }
 
 impl Image {
     /// An image of these layers with an ordinary `PATH` and nothing else set.
     pub fn new(layers: Vec<Vec<u8>>) -> Self {
-        Self { layers, config: json!({ "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sh"] }) }
+        let config = json!({ "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sh"] });
+        Self { layers, config, architecture: "amd64" }
     }
 
     fn configuration(&self) -> Vec<u8> {
         let diff_ids: Vec<String> =
             self.layers.iter().map(|layer| format!("sha256:{}", sha256_hex(layer))).collect();
         let document = json!({
-            "architecture": "amd64",
+            "architecture": self.architecture,
             "os": "linux",
             "config": self.config,
             "rootfs": { "type": "layers", "diff_ids": diff_ids },

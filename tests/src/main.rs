@@ -19,6 +19,7 @@
 mod bed;
 mod bodies;
 mod cpio;
+mod finished;
 mod guest;
 mod image;
 mod leftovers;

@@ -1,9 +1,8 @@
 //! A child process with its output collected, its input fed, and a deadline that cannot be missed.
 
-use std::fmt;
 use std::io::{Read, Write};
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 
+use crate::finished::{Finished, show_outputs};
 use crate::procfs;
 
 /// What a child gets on its standard input.
@@ -25,19 +25,6 @@ pub enum Input {
     Bytes(Vec<u8>),
     /// A pipe that the test holds.
     Held,
-}
-
-/// Everything a finished child left.
-#[derive(Debug)]
-pub struct Finished {
-    /// The command line, for messages.
-    pub command: String,
-    /// How it ended.
-    pub status: ExitStatus,
-    /// All of its standard output.
-    pub stdout: Vec<u8>,
-    /// All of its standard error.
-    pub stderr: Vec<u8>,
 }
 
 /// A child that runs.
@@ -54,13 +41,23 @@ pub struct Running {
 
 impl Running {
     /// Starts a command in a process group of its own.
-    pub fn start(mut command: Command, input: &Input, deadline: Instant) -> Result<Self> {
+    pub fn start(command: Command, input: &Input, deadline: Instant) -> Result<Self> {
+        Self::start_reading(command, input, usize::MAX, deadline)
+    }
+
+    /// Starts a command whose standard output is closed once this many bytes of it are read.
+    pub fn start_reading(
+        mut command: Command,
+        input: &Input,
+        longest: usize,
+        deadline: Instant,
+    ) -> Result<Self> {
         let text = describe(&command);
         command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.stdin(if matches!(input, Input::Null) { Stdio::null() } else { Stdio::piped() });
         let mut child = command.spawn().with_context(|| format!("start {text}"))?;
-        let stdout = Collector::start(child.stdout.take().context("stdout is piped")?);
-        let stderr = Collector::start(child.stderr.take().context("stderr is piped")?);
+        let stdout = Collector::start(child.stdout.take().context("stdout is piped")?, longest);
+        let stderr = Collector::start(child.stderr.take().context("stderr is piped")?, usize::MAX);
         let mut held = child.stdin.take();
         if let Input::Bytes(bytes) = input
             && let Some(mut pipe) = held.take()
@@ -214,7 +211,7 @@ impl Drop for Running {
     }
 }
 
-/// Reads a pipe to its end on a thread of its own.
+/// Reads a pipe to its end, or to a number of bytes, on a thread of its own.
 #[derive(Debug, Clone)]
 struct Collector(Arc<(Mutex<Collected>, Condvar)>);
 
@@ -225,7 +222,7 @@ struct Collected {
 }
 
 impl Collector {
-    fn start(mut pipe: impl Read + Send + 'static) -> Self {
+    fn start(mut pipe: impl Read + Send + 'static, longest: usize) -> Self {
         let collector = Self(Arc::default());
         let shared = collector.clone();
         thread::spawn(move || {
@@ -234,9 +231,9 @@ impl Collector {
                 let count = pipe.read(&mut chunk).unwrap_or(0);
                 let mut state = shared.lock();
                 state.bytes.extend_from_slice(&chunk[..count]);
-                state.closed = count == 0;
+                state.closed = count == 0 || state.bytes.len() >= longest;
                 shared.0.1.notify_all();
-                if count == 0 {
+                if state.closed {
                     return;
                 }
             }
@@ -269,101 +266,6 @@ impl Collector {
     fn text(&self) -> String {
         String::from_utf8_lossy(&self.lock().bytes).into_owned()
     }
-}
-
-impl Finished {
-    /// The exit code, or 128 + the signal, as a shell has it.
-    pub fn code(&self) -> i32 {
-        self.status.code().unwrap_or_else(|| 128 + self.status.signal().unwrap_or(0))
-    }
-
-    /// Standard output as text.
-    pub fn out(&self) -> String {
-        String::from_utf8_lossy(&self.stdout).into_owned()
-    }
-
-    /// Standard error as text.
-    pub fn err(&self) -> String {
-        String::from_utf8_lossy(&self.stderr).into_owned()
-    }
-
-    /// Expects this exit code.
-    pub fn exits_with(self, code: i32) -> Result<Self> {
-        ensure!(self.code() == code, "expected exit code {code}\n{self}");
-        Ok(self)
-    }
-
-    /// Expects exit code 0.
-    pub fn succeeds(self) -> Result<Self> {
-        self.exits_with(0)
-    }
-
-    /// Expects exactly this on standard output.
-    pub fn prints(self, text: &str) -> Result<Self> {
-        ensure!(self.out() == text, "expected {text:?} on stdout\n{self}");
-        Ok(self)
-    }
-
-    /// Expects this somewhere on standard output.
-    pub fn prints_some(self, text: &str) -> Result<Self> {
-        ensure!(self.out().contains(text), "expected {text:?} in stdout\n{self}");
-        Ok(self)
-    }
-
-    /// Expects this somewhere on standard error, in any case of letters.
-    pub fn says(self, text: &str) -> Result<Self> {
-        ensure!(
-            self.err().to_lowercase().contains(&text.to_lowercase()),
-            "expected {text:?} in stderr\n{self}"
-        );
-        Ok(self)
-    }
-
-    /// Expects nothing on standard error.
-    pub fn says_nothing(self) -> Result<Self> {
-        ensure!(self.stderr.is_empty(), "expected nothing on stderr\n{self}");
-        Ok(self)
-    }
-
-    /// Expects a failure of cloche itself, in words, whatever the exit code's number.
-    pub fn refused(self) -> Result<Self> {
-        let code = self.code();
-        ensure!([1, 2, 125].contains(&code), "expected to be refused\n{self}");
-        self.refused_with(code)
-    }
-
-    /// Expects a failure of cloche itself: this exit code and a message of its own, without a panic's traces.
-    pub fn refused_with(self, code: i32) -> Result<Self> {
-        let finished = self.exits_with(code)?;
-        let own_words = finished.err().lines().any(|line| line.starts_with("cloche: "));
-        // Usage errors (2) are worded by the argument parser.
-        ensure!(own_words || code == 2, "expected a line that starts with \"cloche: \"\n{finished}");
-        for trace in ["panicked at", "RUST_BACKTRACE"] {
-            ensure!(!finished.err().contains(trace), "the error is a panic\n{finished}");
-        }
-        Ok(finished)
-    }
-}
-
-impl fmt::Display for Finished {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}\n{}\n{}", self.command, self.status, show_outputs(&self.stdout, &self.stderr))
-    }
-}
-
-fn show_outputs(stdout: &[u8], stderr: &[u8]) -> String {
-    format!("--- stdout {}\n--- stderr {}", excerpt(stdout), excerpt(stderr))
-}
-
-/// At most 4 KiB: the beginning and the end.
-fn excerpt(bytes: &[u8]) -> String {
-    const HALF: usize = 2048;
-    let text = |part: &[u8]| String::from_utf8_lossy(part).into_owned();
-    if bytes.len() <= 2 * HALF {
-        return format!("({} bytes)\n{}", bytes.len(), text(bytes));
-    }
-    let (head, tail) = (&bytes[..HALF], &bytes[bytes.len() - HALF..]);
-    format!("({} bytes)\n{}\n[…]\n{}", bytes.len(), text(head), text(tail))
 }
 
 fn describe(command: &Command) -> String {

@@ -5,7 +5,8 @@ use std::process::Command;
 use anyhow::Result;
 
 use crate::bed::Bed;
-use crate::process::{Finished, Input, Running};
+use crate::finished::Finished;
+use crate::process::{Input, Running};
 
 /// A sandbox about to be started. It is removed at its end (`--rm`) unless [`Sandbox::kept`].
 #[derive(Debug, Clone)]
@@ -16,6 +17,7 @@ pub struct Sandbox<'a> {
     isolation: Option<&'static str>,
     kept: bool,
     input: Input,
+    longest_output: usize,
     command: Vec<String>,
 }
 
@@ -28,6 +30,7 @@ impl<'a> Sandbox<'a> {
             isolation: Some(bed.isolation().as_str()),
             kept: false,
             input: Input::Null,
+            longest_output: usize::MAX,
             command: Vec::new(),
         }
     }
@@ -73,6 +76,12 @@ impl<'a> Sandbox<'a> {
         self
     }
 
+    /// Closes stdout's reading end after this many bytes.
+    pub fn output_closed_after(mut self, bytes: usize) -> Self {
+        self.longest_output = bytes;
+        self
+    }
+
     /// Sets the command.
     pub fn command(mut self, words: &[&str]) -> Self {
         self.command = words.iter().map(|word| (*word).to_owned()).collect();
@@ -86,7 +95,7 @@ impl<'a> Sandbox<'a> {
 
     /// Starts it and comes back at once.
     pub fn start(self) -> Result<Running> {
-        Running::start(self.to_command(), &self.input, self.bed.deadline())
+        Running::start_reading(self.to_command(), &self.input, self.longest_output, self.bed.deadline())
     }
 
     /// Runs it to its end.

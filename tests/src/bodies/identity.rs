@@ -1,5 +1,7 @@
 //! Who and where the process is: user, environment, working directory, host name, process ids, descriptors.
 
+use std::time::SystemTime;
+
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
@@ -20,6 +22,9 @@ pub const BODIES: &[Body] = &[
     body!(network_holds_only_a_loopback_that_works),
     body!(no_descriptor_of_the_host_leaks),
     body!(kernel_is_the_hosts_or_not),
+    body!(arguments_arrive_as_given),
+    body!(clock_is_the_hosts),
+    body!(random_numbers_differ_between_sandboxes),
     body!(debian_runs_as_well).needs(&[Need::DebianImage]),
 ];
 
@@ -153,6 +158,53 @@ fn kernel_is_the_hosts_or_not(bed: &Bed) -> Story {
     let inside = bed.busybox().command(&["uname", "-r"]).run()?.succeeds()?;
     let same = inside.out() == host;
     ensure!(same == (bed.isolation() == Isolation::Container), "the host runs {host}\n{inside}");
+    Ok(())
+}
+
+fn arguments_arrive_as_given(bed: &Bed) -> Story {
+    let odd = [
+        "",
+        " ",
+        "two words",
+        "line\nbreak",
+        "\"quoted\" 'twice'",
+        "$HOME `id` \\",
+        "größe ☂",
+        "--",
+        "-x",
+        "\u{1}\u{7f}",
+    ];
+    let words = [&["printf", "[%s]\n"][..], &odd].concat();
+    let expected: String = odd.iter().map(|word| format!("[{word}]\n")).collect();
+    bed.busybox().command(&words).run()?.succeeds()?.prints(&expected)?;
+    let long = "long ".repeat(20_000);
+    let script = "echo ${#1} ${#LONG}";
+    let finished = bed
+        .busybox()
+        .with("-e", &format!("LONG={long}"))
+        .command(&["sh", "-c", script, "sh", &long])
+        .run()?;
+    finished.succeeds()?.prints("100000 100000\n")?;
+    Ok(())
+}
+
+fn clock_is_the_hosts(bed: &Bed) -> Story {
+    let now =
+        || Ok::<u64, anyhow::Error>(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs());
+    let before = now()?;
+    let inside = bed.busybox().command(&["date", "+%s"]).run()?.succeeds()?;
+    let after = now()?;
+    let seconds: u64 = inside.out().trim().parse().context("date prints seconds")?;
+    // A second for rounding at either end.
+    ensure!((before - 1..=after + 1).contains(&seconds), "{before} before, {after} after\n{inside}");
+    Ok(())
+}
+
+fn random_numbers_differ_between_sandboxes(bed: &Bed) -> Story {
+    let script = "head -c 16 /dev/urandom | sha256sum; cat /proc/sys/kernel/random/uuid";
+    let (one, two) =
+        (bed.busybox().sh(script).run()?.succeeds()?, bed.busybox().sh(script).run()?.succeeds()?);
+    ensure!(one.out().lines().all(|line| !two.out().contains(line)), "the same numbers twice\n{one}\n{two}");
     Ok(())
 }
 

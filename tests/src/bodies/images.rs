@@ -4,7 +4,7 @@ use anyhow::{Context as _, ensure};
 
 use super::rootfs::base;
 use crate::bed::Bed;
-use crate::image::{Image, Layering};
+use crate::image::{Image, Layering, gzip};
 use crate::process::Input;
 use crate::suite::{Body, Story, body};
 
@@ -12,6 +12,9 @@ pub const BODIES: &[Body] = &[
     body!(docker_archive_is_loaded_and_runs),
     body!(oci_layouts_are_loaded_and_run),
     body!(compressed_layers_are_loaded_and_run),
+    body!(compressed_archive_is_loaded_and_runs),
+    body!(image_goes_by_each_of_its_names),
+    body!(image_for_another_processor_is_refused),
     body!(archive_is_loaded_from_stdin),
     body!(removed_image_no_longer_runs),
     body!(loading_twice_changes_nothing).once(),
@@ -52,10 +55,56 @@ fn oci_layouts_are_loaded_and_run(bed: &Bed) -> Story {
 }
 
 fn compressed_layers_are_loaded_and_run(bed: &Bed) -> Story {
-    let layout = sample(bed)?.to_oci_layout("latest", Layering::Gzip)?;
-    let archive = bed.write("layout.tar", &layout.to_tar())?;
-    bed.load("squeezed", &archive)?.succeeds()?;
-    greets(bed, "squeezed")
+    for layering in [Layering::Gzip, Layering::Zstd] {
+        let layout = sample(bed)?.to_oci_layout("latest", layering)?;
+        let archive = bed.write("layout.tar", &layout.to_tar())?;
+        bed.load("squeezed", &archive)?.succeeds()?;
+        greets(bed, "squeezed")?;
+    }
+    Ok(())
+}
+
+fn compressed_archive_is_loaded_and_runs(bed: &Bed) -> Story {
+    let archive = bed.write("a.tar.gz", &gzip(&sample(bed)?.to_docker_archive("packed"))?)?;
+    bed.load("packed", &archive)?.succeeds()?;
+    greets(bed, "packed")
+}
+
+fn image_goes_by_each_of_its_names(bed: &Bed) -> Story {
+    let listing = bed.json(&["image", "ls", "--json"])?;
+    let images = listing.as_array().context("`image ls --json` is an array")?;
+    let is_busybox = |image: &&serde_json::Value| image["names"].to_string().contains("busybox");
+    let id =
+        images.iter().find(is_busybox).and_then(|image| image["id"].as_str()).context("busybox has an id")?;
+    let digits = id.trim_start_matches("sha256:");
+    for name in [
+        "busybox",
+        "busybox:latest",
+        "docker.io/library/busybox",
+        "library/busybox:latest",
+        id,
+        &digits[..12],
+    ] {
+        bed.sandbox(name).command(&["echo", "hi"]).run()?.succeeds()?.prints("hi\n")?;
+    }
+    bed.sandbox("busybox:other").command(&["true"]).run()?.refused_with(125)?.says("busybox:other")?;
+    Ok(())
+}
+
+fn image_for_another_processor_is_refused(bed: &Bed) -> Story {
+    let mut image = sample(bed)?;
+    image.architecture = "arm64";
+    let archive = bed.write("a.tar", &image.to_docker_archive("foreign"))?;
+    let loaded = bed.load("foreign", &archive)?;
+    // At the load or at the run; not by an exec format error.
+    if loaded.code() != 0 {
+        loaded.refused()?.says("arm64")?;
+        return Ok(());
+    }
+    let refused = bed.sandbox("foreign").command(&["true"]).run()?;
+    bed.run(&["image", "rm", "foreign"])?.succeeds()?;
+    refused.refused_with(125)?.says("arm64")?;
+    Ok(())
 }
 
 fn archive_is_loaded_from_stdin(bed: &Bed) -> Story {

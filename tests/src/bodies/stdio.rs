@@ -22,6 +22,7 @@ pub const BODIES: &[Body] = &[
     body!(without_i_the_input_is_empty),
     body!(unread_input_does_not_hold_up_the_end),
     body!(closed_output_does_not_hold_up_the_end),
+    body!(reader_that_leaves_ends_the_writer),
 ];
 
 fn stderr_stays_apart_from_stdout(bed: &Bed) -> Story {
@@ -108,5 +109,12 @@ fn unread_input_does_not_hold_up_the_end(bed: &Bed) -> Story {
 
 fn closed_output_does_not_hold_up_the_end(bed: &Bed) -> Story {
     bed.busybox().sh("exec >&- 2>&-; sleep 1; exit 5").run()?.exits_with(5)?.says_nothing()?;
+    Ok(())
+}
+
+fn reader_that_leaves_ends_the_writer(bed: &Bed) -> Story {
+    // As in `cloche run … | head -1`: the writer gets SIGPIPE, its shell goes on.
+    let sandbox = bed.busybox().output_closed_after(1000).sh("yes; echo after >&2; exit 9");
+    sandbox.run()?.exits_with(9)?.says("after\n")?;
     Ok(())
 }

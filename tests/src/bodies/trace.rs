@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::bed::Bed;
-use crate::process::Finished;
+use crate::finished::Finished;
 use crate::suite::{Body, Story, body};
 use crate::world::Isolation;
 
