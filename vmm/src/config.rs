@@ -8,6 +8,10 @@ use std::{collections::HashSet, os::fd::RawFd, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+mod limit;
+
+pub use limit::{BucketConfig, LimitConfig};
+
 /// vCPUs that a VM can have at most: an MP table names a CPU by an 8-bit APIC id, and more than this was never
 /// tried.
 pub const MAX_VCPUS: u8 = 32;
@@ -79,6 +83,45 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// What the guest reads as the disk's serial number: 1 to [`MAX_DISK_ID_BYTES`] bytes of printable ASCII.
     pub id: String,
+    /// Whether to read and write past the host's page cache (O_DIRECT). What is not aligned goes through it anyway.
+    #[serde(default)]
+    pub direct: bool,
+    /// What the guest's flushes do.
+    #[serde(default)]
+    pub cache: DiskCache,
+    /// How much the guest may read and write in a span of time; `None` is as much as it can.
+    #[serde(default)]
+    pub limit: Option<LimitConfig>,
+}
+
+/// What a guest's flushes do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskCache {
+    /// They make what was written durable (`fdatasync`).
+    #[default]
+    Writeback,
+    /// Nothing: a crash of the host may lose what the guest believes to be safe. For disks that nobody keeps.
+    Unsafe,
+}
+
+impl DiskConfig {
+    /// A disk that the guest may write.
+    pub fn new(path: impl Into<PathBuf>, id: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            read_only: false,
+            id: id.into(),
+            direct: false,
+            cache: DiskCache::default(),
+            limit: None,
+        }
+    }
+
+    /// The same disk, which the guest is kept from writing.
+    pub fn read_only(self) -> Self {
+        Self { read_only: true, ..self }
+    }
 }
 
 /// The virtio socket device.
@@ -214,7 +257,7 @@ mod tests {
     use super::*;
 
     fn disk(id: &str) -> DiskConfig {
-        DiskConfig { path: "/disk".into(), read_only: true, id: id.into() }
+        DiskConfig::new("/disk", id).read_only()
     }
 
     fn refused(change: impl FnOnce(&mut VmConfig)) -> String {

@@ -4,6 +4,8 @@
 //! vm-memory's volatile slices, or, here, through raw pointers handed to the kernel.
 #![allow(unsafe_code)]
 
+pub mod transfer;
+
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd},
@@ -96,24 +98,6 @@ fn map_aligned(size: usize) -> io::Result<MmapRegion> {
     unsafe { MmapRegion::build_raw(start.cast(), size, prot, flags) }.map_err(io::Error::other)
 }
 
-/// Reads from `fd` at `offset` into `buffers`, like `preadv(2)`. At most 1024 buffers are filled.
-pub fn read_at(fd: BorrowedFd, buffers: &[VolatileSlice], offset: u64) -> io::Result<usize> {
-    let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-    with_iovecs(buffers, |iovecs, count| {
-        // SAFETY: the iovecs describe live, writable guest memory (`with_iovecs`), which tolerates any change.
-        unsafe { libc::preadv(fd.as_raw_fd(), iovecs, count, offset) }
-    })
-}
-
-/// Writes `buffers` to `fd` at `offset`, like `pwritev(2)`. At most 1024 buffers are taken.
-pub fn write_at(fd: BorrowedFd, buffers: &[VolatileSlice], offset: u64) -> io::Result<usize> {
-    let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-    with_iovecs(buffers, |iovecs, count| {
-        // SAFETY: the iovecs describe live, readable guest memory (`with_iovecs`).
-        unsafe { libc::pwritev(fd.as_raw_fd(), iovecs, count, offset) }
-    })
-}
-
 /// Reads from a stream into `buffers`, like `readv(2)`. At most 1024 buffers are filled.
 pub fn read(fd: BorrowedFd, buffers: &[VolatileSlice]) -> io::Result<usize> {
     with_iovecs(buffers, |iovecs, count| {
@@ -189,8 +173,6 @@ fn with_iovecs(
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write, os::fd::AsFd};
-
     use vm_memory::Bytes;
 
     use super::*;
@@ -220,23 +202,5 @@ mod tests {
     #[test]
     fn map_of_absurd_size_fails() {
         assert!(matches!(map(&[(GuestAddress(0), 1 << 62)]), Err(MapError::Map { .. })));
-    }
-
-    #[test]
-    fn read_at_and_write_at_move_bytes_of_scattered_buffers() {
-        let memory = map(&[(GuestAddress(0), 2 << 20)]).unwrap();
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(b"0123456789").unwrap();
-        let buffers = [
-            memory.get_slice(GuestAddress(100), 3).unwrap(),
-            memory.get_slice(GuestAddress(200), 4).unwrap(),
-        ];
-        assert_eq!(read_at(file.as_fd(), &buffers, 2).unwrap(), 7);
-        let mut seen = [0; 4];
-        memory.read_slice(&mut seen, GuestAddress(200)).unwrap();
-        assert_eq!(&seen, b"5678");
-        assert_eq!(write_at(file.as_fd(), &buffers, 0).unwrap(), 7);
-        assert_eq!(read_at(file.as_fd(), &buffers, 9).unwrap(), 1);
-        assert_eq!(memory.read_obj::<u8>(GuestAddress(100)).unwrap(), b'9');
     }
 }

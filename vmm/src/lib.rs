@@ -17,13 +17,13 @@ mod boot;
 mod devices;
 mod guest_memory;
 mod machine;
+mod rate_limit;
 mod syscalls;
 mod virtio;
 
 pub mod config;
 pub mod control;
 pub mod event;
-pub mod rate_limit;
 
 pub use config::VmConfig;
 pub use event::{Event, ExitReason};

@@ -176,7 +176,7 @@ fn virtio_device_answers_at_its_address() -> Result<(), Failed> {
     let with_devices = |config: &mut VmConfig, folder: &Path| {
         let path = folder.join("disk");
         let _ = fs::write(&path, [0; 1024]);
-        config.disks = vec![DiskConfig { path, read_only: true, id: "disk".into() }];
+        config.disks = vec![DiskConfig::new(path, "disk").read_only()];
         config.rng = true;
     };
     expect(exit_code(&load_from(0xd000_0000), with_devices)?, u32::from_le_bytes(*b"virt"))?;

@@ -156,8 +156,10 @@ pub fn build(
     let resources = |what| move |source| BuildError::Resources { what, source };
 
     let mut devices = Devices::new(&memory);
-    for (disk, id) in disks {
-        devices.add(Box::new(Block::new(disk, &id))).map_err(resources("a block device"))?;
+    for (disk, its) in disks.into_iter().zip(&config.disks) {
+        Block::new(disk, &its.id, its.limit)
+            .and_then(|block| devices.add(Box::new(block)))
+            .map_err(resources("a block device"))?;
     }
     let mut last_words = None;
     if let Some(vsock) = &config.vsock {

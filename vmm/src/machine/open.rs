@@ -11,9 +11,9 @@ use std::{
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::{
-    backends::disk::{Disk, DiskError},
+    backends::disk::{Disk, DiskError, DiskOptions},
     boot::initramfs::Part,
-    config::{InitramfsPart, VmConfig},
+    config::{DiskCache, InitramfsPart, VmConfig},
     syscalls,
 };
 
@@ -38,8 +38,8 @@ pub struct Opened<'a> {
     pub kernel: File,
     /// The initramfs.
     pub initramfs: Vec<Part<'a>>,
-    /// Disks with their ids, in the configuration's order.
-    pub disks: Vec<(Disk, String)>,
+    /// Disks in the configuration's order.
+    pub disks: Vec<Disk>,
     /// Where the console's contents go in the end.
     pub console_log: Option<File>,
     /// Where clients of the control socket connect.
@@ -96,9 +96,12 @@ pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opene
         InitramfsPart::File(path) => Part::open(path).map_err(file_error("initramfs", path)),
     });
     let disks = config.disks.iter().map(|disk| {
-        Disk::open(&disk.path, disk.read_only)
-            .map(|opened| (opened, disk.id.clone()))
-            .map_err(|source| OpenError::Disk { path: disk.path.clone(), source })
+        let options = DiskOptions {
+            read_only: disk.read_only,
+            direct: disk.direct,
+            never_flush: disk.cache == DiskCache::Unsafe,
+        };
+        Disk::open(&disk.path, options).map_err(|source| OpenError::Disk { path: disk.path.clone(), source })
     });
     Ok(Opened {
         kernel: open_kernel(config)?,

@@ -135,6 +135,20 @@ pub trait Device: Send {
         Ok(Progress::Done)
     }
 
+    /// Where the device registers file descriptors that are its own from its first day, whatever its driver does.
+    fn watch(&mut self, _poller: &mut dyn Poller) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// As [`Device::fd_ready`], for what the device still watches after [`Device::stop`].
+    fn fd_ready_while_stopped(&mut self, _fd: RawFd, _ready: Readiness, _poller: &mut dyn Poller) {}
+
+    /// Whether the device, after [`Device::stop`], touches nothing of its driver's any more. Until then its driver's
+    /// reset waits, and the device has something in [`Device::watch`] that tells of the change.
+    fn is_idle(&self) -> bool {
+        true
+    }
+
     /// The queues are gone: forget everything that belongs to this driver.
     fn stop(&mut self, _poller: &mut dyn Poller) {}
 }

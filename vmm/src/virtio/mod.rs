@@ -21,6 +21,7 @@ pub mod counters;
 pub mod device;
 #[cfg(test)]
 mod driver_model;
+pub mod limiter;
 pub mod mmio;
 pub mod queue;
 pub mod rng;

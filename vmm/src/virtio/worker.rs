@@ -106,6 +106,8 @@ pub struct Worker {
     interrupt: Arc<InterruptStatus>,
     memory: GuestMemory,
     queues: Option<Vec<VirtQueue>>,
+    /// Who waits for the device to be idle.
+    stopping: Vec<SyncSender<()>>,
     features: u64,
     failures: u32,
     counters: Arc<DeviceCounters>,
@@ -148,6 +150,7 @@ impl Worker {
             interrupt,
             memory,
             queues: None,
+            stopping: Vec::new(),
             features: 0,
             failures: 0,
             counters,
@@ -186,9 +189,19 @@ impl Worker {
                 }
                 Command::Stop { done } => {
                     self.stop(poller);
-                    // The transport waits, unless the machine is going down.
-                    let _ = done.send(());
+                    self.stopping.push(done);
+                    self.report_stopped();
                 }
+            }
+        }
+    }
+
+    /// Lets the transport's [`WorkerHandle::stop`] return once the device is idle.
+    fn report_stopped(&mut self) {
+        if self.device.is_idle() {
+            for done in self.stopping.drain(..) {
+                // The transport waits, unless the machine is going down.
+                let _ = done.send(());
             }
         }
     }
@@ -246,6 +259,9 @@ impl MutEventSubscriber for Worker {
                 warn!(%error, "a virtio device could not join the event loop");
             }
         }
+        if let Err(error) = self.device.watch(&mut OpsPoller { ops }) {
+            warn!(%error, "a virtio device's files could not join the event loop");
+        }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -263,7 +279,12 @@ impl MutEventSubscriber for Worker {
                 readable: gone || set.intersects(EventSet::IN | EventSet::READ_HANG_UP),
                 writable: gone || set.contains(EventSet::OUT),
             };
-            self.drive(&mut poller, |device, running| device.fd_ready(fd, ready, running));
+            if self.queues.is_some() {
+                self.drive(&mut poller, |device, running| device.fd_ready(fd, ready, running));
+            } else {
+                self.device.fd_ready_while_stopped(fd, ready, &mut poller);
+                self.report_stopped();
+            }
         }
     }
 }

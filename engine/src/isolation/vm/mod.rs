@@ -223,7 +223,7 @@ fn machine(dir: &Path, layers: Vec<PathBuf>, request: &RunRequest) -> Result<VmC
     config.disks = layers
         .into_iter()
         .enumerate()
-        .map(|(index, path)| DiskConfig { path, read_only: true, id: format!("layer{index}") })
+        .map(|(index, path)| DiskConfig::new(path, format!("layer{index}")).read_only())
         .collect();
     config.vsock = Some(VsockConfig { guest_cid: GUEST_CID, socket_prefix: dir.join("vsock") });
     config.rng = true;

@@ -1,0 +1,280 @@
+//! The block device (virtio 1.2 §5.2): one request queue on the event loop, which never waits for the disk.
+//!
+//! ```text
+//!   queue ─▶ Request ─▶ Operation ─┬─ at once ─────────────────────────┬─▶ status byte, used ring
+//!     ▲ limits: a timer            └─ IoThread … eventfd ─▶ Pending ───┘
+//!     └───────────────────────────────────── room for more ◀───────────┘
+//! ```
+//!
+//! Requests under way are bounded by the queue's size, whatever the driver publishes. Operations that have begun are
+//! finished when the driver resets the device, and the reset waits for them (virtio 1.2 §2.4.2: after it, the device
+//! touches nothing of the driver's); those that have not begun are given up. Their results are nobody's then.
+//!
+//! More queues would not help: all are served by one thread.
+
+mod request;
+#[cfg(test)]
+mod tests;
+
+use std::{io, os::fd::RawFd, sync::Arc};
+
+use tracing::warn;
+
+use self::request::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS, Meaning, Request, status_of, wire};
+use super::{
+    device::{Device, Identity, Poller, Progress, Readiness, Running, device_type},
+    limiter::Limiter,
+    queue::{QueueError, VirtQueue},
+};
+use crate::{
+    backends::disk::{Disk, IoThread, Operation, SECTOR_BYTES},
+    config::{LimitConfig, MAX_DISK_ID_BYTES},
+    guest_memory::{GuestMemory, transfer::GuestByte},
+};
+
+const QUEUE_SIZE: u16 = 128;
+const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE];
+/// Failed operations that are logged at most: a guest can make them fail for ever.
+const MAX_LOGGED_ERRORS: u32 = 5;
+
+/// Feature bits (§5.2.3).
+mod feature {
+    pub const SEG_MAX: u64 = 1 << 2;
+    pub const RO: u64 = 1 << 5;
+    pub const BLK_SIZE: u64 = 1 << 6;
+    pub const FLUSH: u64 = 1 << 9;
+    pub const TOPOLOGY: u64 = 1 << 10;
+    pub const DISCARD: u64 = 1 << 13;
+    pub const WRITE_ZEROES: u64 = 1 << 14;
+}
+
+/// The device.
+pub struct Block {
+    disk: Arc<Disk>,
+    id: [u8; MAX_DISK_ID_BYTES],
+    /// Absent where nothing waits.
+    thread: Option<IoThread>,
+    /// By token.
+    pending: Vec<Option<Pending>>,
+    limit: Limiter,
+    /// The guest's memory, for what outlives a call. Set by the first request.
+    memory: Option<Arc<GuestMemory>>,
+    logged_errors: u32,
+}
+
+/// A request whose operation is under way.
+struct Pending {
+    head: u16,
+    /// Bytes of data that the device will have written if it succeeds.
+    written: usize,
+    status: GuestByte,
+}
+
+impl Block {
+    /// A device for this disk, which its driver knows by `id` (shortened to [`MAX_DISK_ID_BYTES`] bytes).
+    pub fn new(disk: Disk, id: &str, limit: Option<LimitConfig>) -> io::Result<Self> {
+        let mut padded = [0; MAX_DISK_ID_BYTES];
+        for (to, from) in padded.iter_mut().zip(id.bytes()) {
+            *to = from;
+        }
+        let disk = Arc::new(disk);
+        Ok(Self {
+            thread: if disk.never_waits() { None } else { Some(IoThread::start(disk.clone())?) },
+            disk,
+            id: padded,
+            pending: Vec::new(),
+            limit: Limiter::new(limit)?,
+            memory: None,
+            logged_errors: 0,
+        })
+    }
+
+    fn under_way(&self) -> usize {
+        self.thread.as_ref().map_or(0, IoThread::under_way)
+    }
+
+    /// Takes requests until there are none, a bound is met, or others have to have their turn.
+    fn serve(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
+        let guest = running.memory;
+        let durable = running.features & feature::FLUSH == 0;
+        let memory = self.memory.get_or_insert_with(|| Arc::new(guest.clone())).clone();
+        let Some(queue) = running.queue(0) else { return Ok(Progress::Done) };
+        let mut budget = QUEUE_SIZE;
+        loop {
+            queue.disable_doorbell(guest)?;
+            loop {
+                if self.under_way() >= usize::from(QUEUE_SIZE) || !self.limit.permits() {
+                    // The eventfd or the timer goes on.
+                    return Ok(Progress::Done);
+                }
+                let Some(chain) = queue.pop(guest)? else { break };
+                let head = chain.head;
+                let mut request = Request::parse(chain)?;
+                self.limit.charge(request.data_bytes());
+                self.begin(head, &mut request, &memory, durable, queue)?;
+                budget -= 1;
+                if budget == 0 {
+                    return Ok(Progress::More);
+                }
+            }
+            if !queue.enable_doorbell(guest)? {
+                return Ok(Progress::Done);
+            }
+        }
+    }
+
+    /// Answers a request, or lets the disk's thread do it.
+    fn begin(
+        &mut self,
+        head: u16,
+        request: &mut Request,
+        memory: &Arc<GuestMemory>,
+        durable: bool,
+        queue: &mut VirtQueue,
+    ) -> Result<(), QueueError> {
+        let written = if request.kind == wire::IN { request.data_bytes() } else { 0 };
+        let (status, written) = match request.meaning(&self.disk, &self.id, memory, durable) {
+            Meaning::Answer { status, written } => (status, written),
+            Meaning::Operation(mut operation) => match self.disk.try_now(&mut operation) {
+                Some(result) => (self.status_of(&operation, &result), written),
+                None => match (request.status_byte(memory), self.thread.is_some()) {
+                    (Some(status), true) => {
+                        self.submit(Pending { head, written, status }, operation);
+                        return Ok(());
+                    }
+                    _ => (wire::IO_ERROR, 0),
+                },
+            },
+        };
+        request.answer(status);
+        queue.push_used(memory, head, used_bytes(status, written))
+    }
+
+    fn submit(&mut self, pending: Pending, operation: Operation) {
+        let Some(thread) = &mut self.thread else { return };
+        let token = self.pending.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.pending.push(None);
+            self.pending.len() - 1
+        });
+        if let (Some(slot), Ok(token)) = (self.pending.get_mut(token), u16::try_from(token)) {
+            *slot = Some(pending);
+            thread.submit(token, operation);
+        }
+    }
+
+    fn status_of(&mut self, operation: &Operation, result: &io::Result<()>) -> u8 {
+        if let Err(error) = result {
+            self.log(error, &format_args!("{operation:?}"));
+        }
+        status_of(result)
+    }
+
+    fn log(&mut self, error: &io::Error, what: &dyn std::fmt::Display) {
+        self.logged_errors = self.logged_errors.saturating_add(1);
+        if self.logged_errors <= MAX_LOGGED_ERRORS {
+            let id = String::from_utf8_lossy(&self.id);
+            warn!(%error, id = id.trim_end_matches('\0'), "a disk failed: {what}");
+        }
+    }
+
+    /// Tells the driver of everything that its thread has done.
+    fn finish(&mut self, running: &mut Running) -> Result<(), QueueError> {
+        let guest = running.memory;
+        let Some(queue) = running.queue(0) else { return Ok(()) };
+        while let Some(done) = self.thread.as_mut().and_then(IoThread::next_done) {
+            // What was begun for a driver that has reset the device since has no slot.
+            let Some(pending) = self.pending.get_mut(usize::from(done.token)).and_then(Option::take) else {
+                continue;
+            };
+            if let Err(error) = &done.result {
+                self.log(error, &"a request on its thread");
+            }
+            let status = status_of(&done.result);
+            pending.status.write(status);
+            queue.push_used(guest, pending.head, used_bytes(status, pending.written))?;
+        }
+        Ok(())
+    }
+}
+
+/// §2.7.8.2 counts bytes from the front, so the status byte only counts if all before it was written.
+fn used_bytes(status: u8, written: usize) -> u32 {
+    let bytes = if status == wire::OK { written.saturating_add(1) } else { 0 };
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
+impl Device for Block {
+    fn identity(&self) -> Identity {
+        let changes =
+            if self.disk.read_only() { feature::RO } else { feature::DISCARD | feature::WRITE_ZEROES };
+        let block = self.disk.block_bytes();
+        let blocks = self.disk.physical_block_bytes() / block.max(1);
+        let block_sectors = block / SECTOR_BYTES as u32;
+        // §5.2.4, field by field.
+        let mut config = self.disk.sectors().to_le_bytes().to_vec();
+        let mut word = |value: u32| config.extend(value.to_le_bytes());
+        word(0); // size_max: unused
+        word(u32::from(QUEUE_SIZE - 2)); // seg_max: a request also needs header and status
+        word(0); // geometry: unused
+        word(block); // blk_size
+        // topology: physical_block_exp, alignment_offset, min_io_size; opt_io_size is unknown
+        word(blocks.checked_ilog2().unwrap_or(0) | blocks.clamp(1, 0xffff) << 16);
+        word(0);
+        word(1 << 16); // writeback: unused; num_queues
+        word(MAX_SEGMENT_SECTORS); // max_discard_sectors
+        word(MAX_SEGMENTS); // max_discard_seg
+        word(block_sectors); // discard_sector_alignment
+        word(MAX_SEGMENT_SECTORS); // max_write_zeroes_sectors
+        word(MAX_SEGMENTS); // max_write_zeroes_seg
+        word(1); // write_zeroes_may_unmap
+        Identity {
+            device_type: device_type::BLOCK,
+            features: feature::SEG_MAX | feature::BLK_SIZE | feature::TOPOLOGY | feature::FLUSH | changes,
+            queue_sizes: QUEUE_SIZES,
+            optional_queues: 0,
+            config,
+        }
+    }
+
+    fn start(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
+        if let Some(thread) = &self.thread {
+            thread.cancel(false);
+        }
+        self.serve(running)
+    }
+
+    fn watch(&mut self, poller: &mut dyn Poller) -> io::Result<()> {
+        let fds = [self.thread.as_ref().map(IoThread::fd), self.limit.fd()];
+        fds.into_iter().flatten().try_for_each(|fd| poller.add(fd))
+    }
+
+    fn queues_ready(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
+        self.serve(running)
+    }
+
+    fn fd_ready(&mut self, fd: RawFd, _: Readiness, running: &mut Running) -> Result<Progress, QueueError> {
+        if let Some(thread) = self.thread.as_ref().filter(|thread| thread.fd() == fd) {
+            thread.take_notice();
+            self.finish(running)?;
+        }
+        self.serve(running)
+    }
+
+    fn fd_ready_while_stopped(&mut self, fd: RawFd, _: Readiness, _: &mut dyn Poller) {
+        if let Some(thread) = self.thread.as_mut().filter(|thread| thread.fd() == fd) {
+            thread.take_notice();
+            while thread.next_done().is_some() {}
+        }
+    }
+
+    fn stop(&mut self, _: &mut dyn Poller) {
+        self.pending.clear();
+        if let Some(thread) = &self.thread {
+            thread.cancel(true);
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.under_way() == 0
+    }
+}
