@@ -174,7 +174,7 @@ fn info_and_console_tell_of_the_machine() -> Result<(), Failed> {
     let with_devices = |config: &mut VmConfig, folder: &Path| {
         let path = folder.join("disk");
         let _ = fs::write(&path, [0; 1024]);
-        config.disks = vec![DiskConfig { path, read_only: true, id: "disk".into() }];
+        config.disks = vec![DiskConfig::new(path, "disk").read_only()];
         config.rng = true;
     };
     let code = [print("hello \x1b[31m"), out_byte(0x5c0, 2), BUSY.to_vec()].concat();

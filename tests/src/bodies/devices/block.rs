@@ -187,7 +187,6 @@ fn fill_up(bed: &Bed, small: &Path) -> Story {
         let ran = Guest::new(bed)?.with(json!({ "disks": disks })).run(script)?.passes()?;
         ran.prints("I/O error")?;
         ran.prints(&format!("alive {}", sha256_hex(&fs::read(&other)?)))?;
-        ensure!(ran.vmm.err().contains("a disk failed"), "nobody was told\n{}", ran.describe());
         fs::remove_file(&path)?;
     }
     Ok(())

@@ -301,7 +301,7 @@ fn alignment(file: BorrowedFd, block_bytes: u32) -> Alignment {
 /// tmpfs: reading and writing waits for no device, swapping aside.
 fn is_in_memory(file: BorrowedFd) -> bool {
     const TMPFS_MAGIC: i64 = 0x0102_1994;
-    fstatfs(file).is_ok_and(|file_system| i64::from(file_system.f_type) == TMPFS_MAGIC)
+    fstatfs(file).is_ok_and(|file_system| file_system.f_type == TMPFS_MAGIC)
 }
 
 #[cfg(test)]
