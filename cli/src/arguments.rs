@@ -46,6 +46,19 @@ pub enum Verb {
     Compare(Compare),
     /// List sandboxes
     Ps(Ps),
+    /// Show what running sandboxes use
+    Stats(Stats),
+    /// Stop everything in sandboxes, until they are unpaused
+    Pause(SandboxList),
+    /// Let paused sandboxes go on
+    #[command(visible_alias = "resume")]
+    Unpause(SandboxList),
+    /// Ask sandboxes to end, and kill those that do not
+    Stop(Stop),
+    /// Send sandboxes a signal
+    Kill(Kill),
+    /// Print the end of what a VM's guest printed on its console
+    Console(ConsoleArguments),
     /// Remove sandboxes
     Rm(Rm),
     /// Manage images
@@ -202,6 +215,67 @@ pub struct Ps {
     /// Print ids only
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+CPU % is of one CPU of this machine. A VM's figures are those of its whole VMM process, its memory included. `-` is a
+figure that cannot be known here; --json says why, and has all that a VM tells of its devices, vCPUs and exits.")]
+pub struct Stats {
+    /// Print one sample and exit
+    #[arg(long)]
+    pub no_stream: bool,
+    /// Print JSON; without --no-stream one array a line
+    #[arg(long)]
+    pub json: bool,
+    /// Ids, beginnings of ids, or names (default: all that run)
+    #[arg(value_name = "SANDBOX")]
+    pub sandboxes: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct SandboxList {
+    /// Ids, beginnings of ids, or names
+    #[arg(required = true, value_name = "SANDBOX")]
+    pub sandboxes: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Stop {
+    /// Seconds to wait before it is killed
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
+    pub time: u32,
+    /// Signal to ask with (default: the image's, or TERM)
+    #[arg(short, long, value_name = "SIGNAL", value_parser = signal)]
+    pub signal: Option<i32>,
+    /// Ids, beginnings of ids, or names
+    #[arg(required = true, value_name = "SANDBOX")]
+    pub sandboxes: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Kill {
+    /// Name or number of the signal
+    #[arg(short, long, value_name = "SIGNAL", default_value = "KILL", value_parser = signal)]
+    pub signal: i32,
+    /// Ids, beginnings of ids, or names
+    #[arg(required = true, value_name = "SANDBOX")]
+    pub sandboxes: Vec<String>,
+}
+
+/// A signal by name or number.
+fn signal(text: &str) -> Result<i32, String> {
+    cloche_engine::signals::by_name(text)
+        .ok_or_else(|| format!("`{text}` is no signal; write one such as TERM, SIGUSR1 or 9"))
+}
+
+#[derive(Debug, Args)]
+pub struct ConsoleArguments {
+    /// Bytes to print at most
+    #[arg(short = 'n', long, value_name = "NUMBER", default_value_t = 65536)]
+    pub bytes: u32,
+    /// Id, beginning of an id, or name
+    pub sandbox: String,
 }
 
 #[derive(Debug, Args)]

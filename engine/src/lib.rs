@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!  request ─▶ run ─▶ spec ─▶ isolation::{container, vm} ─▶ monitor ─▶ outcome
-//!              └─▶ sandboxes (records on disk, reconcile)
+//!              └─▶ sandboxes (records on disk, reconcile) ◀─ steering, stats (other processes)
 //! ```
 
 pub mod compare;
@@ -18,8 +18,10 @@ pub mod record;
 pub mod request;
 pub mod run;
 pub mod sandboxes;
-mod signals;
+pub mod signals;
 mod spec;
+pub mod stats;
+pub mod steering;
 pub mod syscalls;
 pub mod trace;
 

@@ -25,10 +25,17 @@ pub struct Record {
     pub created: u64,
     /// Forget the sandbox when it ends.
     pub remove: bool,
+    /// The signal by which `stop` asks it to end: the image's, or SIGTERM.
+    #[serde(default = "sigterm")]
+    pub stop_signal: i32,
     /// The process that attends it.
     pub monitor: ProcessId,
     /// Where it is in its life.
     pub state: State,
+}
+
+fn sigterm() -> i32 {
+    libc::SIGTERM
 }
 
 /// A sandbox's life: starting, running, exited; only forwards.

@@ -17,7 +17,7 @@ use crate::{
     record::{Ended, ProcessId, Record, State, unix_time},
     request::{Isolation, RequestError, RunRequest},
     sandboxes::{Owned, SandboxError, Sandboxes},
-    signals::Signals,
+    signals::{self, Signals},
     spec::{self, SpecError},
     trace::{Mark, Trace},
 };
@@ -100,6 +100,7 @@ pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outco
         isolation: request.isolation,
         created: unix_time(),
         remove: request.remove,
+        stop_signal: stop_signal(&image.config),
         monitor: ProcessId::own(),
         state: State::Starting,
     })?;
@@ -138,6 +139,13 @@ pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outco
             Err(error)
         }
     }
+}
+
+/// What an image's author wants to be stopped by (OCI image-spec: config.md `StopSignal`); SIGTERM if it is no signal.
+fn stop_signal(config: &ImageConfiguration) -> i32 {
+    let config = config.config().as_ref();
+    let named = config.and_then(|config| config.stop_signal().as_deref().and_then(signals::by_name));
+    named.unwrap_or(libc::SIGTERM)
 }
 
 fn start(

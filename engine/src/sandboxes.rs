@@ -200,6 +200,7 @@ impl Sandboxes {
                 return Err(SandboxError::Running(id.into()));
             }
             if let State::Running(processes) = record.state {
+                thaw(id);
                 kill(processes.leader);
             }
             if attended && started.elapsed() > GRACE {
@@ -207,6 +208,17 @@ impl Sandboxes {
             }
             thread::sleep(PAUSE);
         }
+    }
+
+    /// Ends a sandbox whatever it does, and writes down that it was killed.
+    pub(crate) fn end_by_force(&self, id: &str) -> Result<(), SandboxError> {
+        drop(self.end(id, &self.sandbox_dir(id), true)?);
+        self.reconcile().map(drop)
+    }
+
+    /// A sandbox's own directory.
+    pub(crate) fn sandbox_dir(&self, id: &str) -> PathBuf {
+        self.dir.join(id)
     }
 
     fn lock_names(&self) -> Result<File, SandboxError> {
@@ -310,9 +322,20 @@ pub(crate) fn cgroup_path(id: &str) -> PathBuf {
     format!("/cloche-{id}").into()
 }
 
+/// Lets a paused container go on, so that it can die: the v1 freezer holds even what is killed.
+fn thaw(id: &str) {
+    if let Ok(cgroup) = Cgroup::open(&cgroup_path(id))
+        && cgroup.is_frozen()
+    {
+        // Whoever has to die is dead before it runs again, or is killed again after it.
+        let _ = cgroup.kill_all().and_then(|()| cgroup.thaw());
+    }
+}
+
 /// Kills and removes what may be left of a sandbox; says what could not be removed.
 fn clean_up(record: &Record) -> Option<String> {
     if let State::Running(processes) = record.state {
+        thaw(&record.id);
         kill(processes.leader);
     }
     let cgroup = Cgroup::open(&cgroup_path(&record.id));
@@ -411,6 +434,7 @@ mod tests {
             isolation: Isolation::Vm,
             created: 1,
             remove: false,
+            stop_signal: libc::SIGTERM,
             monitor: ProcessId::own(),
             state: State::Starting,
         }

@@ -4,7 +4,7 @@
 use std::{
     io,
     mem::MaybeUninit,
-    os::fd::{FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
     ptr,
 };
 
@@ -31,6 +31,31 @@ pub fn signal_descriptor(signals: &[i32]) -> io::Result<OwnedFd> {
     }
     // SAFETY: `fd` was just returned by signalfd(2) and belongs to nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Queues a signal with a number for a process (pidfd_send_signal(2), sigqueue(3)).
+pub fn queue_signal(pidfd: &OwnedFd, signo: i32, value: i32) -> io::Result<()> {
+    /// The beginning of the kernel's `siginfo_t` of a queued signal on x86-64, in its full size.
+    #[repr(C)]
+    struct Queued {
+        signo: i32,
+        errno: i32,
+        code: i32,
+        padding: i32,
+        pid: i32,
+        uid: u32,
+        value: i32,
+        rest: [i32; 25],
+    }
+    // SAFETY: getuid(2) takes nothing and cannot fail.
+    let uid = unsafe { libc::getuid() };
+    let pid = std::process::id() as i32;
+    let info = Queued { signo, errno: 0, code: libc::SI_QUEUE, padding: 0, pid, uid, value, rest: [0; 25] };
+    const { assert!(size_of::<Queued>() == size_of::<libc::siginfo_t>()) };
+    // SAFETY: `info` has the size and layout of a siginfo_t and outlives the call; no flags.
+    let result =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signo, &raw const info, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Has the kernel kill the calling process when its parent ends (prctl(2), PR_SET_PDEATHSIG).

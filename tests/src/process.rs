@@ -94,6 +94,11 @@ impl Running {
         self.input = None;
     }
 
+    /// Bytes that the child has printed so far.
+    pub fn printed(&self) -> usize {
+        self.stdout.lock().bytes.len()
+    }
+
     /// Waits until the child has printed `text`.
     pub fn wait_for_stdout(&self, text: &str) -> Result<()> {
         let found = self.stdout.wait_until(self.deadline, |state| {

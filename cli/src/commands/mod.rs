@@ -6,6 +6,8 @@ pub mod image;
 pub mod kernel;
 pub mod run;
 pub mod sandbox;
+pub mod stats;
+pub mod steer;
 pub mod vmm;
 
 use clap::CommandFactory;

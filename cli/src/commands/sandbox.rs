@@ -2,7 +2,13 @@
 
 use std::process::ExitCode;
 
-use cloche_engine::{isolation::observed, record::State, request::Isolation, sandboxes::Entry};
+use cloche_engine::{
+    isolation::observed,
+    record::State,
+    request::Isolation,
+    sandboxes::{Entry, Sandboxes},
+    steering::Activity,
+};
 use serde::Serialize;
 
 use super::{home, print_json, reconciled};
@@ -28,8 +34,14 @@ struct Line {
     reason: Option<String>,
 }
 
-impl From<Entry> for Line {
-    fn from(Entry { record, .. }: Entry) -> Self {
+impl Line {
+    fn of(sandboxes: &Sandboxes, entry: Entry) -> Self {
+        // Seen, not remembered: nobody writes down that a sandbox is paused.
+        let activity = match entry.record.state {
+            State::Running(_) => sandboxes.steer(&entry.record.id).ok().map(|steered| steered.activity()),
+            _ => None,
+        };
+        let record = entry.record;
         let mut line = Self {
             id: record.id,
             name: record.name,
@@ -46,7 +58,7 @@ impl From<Entry> for Line {
         match record.state {
             State::Starting => {}
             State::Running(processes) => {
-                line.status = "running";
+                line.status = activity.unwrap_or(Activity::Running).name();
                 line.pid = Some(processes.leader.pid);
                 line.isolation = observed::isolation(processes.leader.pid).unwrap_or(line.isolation);
             }
@@ -63,9 +75,12 @@ impl From<Entry> for Line {
 
 /// Lists sandboxes.
 pub fn ps(global: &Global, arguments: &Ps) -> anyhow::Result<ExitCode> {
-    let entries = reconciled(&home(global))?.entries()?;
-    let lines: Vec<Line> =
-        entries.into_iter().map(Line::from).filter(|line| arguments.all || line.status != "exited").collect();
+    let sandboxes = reconciled(&home(global))?;
+    let entries = sandboxes.entries()?.into_iter();
+    let lines: Vec<Line> = entries
+        .map(|entry| Line::of(&sandboxes, entry))
+        .filter(|line| arguments.all || line.status != "exited")
+        .collect();
     if arguments.json {
         print_json(&lines)?;
     } else if arguments.quiet {

@@ -14,6 +14,7 @@ mod random_kills;
 mod rootfs;
 mod signals;
 mod stdio;
+mod steering;
 mod trace;
 
 use crate::suite::Body;
@@ -33,6 +34,7 @@ pub fn all() -> Vec<Body> {
         trace::BODIES,
         bad_requests::BODIES,
         bad_archives::BODIES,
+        steering::BODIES,
         crash::BODIES,
         random_kills::BODIES,
     ];

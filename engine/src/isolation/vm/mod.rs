@@ -15,11 +15,12 @@ pub mod kernel;
 pub mod kvm;
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Permissions},
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::{
+            fs::PermissionsExt,
             net::{UnixListener, UnixStream},
             process::CommandExt,
         },
@@ -40,7 +41,10 @@ use cloche_vmm::{
     config::{ConfigError, DiskConfig, InitramfsPart, VmConfig, VsockConfig},
     event::Event,
 };
-use rustix::event::{PollFd, PollFlags};
+use rustix::{
+    event::{PollFd, PollFlags},
+    io::FdFlags,
+};
 
 use super::{Lost, Running, Streams, observed};
 use crate::{
@@ -48,6 +52,7 @@ use crate::{
     request::{Isolation, RunRequest},
     signals::Signals,
     spec::Workload,
+    steering::CONTROL_SOCKET,
     trace::{Mark, Trace},
 };
 
@@ -143,11 +148,17 @@ pub fn start(
     trace: &mut Trace,
 ) -> Result<Box<dyn Running>, VmError> {
     kvm::check()?;
-    let config = machine(dir, layers, request)?;
+    let mut config = machine(dir, layers, request)?;
+    let control = listen(dir).map_err(setup("make the VM's control socket"))?;
+    config.control_fd = Some(control.as_raw_fd());
     config.validate()?;
     let listeners = Listeners::bind(dir, request.interactive)?;
     write_boot_archive(id, dir, workload, &config, request.interactive)?;
+    // Only the VMM inherits it: this process starts no other meanwhile.
+    rustix::io::fcntl_setfd(&control, FdFlags::empty())
+        .map_err(|errno| setup("make the VM's control socket")(errno.into()))?;
     let vmm = Vmm::spawn(&config)?;
+    drop(control);
     trace.mark(Mark::VmmSpawned);
     let mut machine =
         Machine { vmm, control: None, silent_since: None, decoder: Decoder::default(), streams: None };
@@ -203,6 +214,14 @@ pub fn start(
             }
         }
     }
+}
+
+/// Where other commands ask the VM: see `cloche_vmm::control`. The sandbox's directory keeps everybody else out, too.
+fn listen(dir: &Path) -> io::Result<UnixListener> {
+    let path = dir.join(CONTROL_SOCKET);
+    let listener = UnixListener::bind(&path)?;
+    fs::set_permissions(&path, Permissions::from_mode(0o600))?;
+    Ok(listener)
 }
 
 /// The machine for this request.
