@@ -79,3 +79,61 @@ pub fn kill_own_process() -> ! {
     // Where the signal is not allowed, its exit code says the same.
     std::process::exit(137);
 }
+
+/// Gives the pages of a constant back to the host, if it lies in this executable's file; they come back from there if
+/// anybody looks again.
+pub fn forget_constant(constant: &[u8]) {
+    unsafe extern "C" {
+        // Where the linker put the executable's first byte, and the one after its code.
+        safe static __executable_start: u8;
+        safe static etext: u8;
+    }
+    const PAGE: usize = 4096;
+    let file_backed = (&raw const __executable_start).addr()..(&raw const etext).addr();
+    let range = constant.as_ptr_range();
+    // Whole pages only: the neighbours are somebody else's.
+    let start = range.start.addr().next_multiple_of(PAGE);
+    let end = range.end.addr() / PAGE * PAGE;
+    if start >= end || start < file_backed.start || end > file_backed.end {
+        return;
+    }
+    // SAFETY: all of the range lies between the executable's headers and the end of its code, in segments that are
+    // mapped privately from its file and never writable, so that what is read later is what was read before.
+    unsafe {
+        libc::madvise(range.start.with_addr(start).cast_mut().cast(), end - start, libc::MADV_DONTNEED)
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Large enough to hold whole pages wherever it lies.
+    static CONSTANT: [u8; 5 * 4096] = [7; 5 * 4096];
+
+    fn resident_pages(bytes: &[u8]) -> usize {
+        let start = bytes.as_ptr().addr() / 4096;
+        let pages = (bytes.as_ptr_range().end.addr() - 1) / 4096 - start + 1;
+        let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+        let mut entries = vec![0; pages * 8];
+        std::os::unix::fs::FileExt::read_exact_at(&pagemap, &mut entries, start as u64 * 8).unwrap();
+        // Linux Documentation/admin-guide/mm/pagemap.rst: bit 63, page present.
+        entries.chunks_exact(8).filter(|entry| entry[7] & 0x80 != 0).count()
+    }
+
+    #[test]
+    fn forget_constant_gives_its_pages_back_and_keeps_its_bytes() {
+        assert_eq!(CONSTANT.iter().filter(|byte| **byte == 7).count(), CONSTANT.len());
+        let before = resident_pages(&CONSTANT);
+        forget_constant(&CONSTANT);
+        assert!(resident_pages(&CONSTANT) <= before - 4, "{before} pages before");
+        assert_eq!(CONSTANT.iter().filter(|byte| **byte == 7).count(), CONSTANT.len());
+    }
+
+    #[test]
+    fn forget_constant_of_other_memory_leaves_it() {
+        let bytes = vec![7_u8; 5 * 4096];
+        forget_constant(&bytes);
+        assert!(bytes.iter().all(|byte| *byte == 7));
+    }
+}

@@ -5,7 +5,7 @@
 
 mod seccomp;
 
-use oci_spec::{image::ImageConfiguration, runtime::Spec};
+use oci_spec::{OciSpecError, image::ImageConfiguration, runtime::Spec};
 use rustix::process::{Resource, getrlimit};
 use serde_json::{Value, json};
 
@@ -47,6 +47,9 @@ pub enum SpecError {
     /// The result is no runtime spec.
     #[error("the runtime spec for this request is not valid")]
     Invalid(#[source] serde_json::Error),
+    /// The system-call policy is none.
+    #[error("the system-call policy for this request is not valid")]
+    Policy(#[source] OciSpecError),
 }
 
 /// What to run: the spec, and the user that only the container's own `/etc/passwd` can resolve.
@@ -84,7 +87,12 @@ pub fn workload(id: &str, request: &RunRequest, image: &ImageConfiguration) -> R
             container_spec(id, hostname, request, process(&args, &env, &cwd))
         }
     };
-    let spec = serde_json::from_value(spec).map_err(SpecError::Invalid)?;
+    let mut spec: Spec = serde_json::from_value(spec).map_err(SpecError::Invalid)?;
+    if request.isolation != Isolation::Process
+        && let Some(linux) = spec.linux_mut()
+    {
+        linux.set_seccomp(Some(seccomp::default_policy(&CAPABILITIES).map_err(SpecError::Policy)?));
+    }
     Ok(Workload { spec, user, args })
 }
 
@@ -141,6 +149,7 @@ fn process_spec(id: &str, args: &[String], env: &[String], cwd: &str) -> Value {
     })
 }
 
+/// All but the system-call policy.
 fn container_spec(id: &str, hostname: &str, request: &RunRequest, mut process: Value) -> Value {
     process["noNewPrivileges"] = true.into();
     process["rlimits"] = rlimits();
@@ -159,7 +168,6 @@ fn container_spec(id: &str, hostname: &str, request: &RunRequest, mut process: V
             ],
             "cgroupsPath": cgroup_path(id),
             "resources": resources(request),
-            "seccomp": seccomp::default_policy(&CAPABILITIES),
             "maskedPaths": [
                 "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys",
                 "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi", "/proc/timer_list",
@@ -280,6 +288,7 @@ mod tests {
         let container = workload("0123456789ab", &request(Isolation::Container), &image).unwrap();
         let vm = workload("0123456789ab", &request(Isolation::Vm), &image).unwrap();
         assert_eq!(container.spec, vm.spec);
+        assert!(container.spec.linux().as_ref().unwrap().seccomp().is_some());
     }
 
     #[test]

@@ -143,7 +143,9 @@ fn build_and_run(
     let mut opened = open::open(config, embedded_initramfs)?;
     let console_log = opened.console_log.take();
     let machine = builder::build(config, opened, console.clone(), reporter.clone())?;
-    let Ended { ending, stats, vm } = supervisor::run(machine, config.start_timeout_ms)?;
+    // The archive is in guest memory by now, and was the largest part of this process besides.
+    let tidy = || syscalls::forget_constant(embedded_initramfs);
+    let Ended { ending, stats, vm } = supervisor::run(machine, config.start_timeout_ms, tidy)?;
     let console = console.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(mut log) = console_log
         && let Err(error) = log.write_all(&console.contents())
