@@ -25,6 +25,7 @@
 //! `/tmp`, and its stderr goes where its stdout goes. After it the guest resets the machine: a triple fault. Use
 //! [`Guest::start`] for what has to happen on the host meanwhile.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -64,6 +65,7 @@ reboot -nf
 pub struct Guest<'a> {
     bed: &'a Bed<'a>,
     config: Value,
+    prefix: Vec<String>,
 }
 
 impl<'a> Guest<'a> {
@@ -71,7 +73,7 @@ impl<'a> Guest<'a> {
     pub fn new(bed: &'a Bed<'a>) -> Result<Self> {
         let kernel = bed.run(&["kernel", "path"])?.succeeds()?.out();
         let config = json!({ "vcpus": 1, "memory_mib": 128, "kernel": kernel.trim_end() });
-        Ok(Self { bed, config })
+        Ok(Self { bed, config, prefix: Vec::new() })
     }
 
     /// Sets fields of the VM's configuration (`VmConfig` in `vmm/src/config.rs`); a field replaces what was there.
@@ -79,6 +81,12 @@ impl<'a> Guest<'a> {
         if let (Value::Object(all), Value::Object(new)) = (&mut self.config, fields) {
             all.extend(new);
         }
+        self
+    }
+
+    /// Starts the VMM by these words, e.g. those that lead into another network namespace.
+    pub fn inside(mut self, prefix: Vec<String>) -> Self {
+        self.prefix = prefix;
         self
     }
 
@@ -106,8 +114,10 @@ impl<'a> Guest<'a> {
             let left = left.saturating_sub(Duration::from_secs(10)).max(Duration::from_millis(1));
             self.config["start_timeout_ms"] = json!(u64::try_from(left.as_millis()).unwrap_or(u64::MAX));
         }
-        let mut command = std::process::Command::new(&self.bed.world().cloche);
-        command.arg("vmm");
+        let cloche = &self.bed.world().cloche;
+        let mut words = self.prefix.iter().map(OsStr::new).chain([cloche.as_os_str(), OsStr::new("vmm")]);
+        let mut command = std::process::Command::new(words.next().context("a command has a program")?);
+        command.args(words);
         let vmm = Running::start(
             command,
             &Input::Bytes(self.config.to_string().into_bytes()),

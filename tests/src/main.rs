@@ -22,6 +22,7 @@ mod cpio;
 mod finished;
 mod guest;
 mod image;
+mod lan;
 mod leftovers;
 mod noise;
 mod probe;

@@ -58,6 +58,8 @@ pub enum Need {
     DebianImage,
     /// `CLOCHE_TEST_CLOUD_KERNEL`.
     CloudKernel,
+    /// The program `passt`.
+    Passt,
     /// A machine whose processor is real, for work that takes minutes on an emulated one.
     RealProcessor,
 }
@@ -71,6 +73,7 @@ impl Need {
             Self::NoUsableKvm => "a host without usable KVM",
             Self::DebianImage => "the debian image (CLOCHE_TEST_IMAGES)",
             Self::CloudKernel => "Debian's cloud kernel (CLOCHE_TEST_CLOUD_KERNEL)",
+            Self::Passt => "passt on PATH",
             Self::RealProcessor => "a processor that is not emulated",
         }
     }
@@ -151,6 +154,9 @@ impl World {
             Need::NoUsableKvm => self.usable_kvm,
             Need::DebianImage => !self.has_image("debian"),
             Need::CloudKernel => self.cloud_kernel.is_none(),
+            Need::Passt => {
+                !Command::new("passt").arg("--version").output().is_ok_and(|ran| ran.status.success())
+            }
             Need::RealProcessor => self.slowness > 1,
         }
     }

@@ -9,8 +9,10 @@ use std::{collections::HashSet, os::fd::RawFd, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 mod limit;
+mod net;
 
 pub use limit::{BucketConfig, LimitConfig};
+pub use net::{BadMacAddress, MAX_NETS, MIN_MTU, MacAddress, NetBackend, NetConfig};
 
 /// vCPUs that a VM can have at most: an MP table names a CPU by an 8-bit APIC id, and more than this was never
 /// tried.
@@ -41,6 +43,9 @@ pub struct VmConfig {
     /// Disks in the order in which the guest names them: `vda`, `vdb`, …
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// Network devices in the order in which the guest names them.
+    #[serde(default)]
+    pub nets: Vec<NetConfig>,
     /// The socket device, if the guest gets one.
     #[serde(default)]
     pub vsock: Option<VsockConfig>,
@@ -162,6 +167,7 @@ impl VmConfig {
             cmdline_extra: String::new(),
             initramfs: Vec::new(),
             disks: Vec::new(),
+            nets: Vec::new(),
             vsock: None,
             rng: false,
             console_log: None,
@@ -204,6 +210,7 @@ impl VmConfig {
             }
         }
         self.validate_disks()?;
+        self.validate_nets()?;
         self.validate_vsock()
     }
 

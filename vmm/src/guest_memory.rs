@@ -106,6 +106,14 @@ pub fn read(fd: BorrowedFd, buffers: &[VolatileSlice]) -> io::Result<usize> {
     })
 }
 
+/// Writes `buffers` to a stream or device, like `writev(2)`. At most 1024 buffers are taken.
+pub fn write(fd: BorrowedFd, buffers: &[VolatileSlice]) -> io::Result<usize> {
+    with_iovecs(buffers, |iovecs, count| {
+        // SAFETY: the iovecs describe live, readable guest memory (`with_iovecs`).
+        unsafe { libc::writev(fd.as_raw_fd(), iovecs, count) }
+    })
+}
+
 /// Sends `buffers` to a connected socket without raising SIGPIPE. At most 1024 buffers are taken.
 pub fn send(fd: BorrowedFd, buffers: &[VolatileSlice]) -> io::Result<usize> {
     with_iovecs(buffers, |iovecs, count| {

@@ -6,4 +6,8 @@
 
 pub mod disk;
 pub mod entropy;
+pub mod frame_socket;
+pub mod link;
 pub mod socket;
+pub mod tap;
+mod tap_ioctls;

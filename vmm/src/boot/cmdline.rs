@@ -57,7 +57,7 @@ pub fn build(vcpus: u8, interrupts: &[u32], extra: &str) -> Result<String, Cmdli
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::MAX_DISKS;
+    use crate::config::{MAX_DISKS, MAX_NETS};
 
     #[test]
     fn build_with_devices_names_address_and_interrupt_of_each() {
@@ -72,7 +72,7 @@ mod tests {
 
     #[test]
     fn build_with_most_devices_fits() {
-        build(1, &[23; MAX_DISKS + 2], "").unwrap();
+        build(1, &[23; MAX_DISKS + MAX_NETS + 2], "").unwrap();
     }
 
     #[test]

@@ -49,7 +49,9 @@ use crate::{
         block::Block,
         counters::DeviceCounters,
         device::{Device, InterruptStatus},
+        limiter::Limiter,
         mmio::{MmioTransport, QUEUE_NOTIFY},
+        net::Net,
         rng::Rng,
         vsock::Vsock,
         worker::Worker,
@@ -150,7 +152,7 @@ pub fn build(
     console: Arc<Mutex<Console>>,
     reporter: Arc<Reporter>,
 ) -> Result<Machine, BuildError> {
-    let Opened { kvm, mut kernel, initramfs, disks, console_log: _, control } = opened;
+    let Opened { kvm, mut kernel, initramfs, disks, links, console_log: _, control } = opened;
     let regions = layout::memory_regions(config.memory_bytes());
     let memory = guest_memory::map(&regions)?;
     let resources = |what| move |source| BuildError::Resources { what, source };
@@ -160,6 +162,12 @@ pub fn build(
         Block::new(disk, &its.id, its.limit)
             .and_then(|block| devices.add(Box::new(block)))
             .map_err(resources("a block device"))?;
+    }
+    for (link, net) in links.into_iter().zip(&config.nets) {
+        let limiter = |limit| Limiter::new(limit).map_err(resources("a network device"));
+        let (receive, send) = (limiter(net.receive_limit)?, limiter(net.send_limit)?);
+        let device = Net::new(link, net.mac, net.mtu, receive, send);
+        devices.add(Box::new(device)).map_err(resources("a network device"))?;
     }
     let mut last_words = None;
     if let Some(vsock) = &config.vsock {

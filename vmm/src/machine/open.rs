@@ -11,10 +11,15 @@ use std::{
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::{
-    backends::disk::{Disk, DiskError, DiskOptions},
+    backends::{
+        disk::{Disk, DiskError, DiskOptions},
+        frame_socket::FrameSocket,
+        link::Link,
+        tap::{Tap, TapError},
+    },
     boot::initramfs::Part,
-    config::{DiskCache, InitramfsPart, VmConfig},
-    syscalls,
+    config::{DiskCache, InitramfsPart, NetBackend, VmConfig},
+    syscalls::{self, take_inherited_fd},
 };
 
 /// Version of the KVM API; it has not changed since Linux 2.6.22 (Linux `Documentation/virt/kvm/api.rst` §4.1).
@@ -40,6 +45,8 @@ pub struct Opened<'a> {
     pub initramfs: Vec<Part<'a>>,
     /// Disks in the configuration's order.
     pub disks: Vec<Disk>,
+    /// What is at the other end of each network device, in the configuration's order.
+    pub links: Vec<Box<dyn Link>>,
     /// Where the console's contents go in the end.
     pub console_log: Option<File>,
     /// Where clients of the control socket connect.
@@ -78,6 +85,24 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+    /// A tap.
+    #[error("the {backend} cannot be used")]
+    Tap {
+        /// Which.
+        backend: NetBackend,
+        /// Why not.
+        #[source]
+        source: TapError,
+    },
+    /// The other end of a network device that is no tap, or a descriptor that is not open.
+    #[error("the {backend} cannot be used")]
+    Link {
+        /// Which.
+        backend: NetBackend,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// A disk.
     #[error("the disk {path:?} cannot be used")]
     Disk {
@@ -107,6 +132,7 @@ pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opene
         kernel: open_kernel(config)?,
         initramfs: initramfs.collect::<Result<_, _>>()?,
         disks: disks.collect::<Result<_, _>>()?,
+        links: config.nets.iter().map(|net| open_link(&net.backend)).collect::<Result<_, _>>()?,
         console_log: config
             .console_log
             .as_ref()
@@ -134,6 +160,19 @@ fn take_listener(fd: RawFd) -> io::Result<UnixListener> {
     listener.local_addr()?;
     listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+fn open_link(backend: &NetBackend) -> Result<Box<dyn Link>, OpenError> {
+    let link = |source| OpenError::Link { backend: backend.clone(), source };
+    let tap = |source| OpenError::Tap { backend: backend.clone(), source };
+    Ok(match backend {
+        NetBackend::TapFd(fd) => Box::new(Tap::inherit(take_inherited_fd(*fd).map_err(link)?).map_err(tap)?),
+        NetBackend::TapName(name) => Box::new(Tap::open(name).map_err(tap)?),
+        NetBackend::SocketFd(fd) => {
+            Box::new(take_inherited_fd(*fd).and_then(FrameSocket::inherit).map_err(link)?)
+        }
+        NetBackend::SocketPath(path) => Box::new(FrameSocket::connect(path).map_err(link)?),
+    })
 }
 
 fn open_kernel(config: &VmConfig) -> Result<File, OpenError> {

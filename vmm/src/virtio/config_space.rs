@@ -1,6 +1,5 @@
 //! A device configuration space that changes while its driver looks (virtio 1.2 §2.5): the device and the machine's
 //! operator change it, some fields are the driver's to write, and a generation tells the driver to read again.
-#![allow(dead_code)]
 
 use std::{
     ops::Range,
@@ -54,7 +53,8 @@ impl ConfigSpace {
         }
     }
 
-    /// A little-endian field of `N` bytes; zeros if it is not there.
+    #[cfg(test)]
+    /// A field of `N` bytes; zeros if it is not there.
     pub fn field<const N: usize>(&self, offset: usize) -> [u8; N] {
         let mut bytes = [0; N];
         self.read(offset as u64, &mut bytes);

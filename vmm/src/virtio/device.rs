@@ -19,6 +19,8 @@ use crate::{devices::Interrupt, guest_memory::GuestMemory};
 
 /// Device types (virtio 1.2 §5).
 pub mod device_type {
+    /// Network device.
+    pub const NETWORK: u32 = 1;
     /// Block device.
     pub const BLOCK: u32 = 2;
     /// Entropy device.
@@ -29,7 +31,7 @@ pub mod device_type {
     /// What a type is called.
     pub fn name(device_type: u32) -> &'static str {
         match device_type {
-            1 => "net",
+            NETWORK => "net",
             BLOCK => "block",
             3 => "console",
             ENTROPY => "rng",
@@ -81,7 +83,6 @@ pub struct Running<'a> {
     /// Its queues, without those that the driver left out.
     pub queues: &'a mut [VirtQueue],
     /// The feature bits that the driver accepted.
-    #[allow(dead_code)]
     pub features: u64,
     /// Where their buffers are.
     pub memory: &'a GuestMemory,

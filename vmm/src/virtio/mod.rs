@@ -23,6 +23,7 @@ pub mod device;
 mod driver_model;
 pub mod limiter;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod vsock;

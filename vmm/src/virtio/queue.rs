@@ -110,6 +110,8 @@ pub struct Chain<'m> {
     pub readable: Buffers<'m>,
     /// What the device may write.
     pub writable: Buffers<'m>,
+    /// Descriptors and readable bytes, as they were counted.
+    size: (u64, u64),
 }
 
 impl VirtQueue {
@@ -170,16 +172,27 @@ impl VirtQueue {
         if complete {
             self.last = (descriptors, readable.len() as u64);
             self.counters.taken(self.last.0, self.last.1);
-            Ok(Some(Chain { head, readable, writable }))
+            Ok(Some(Chain { head, readable, writable, size: self.last }))
         } else {
             Err(QueueError::BrokenChain { head })
         }
+    }
+
+    /// Its entries.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
     }
 
     /// Makes the next [`VirtQueue::pop`] return the last chain once more.
     pub fn undo_pop(&mut self) {
         self.ring.go_to_previous_position();
         self.counters.untaken(self.last.0, self.last.1);
+    }
+
+    /// Puts back the chain that was taken last of those that are neither put back nor returned.
+    pub fn put_back(&mut self, chain: &Chain) {
+        self.ring.go_to_previous_position();
+        self.counters.untaken(chain.size.0, chain.size.1);
     }
 
     /// Returns a chain, of which the device has written `written` bytes.

@@ -1,11 +1,12 @@
 //! What Linux's own drivers find in a guest's devices: one file for each kind of device. See [`crate::guest`].
 
 mod block;
+mod net;
 mod rng;
 
 use crate::suite::Body;
 
 /// Every body of this theme.
 pub fn all() -> Vec<Body> {
-    [block::BODIES, rng::BODIES].concat()
+    [block::BODIES, net::BODIES, rng::BODIES].concat()
 }
