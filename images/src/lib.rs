@@ -17,6 +17,9 @@
 
 mod digest;
 mod erofs;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod image;
 mod inspect;
 mod layer;

@@ -16,15 +16,32 @@ pub enum FrameError {
     /// The length prefix is over [`MAX_BODY_BYTES`].
     #[error("a control frame announces {0} bytes; at most {MAX_BODY_BYTES} are allowed")]
     TooLong(u32),
-    /// The body is not the expected message.
-    #[error("a control frame is not a known message")]
-    Malformed(#[source] serde_json::Error),
+    /// The body is not the expected message. serde's own words are not passed on: they quote the body, and a guest
+    /// could so write to a user's terminal.
+    #[error("a control frame is not a known message: its JSON is {problem} at byte {column}")]
+    Malformed {
+        /// In a word.
+        problem: &'static str,
+        /// Where in the body, from 1; 0 for all of it.
+        column: usize,
+    },
+}
+
+impl FrameError {
+    fn malformed(error: &serde_json::Error) -> Self {
+        let problem = match error.classify() {
+            serde_json::error::Category::Data => "of another kind",
+            serde_json::error::Category::Eof => "cut off",
+            serde_json::error::Category::Syntax | serde_json::error::Category::Io => "malformed",
+        };
+        Self::Malformed { problem, column: error.column() }
+    }
 }
 
 /// Writes one message.
 pub fn write<T: Serialize>(mut to: impl Write, message: &T) -> Result<(), FrameError> {
     let mut frame = vec![0; 4];
-    serde_json::to_writer(&mut frame, message).map_err(FrameError::Malformed)?;
+    serde_json::to_writer(&mut frame, message).map_err(|error| FrameError::malformed(&error))?;
     let body = u32::try_from(frame.len() - 4).unwrap_or(u32::MAX);
     if body > MAX_BODY_BYTES {
         return Err(FrameError::TooLong(body));
@@ -89,7 +106,7 @@ impl Decoder {
     pub fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let Some(length) = self.body_length()? else { return Ok(None) };
         let Some(body) = self.buffer.get(4..4 + length) else { return Ok(None) };
-        let message = serde_json::from_slice(body).map_err(FrameError::Malformed)?;
+        let message = serde_json::from_slice(body).map_err(|error| FrameError::malformed(&error))?;
         self.buffer.drain(..4 + length);
         Ok(Some(message))
     }
@@ -138,6 +155,15 @@ mod tests {
         let torn = [9, 0, 0, 0, b'{'];
         assert!(matches!(read::<ToGuest>(torn.as_slice()), Err(FrameError::Io(_))));
         let nonsense = [2, 0, 0, 0, b'{', b'}'];
-        assert!(matches!(read::<ToGuest>(nonsense.as_slice()), Err(FrameError::Malformed(_))));
+        assert!(matches!(read::<ToGuest>(nonsense.as_slice()), Err(FrameError::Malformed { .. })));
+    }
+
+    #[test]
+    fn error_of_bad_frame_does_not_repeat_the_guests_words() {
+        let body = br#"{"type":"\u001b[2Jlook\u0007"}"#;
+        let wire = [&(body.len() as u32).to_le_bytes(), body.as_slice()].concat();
+        let error = read::<FromGuest>(wire.as_slice()).unwrap_err();
+        let text = format!("{error} {:?}", std::error::Error::source(&error));
+        assert!(!text.contains("look") && !text.contains('\x1b'), "{text}");
     }
 }

@@ -24,6 +24,9 @@ mod virtio;
 pub mod config;
 pub mod control;
 pub mod event;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 
 pub use config::VmConfig;
 pub use event::{Event, ExitReason};

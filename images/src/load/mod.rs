@@ -225,6 +225,12 @@ struct PlannedLayer {
     expected: ExpectedLayer,
 }
 
+/// Reads an archive's metadata, and tells how many images it describes; nothing is stored.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn plan_archive(path: &Path, store: &Store) -> Result<usize, LoadError> {
+    Ok(plan(&Source::open(path, store)?)?.len())
+}
+
 impl Store {
     /// Loads all images of an archive: docker-archive or OCI layout, as a tar file (plain, gzip or zstd; a pipe too)
     /// or a directory. Either all of it is loaded, or nothing.

@@ -29,6 +29,8 @@ use std::{
 use kvm_ioctls::VmFd;
 use tracing::warn;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use self::bus::Bus;
 pub use self::{
     builder::{BuildError, CreateError, LoadError},
     open::OpenError,

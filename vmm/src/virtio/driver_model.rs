@@ -1,4 +1,5 @@
 //! A driver's side of a split virtqueue, and doubles for what surrounds a device: for tests of devices without a guest.
+#![allow(missing_docs, dead_code, clippy::unwrap_used, clippy::indexing_slicing)]
 
 use std::{
     collections::HashMap,

@@ -6,7 +6,13 @@
 //! ```
 //! A write out of this order sets DEVICE_NEEDS_RESET; the device then does nothing until it is reset.
 
-use super::{device::InterruptStatus, queue::QueueSetup, worker::WorkerHandle};
+use tracing::warn;
+
+use super::{
+    device::InterruptStatus,
+    queue::QueueSetup,
+    worker::{MAX_LOGGED_FAILURES, WorkerHandle},
+};
 
 /// Offset of the register that a driver writes to ring; the machine gives it an eventfd.
 pub const QUEUE_NOTIFY: u64 = 0x050;
@@ -78,6 +84,7 @@ pub struct MmioTransport {
     driver_features_select: u32,
     queue_select: u32,
     queues: Vec<QueueRegisters>,
+    violations: u32,
 }
 
 impl MmioTransport {
@@ -95,6 +102,7 @@ impl MmioTransport {
             driver_features_select: 0,
             queue_select: 0,
             queues,
+            violations: 0,
         }
     }
 
@@ -192,7 +200,7 @@ impl MmioTransport {
             (None, Some(_)) => false,
         };
         if !legal {
-            self.violation();
+            self.violation("a step of its status out of order (virtio 1.2 §3.1.1)");
             return;
         }
         self.status |= value & status::FAILED;
@@ -206,7 +214,7 @@ impl MmioTransport {
         }
         if gained == status::DRIVER_OK {
             let Some(setups) = self.ready_queues() else {
-                self.violation();
+                self.violation("DRIVER_OK before its queues are ready (virtio 1.2 §3.1.1)");
                 return;
             };
             self.interrupt().set_live();
@@ -231,14 +239,14 @@ impl MmioTransport {
     fn write_features(&mut self, value: u32) {
         // §3.1.1: between DRIVER and FEATURES_OK.
         if self.status & (status::DRIVER | status::FEATURES_OK) != status::DRIVER {
-            self.violation();
+            self.violation("features at the wrong time (virtio 1.2 §3.1.1)");
             return;
         }
         self.accepted = match self.driver_features_select {
             0 => (self.accepted & !0xffff_ffff) | u64::from(value),
             1 => (self.accepted & 0xffff_ffff) | (u64::from(value) << 32),
             // There are no feature bits beyond 63, so that accepting one is accepting what was not offered.
-            _ if value != 0 => return self.violation(),
+            _ if value != 0 => return self.violation("features that were not offered (virtio 1.2 §2.2)"),
             _ => self.accepted,
         };
     }
@@ -247,18 +255,18 @@ impl MmioTransport {
         // §3.1.1: between FEATURES_OK and DRIVER_OK; §4.2.2.2: not while the queue is ready.
         let negotiated = self.status & (status::FEATURES_OK | status::DRIVER_OK) == status::FEATURES_OK;
         if !negotiated || self.interrupt().needs_reset() {
-            self.violation();
+            self.violation("a queue's registers at the wrong time (virtio 1.2 §3.1.1)");
             return;
         }
         let size_max = u32::from(self.queue_size_max());
         let Some(queue) = self.selected_mut().filter(|queue| !queue.ready) else {
-            self.violation();
+            self.violation("registers of no queue, or of one that is ready (virtio 1.2 §4.2.2.2)");
             return;
         };
         let setup = &mut queue.setup;
         match offset {
             register::QUEUE_SIZE if value.is_power_of_two() && value <= size_max => setup.size = value as u16,
-            register::QUEUE_SIZE => self.violation(),
+            register::QUEUE_SIZE => self.violation("an impossible queue size (virtio 1.2 §2.7)"),
             register::QUEUE_READY => queue.ready = value == 1,
             register::QUEUE_DESC_LOW => set_low(&mut setup.descriptors, value),
             register::QUEUE_DESC_HIGH => set_high(&mut setup.descriptors, value),
@@ -282,8 +290,14 @@ impl MmioTransport {
         self.worker.identity().queue_sizes.get(self.queue_select as usize).copied().unwrap_or(0)
     }
 
-    fn violation(&mut self) {
+    /// The driver did `what` it must not do.
+    fn violation(&mut self, what: &'static str) {
         if !self.interrupt().needs_reset() {
+            self.violations = self.violations.saturating_add(1);
+            if self.violations <= MAX_LOGGED_FAILURES {
+                let device_type = self.worker.identity().device_type;
+                warn!(device_type, what, "the guest's driver broke a virtio device's protocol");
+            }
             if self.status & status::DRIVER_OK != 0 {
                 self.worker.stop();
             }

@@ -19,8 +19,8 @@ pub mod block;
 pub mod config_space;
 pub mod counters;
 pub mod device;
-#[cfg(test)]
-mod driver_model;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod driver_model;
 pub mod limiter;
 pub mod mmio;
 pub mod net;

@@ -95,7 +95,7 @@ impl WorkerHandle {
 }
 
 /// Failures of one device that are logged at most: a guest can reset and fail it for ever.
-const MAX_LOGGED_FAILURES: u32 = 5;
+pub const MAX_LOGGED_FAILURES: u32 = 5;
 
 /// The event loop's end.
 pub struct Worker {

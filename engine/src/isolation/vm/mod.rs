@@ -566,7 +566,8 @@ impl Running for Machine {
                 return Ok(Some(exit));
             }
             Ok(Some(other)) => {
-                return Err(Lost(format!("the guest agent sent {other:?} to a running container")));
+                let what = printable(&format!("{other:?}"));
+                return Err(Lost(format!("the guest agent sent {what} to a running container")));
             }
             Ok(None) => {}
             Err(error) => return Err(Lost(error.to_string())),

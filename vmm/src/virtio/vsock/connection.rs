@@ -174,6 +174,10 @@ impl<S: Stream> Connection<S> {
                 Ok(count) => {
                     self.outgoing.drain(..count);
                     self.passed_on(count);
+                    if self.outgoing.is_empty() {
+                        // What it has grown to is given back: there may be hundreds of these.
+                        self.outgoing = VecDeque::new();
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
@@ -206,13 +210,13 @@ impl<S: Stream> Connection<S> {
                 self.write_broken = true;
                 self.ended |= shutdown::RECEIVE;
                 let dropped = self.outgoing.len();
-                self.outgoing.clear();
+                self.outgoing = VecDeque::new();
                 self.passed_on(dropped);
             }
             // Nothing more can be passed on, and the guest is told so.
             _ => {
                 self.write_broken = true;
-                self.outgoing.clear();
+                self.outgoing = VecDeque::new();
                 self.reset = true;
             }
         }

@@ -40,6 +40,13 @@ impl<C: Connector> Vsock<C> {
         self.muxer.buffered()
     }
 
+    /// Panics if something that must always hold does not: only `watched` file descriptors have streams, and nothing
+    /// has grown over its bound.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn check(&self, watched: &[RawFd]) {
+        self.muxer.check(watched);
+    }
+
     /// Moves packets both ways until neither side has one.
     fn pump(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
         let mut budget = PACKETS_PER_TURN;
@@ -135,6 +142,11 @@ impl<C: Connector> Device for Vsock<C> {
     ) -> Result<Progress, QueueError> {
         self.muxer.ready(fd, ready, running.poller);
         self.pump(running)
+    }
+
+    fn fd_ready_while_stopped(&mut self, fd: RawFd, ready: Readiness, poller: &mut dyn Poller) {
+        // Last words of a driver that is gone.
+        self.muxer.ready(fd, ready, poller);
     }
 
     fn stop(&mut self, poller: &mut dyn Poller) {
@@ -365,6 +377,35 @@ mod tests {
             resets += 1;
         }
         assert_eq!(resets, 256);
+    }
+
+    #[test]
+    fn streams_opened_and_closed_without_receive_buffers_leave_nothing_behind() {
+        let mut fixture = Fixture::new();
+        for _ in 0..1000 {
+            fixture.send(7, op::REQUEST, &[]);
+            fixture.send(7, op::RESET, &[]);
+        }
+        fixture.device.check(&fixture.watched.fds);
+        assert!(!fixture.device.muxer.has_packet());
+    }
+
+    #[test]
+    fn last_words_are_passed_on_after_the_driver_is_gone() {
+        let mut fixture = Fixture::new();
+        fixture.connect(7);
+        let peer = fixture.connector.peer(0);
+        peer.accept(1);
+        fixture.send(7, op::DATA, b"bye");
+        fixture.send_packet(Header { flags: shutdown::SEND, ..packet(7, op::SHUTDOWN, 0) }, &[]);
+        fixture.device.stop(&mut fixture.watched);
+        let buffered = fixture.device.buffered();
+        assert_eq!(buffered.load(std::sync::atomic::Ordering::Relaxed), 2);
+        peer.accept(10);
+        fixture.device.fd_ready_while_stopped(peer.fd(), BOTH, &mut fixture.watched);
+        assert_eq!(peer.received(), b"bye");
+        assert_eq!(buffered.load(std::sync::atomic::Ordering::Relaxed), 0);
+        assert!(fixture.watched.fds.is_empty());
     }
 
     #[test]

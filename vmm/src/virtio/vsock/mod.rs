@@ -17,9 +17,9 @@
 mod connection;
 mod device;
 mod muxer;
-mod packet;
-#[cfg(test)]
-mod stream_model;
+pub mod packet;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod stream_model;
 
 pub use device::Vsock;
 

@@ -243,12 +243,30 @@ impl<C: Connector> Muxer<C> {
         let Some(entry) = self.connections.remove(&key) else { return };
         let fd = entry.connection.stream().fd();
         self.keys.remove(&fd);
+        if entry.queued {
+            // Else a guest that opens and closes a stream, and offers no buffer, would make it grow for ever.
+            self.turns.retain(|waiting| *waiting != key);
+        }
         if flush {
             self.flushing.insert(fd, entry.connection);
         } else {
             account(&self.buffered, entry.connection.buffered(), 0);
             poller.remove(fd);
         }
+    }
+
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn check(&self, watched: &[RawFd]) {
+        let streams = self.connections.len() + self.flushing.len();
+        assert!(streams <= MAX_CONNECTIONS);
+        assert_eq!(watched.len(), streams, "streams and watched file descriptors");
+        assert_eq!(self.keys.len(), self.connections.len());
+        assert!(self.turns.len() <= self.connections.len(), "{} turns", self.turns.len());
+        assert!(self.resets.len() <= MAX_RESETS);
+        let connections = self.connections.values().map(|entry| &entry.connection);
+        let waiting: usize = connections.chain(self.flushing.values()).map(Connection::buffered).sum();
+        assert_eq!(self.buffered.load(Ordering::Relaxed), waiting, "bytes that wait for the host");
+        assert!(waiting <= MAX_BUFFERED_BYTES);
     }
 
     /// Forgets all streams of a driver that is gone. What it sent and closed in order is still flushed.

@@ -1,4 +1,5 @@
 //! A host's end of a stream for tests: how much it takes and what it sends is up to the test.
+#![allow(missing_docs, dead_code, clippy::unwrap_used, clippy::indexing_slicing)]
 
 use std::{
     collections::VecDeque,
@@ -147,6 +148,12 @@ impl ModelConnector {
     /// The peer of the `index`th connection.
     pub fn peer(&self, index: usize) -> Peer {
         self.peers.lock().unwrap()[index].clone()
+    }
+
+    /// One of the peers, if there is any.
+    pub fn any_peer(&self, index: usize) -> Option<Peer> {
+        let peers = self.peers.lock().unwrap();
+        peers.get(index % peers.len().max(1)).cloned()
     }
 }
 
