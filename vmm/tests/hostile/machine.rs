@@ -1,0 +1,295 @@
+//! One hostile guest in a VMM process of its own, and what that process took.
+//!
+//! ```text
+//!   test ── this binary again, with a kernel's path ──▶ VMM process: cloche_vmm::run, watched from a thread
+//!        ◀── a line of JSON, its log, its exit status ──
+//! ```
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use cloche_vmm::{
+    VmConfig,
+    config::{DiskConfig, VsockConfig},
+};
+use libtest_mimic::Failed;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    allocator,
+    driver::{Guest, SERVED},
+};
+
+/// By which this program knows that it is to be the VMM.
+pub const VMM_ARGUMENT: &str = "--hostile-guest";
+
+/// Whatever the guest does, its machine has ended after this.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a VMM process may take over what it had before the guest ran.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    pub heap_bytes: usize,
+    pub fds: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        // Most of it is the machine itself: eventfds, vCPUs, the console's 64 KiB.
+        Self { heap_bytes: 160 << 10, fds: 40 }
+    }
+}
+
+/// What the VMM process says of itself.
+#[derive(Debug, Serialize, Deserialize)]
+struct Report {
+    /// How `cloche_vmm::run` ended.
+    end: End,
+    heap_growth: usize,
+    fds_before: usize,
+    fds_at_most: usize,
+    fds_after: usize,
+    threads_before: usize,
+    threads_at_most: usize,
+    threads_after: usize,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum End {
+    Exit(u32),
+    Reset,
+    Other(String),
+}
+
+/// A guest that ran.
+pub struct Ended {
+    pub end: End,
+    /// The VMM's log.
+    pub log: String,
+    /// Bytes that the host's port took.
+    pub served_bytes: usize,
+}
+
+/// How a guest is run.
+pub struct Setting {
+    pub vcpus: u8,
+    pub limits: Limits,
+    pub host: Host,
+}
+
+/// What listens on the host's port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Host {
+    /// Connections wait to be taken, until there are too many.
+    Listens,
+    /// The first connection is taken and, when it is full, read to its end.
+    ReadsSlowly,
+    /// All are taken and dropped.
+    TakesAll,
+}
+
+impl Default for Setting {
+    fn default() -> Self {
+        Self { vcpus: 1, limits: Limits::default(), host: Host::Listens }
+    }
+}
+
+/// Runs a guest and checks its VMM process.
+pub fn run(guest: &Guest, setting: &Setting) -> Result<Ended, Failed> {
+    let folder = tempfile::tempdir()?;
+    fs::write(folder.path().join("kernel"), guest.image())?;
+    let mut disk = b"SECTOR00".to_vec();
+    disk.resize(64 << 10, 0x5a);
+    fs::write(folder.path().join("disk"), disk)?;
+    let listener = UnixListener::bind(folder.path().join(format!("vsock_{SERVED}")))?;
+    let served = Arc::new(AtomicUsize::new(0));
+    let ended = Arc::new(AtomicBool::new(false));
+    let serving = {
+        let (served, host) = (served.clone(), setting.host);
+        let ended = ended.clone();
+        thread::spawn(move || serve(&listener, host, &served, &ended))
+    };
+
+    let mut child = Command::new(std::env::current_exe()?)
+        .args([VMM_ARGUMENT, &setting.vcpus.to_string()])
+        .arg(folder.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let output = reader(child.stdout.take());
+    let errors = reader(child.stderr.take());
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if Instant::now() > deadline {
+            child.kill()?;
+            child.wait()?;
+            return Err(format!("the VMM hangs; its log: {}", text(errors)).into());
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    let (output, log) = (text(output), text(errors));
+    if !status.success() {
+        return Err(format!("the VMM died ({status}); its log: {log}").into());
+    }
+    ended.store(true, Ordering::Relaxed);
+    // Wakes a server that waits for a connection.
+    drop(UnixStream::connect(folder.path().join(format!("vsock_{SERVED}"))));
+    serving.join().map_err(|_| "the server failed")?;
+    let report: Report =
+        serde_json::from_str(&output).map_err(|error| format!("{error}: {output:?} {log}"))?;
+    check(&report, setting).map_err(|problem| format!("{problem}; {report:?}; its log: {log}"))?;
+    Ok(Ended { end: report.end, log, served_bytes: served.load(Ordering::Relaxed) })
+}
+
+fn check(report: &Report, setting: &Setting) -> Result<(), String> {
+    let limits = setting.limits;
+    if report.heap_growth > limits.heap_bytes {
+        return Err(format!("its memory grew by {} bytes", report.heap_growth));
+    }
+    if report.fds_at_most > report.fds_before + limits.fds {
+        return Err(format!("it had {} file descriptors", report.fds_at_most));
+    }
+    if report.fds_after > report.fds_before {
+        return Err("file descriptors were left open".into());
+    }
+    // Besides its vCPUs' there is the thread that makes the VM, and one of KVM's own.
+    if report.threads_at_most > report.threads_before + usize::from(setting.vcpus) + 2 {
+        return Err(format!("it had {} threads", report.threads_at_most));
+    }
+    if report.threads_after > report.threads_before {
+        return Err("threads were left".into());
+    }
+    Ok(())
+}
+
+fn reader(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+fn text(reader: thread::JoinHandle<String>) -> String {
+    reader.join().unwrap_or_default()
+}
+
+fn serve(listener: &UnixListener, host: Host, served: &AtomicUsize, ended: &AtomicBool) {
+    match host {
+        Host::Listens => {
+            while !ended.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+        Host::ReadsSlowly => {
+            let Ok((mut stream, _)) = listener.accept() else { return };
+            thread::sleep(Duration::from_millis(300));
+            let mut bytes = Vec::new();
+            let _ = stream.read_to_end(&mut bytes);
+            served.store(bytes.len(), Ordering::Relaxed);
+        }
+        Host::TakesAll => {
+            while !ended.load(Ordering::Relaxed) {
+                let _ = listener.accept();
+            }
+        }
+    }
+}
+
+/// The VMM process: `VCPUS FOLDER` are its arguments.
+pub fn vmm(vcpus: &str, folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+    // A panic in any thread is the end, and a failed test.
+    let report_panic = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report_panic(panic);
+        std::process::abort();
+    }));
+    let config = config(vcpus.parse()?, folder);
+    let watch = Watch::new();
+    let (fds_before, threads_before) = (count("fd"), count("task"));
+    let before = allocator::live();
+    let ran = cloche_vmm::run(config, b"");
+    let heap_growth = allocator::peak().saturating_sub(before);
+    let report = Report {
+        end: match ran {
+            Ok(cloche_vmm::ExitReason::GuestExit { code }) => End::Exit(code),
+            Ok(cloche_vmm::ExitReason::GuestReset) => End::Reset,
+            Ok(other) => End::Other(other.to_string()),
+            Err(error) => End::Other(format!("{error}: {:?}", std::error::Error::source(&error))),
+        },
+        heap_growth,
+        fds_before,
+        fds_after: count("fd"),
+        threads_before,
+        threads_after: count("task"),
+        fds_at_most: watch.fds.load(Ordering::Relaxed),
+        threads_at_most: watch.threads.load(Ordering::Relaxed),
+    };
+    watch.stop();
+    Ok(std::io::stdout().write_all(&serde_json::to_vec(&report)?)?)
+}
+
+fn config(vcpus: u8, folder: &Path) -> VmConfig {
+    let mut config = VmConfig::new(vcpus, 32, folder.join("kernel"));
+    // JSON, so that fields which a test does not care about may come and go.
+    let disk = serde_json::json!({ "path": folder.join("disk"), "id": "disk" });
+    config.disks = serde_json::from_value::<DiskConfig>(disk).into_iter().collect();
+    let vsock = serde_json::json!({ "guest_cid": 3, "socket_prefix": folder.join("vsock") });
+    config.vsock = serde_json::from_value::<VsockConfig>(vsock).ok();
+    config.rng = true;
+    config
+}
+
+/// Entries of a directory of `/proc/self`, the one that reading it opens not counted.
+fn count(what: &str) -> usize {
+    let entries = fs::read_dir(PathBuf::from("/proc/self").join(what)).map_or(0, Iterator::count);
+    entries - usize::from(what == "fd")
+}
+
+/// Looks at this process again and again while its guest runs.
+struct Watch {
+    fds: Arc<AtomicUsize>,
+    threads: Arc<AtomicUsize>,
+    stopped: Arc<AtomicBool>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Watch {
+    fn new() -> Self {
+        let fds = Arc::new(AtomicUsize::new(0));
+        let threads = Arc::new(AtomicUsize::new(0));
+        let stopped = Arc::new(AtomicBool::new(false));
+        let (its_fds, its_threads, its_stopped) = (fds.clone(), threads.clone(), stopped.clone());
+        let thread = thread::spawn(move || {
+            while !its_stopped.load(Ordering::Relaxed) {
+                its_fds.fetch_max(count("fd"), Ordering::Relaxed);
+                its_threads.fetch_max(count("task"), Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(2));
+            }
+        });
+        Self { fds, threads, stopped, thread }
+    }
+
+    fn stop(self) {
+        self.stopped.store(true, Ordering::Relaxed);
+        let _ = self.thread.join();
+    }
+}
