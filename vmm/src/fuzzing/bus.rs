@@ -20,7 +20,10 @@ use super::{
     queues::{self, BUFFERS, MEMORY_END},
 };
 use crate::{
-    backends::{disk::Disk, socket::Sockets},
+    backends::{
+        disk::{Disk, DiskOptions},
+        socket::Sockets,
+    },
     boot::layout::{VIRTIO_MMIO_BYTES, VIRTIO_MMIO_START},
     devices::{Interrupt, console::Console, serial::SerialPort},
     guest_memory::GuestMemory,
@@ -75,11 +78,11 @@ fn machine() -> &'static Mutex<Machine> {
         let memory = queues::memory();
         let mut disk = TempFile::new().unwrap();
         disk.as_file().set_len(8192).unwrap();
-        let opened = Disk::open(disk.as_path(), false).unwrap();
+        let opened = Disk::open(disk.as_path(), DiskOptions::default()).unwrap();
         disk.remove().unwrap();
         let devices: [Box<dyn Device>; DEVICES as usize] = [
             Box::new(Rng),
-            Box::new(Block::new(opened, "disk")),
+            Box::new(Block::new(opened, "disk", None).unwrap()),
             Box::new(Vsock::new(3, Sockets::new(Path::new("/nonexistent/vsock")))),
         ];
         let mut events = EventManager::<Box<dyn MutEventSubscriber + Send>>::new().unwrap();

@@ -1,7 +1,7 @@
 //! A device driven by a driver that does anything: the fuzzer's bytes are a program of descriptors, ring indices,
 //! doorbells, restarts, and what the host's side does.
 
-use std::{cell::RefCell, os::fd::RawFd};
+use std::{cell::RefCell, os::fd::RawFd, thread};
 
 use cloche_protocol::machine::HOST_CID;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -9,7 +9,7 @@ use vmm_sys_util::tempfile::TempFile;
 
 use super::input::Input;
 use crate::{
-    backends::disk::{Disk, SECTOR_BYTES},
+    backends::disk::{Disk, DiskOptions, SECTOR_BYTES},
     guest_memory::{self, GuestMemory},
     virtio::{
         block::Block,
@@ -113,6 +113,7 @@ impl<'a, S: Subject> Program<'a, S> {
         let available = vec![0; setups.len()];
         let watched = Watched::default();
         let mut program = Self { subject, memory, setups, available, queues: None, features: 0, watched };
+        program.subject.device().watch(&mut program.watched).unwrap();
         program.start(0);
         program
     }
@@ -134,6 +135,22 @@ impl<'a, S: Subject> Program<'a, S> {
     fn stop(&mut self) {
         if self.queues.take().is_some() {
             self.subject.device().stop(&mut self.watched);
+        }
+        self.settle();
+    }
+
+    /// Waits for what the device has begun in a thread of its own.
+    fn settle(&mut self) {
+        let both = Readiness { readable: true, writable: true };
+        while !self.subject.device().is_idle() {
+            thread::yield_now();
+            for fd in self.watched.fds.clone() {
+                if self.queues.is_some() {
+                    self.drive(|device, running| device.fd_ready(fd, both, running));
+                } else {
+                    self.subject.device().fd_ready_while_stopped(fd, both, &mut self.watched);
+                }
+            }
         }
     }
 
@@ -165,6 +182,7 @@ impl<'a, S: Subject> Program<'a, S> {
     fn run(&mut self, mut input: Input) {
         while !input.is_empty() {
             self.step(&mut input);
+            self.settle();
             self.subject.check(&self.watched);
         }
         self.stop();
@@ -330,7 +348,8 @@ pub fn block_queue(bytes: &[u8]) {
     let subject = DISK.take().unwrap_or_else(|| {
         let file = TempFile::new().unwrap();
         file.as_file().set_len(SECTORS * SECTOR_BYTES).unwrap();
-        BlockSubject { block: Block::new(Disk::open(file.as_path(), false).unwrap(), "disk"), file }
+        let disk = Disk::open(file.as_path(), DiskOptions::default()).unwrap();
+        BlockSubject { block: Block::new(disk, "disk", None).unwrap(), file }
     });
     // It is kept for the next run; only its content differs then, which no run depends on.
     DISK.set(MEMORY.with(|memory| {

@@ -85,19 +85,62 @@ impl Driver {
         VirtQueue::new(0, self.setup(), false, &self.memory).unwrap()
     }
 
+    /// Starts with both rings at this index, as after so many chains.
+    pub fn start_at(&mut self, index: u16) {
+        (self.available, self.used_seen) = (index, index);
+        self.set_available_index(index);
+        self.set_used_index(index);
+    }
+
+    /// Descriptors that are not in use.
+    pub fn free(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Makes a chain available that is one descriptor with a table at `table`; returns its head.
+    pub fn add_indirect(&mut self, parts: &[Part], table: u64) -> u16 {
+        let head = self.free.pop().unwrap();
+        let mut chain = Vec::new();
+        for (position, part) in parts.iter().enumerate() {
+            let (address, bytes, flag) = self.place(part);
+            let last = position + 1 == parts.len();
+            let flags = flag | if last { 0 } else { NEXT };
+            let at = table + position as u64 * 16;
+            self.descriptor_at(at, address, bytes as u32, flags, position as u16 + 1);
+            // Only the head is one of the queue's own descriptors.
+            chain.push((if last { head } else { u16::MAX }, address, bytes));
+        }
+        self.descriptor(head, table, parts.len() as u32 * 16, INDIRECT, 0);
+        self.chains.insert(head, chain);
+        self.publish(head);
+        head
+    }
+
+    /// Tells the device at which entry of the used ring the driver wants to hear of it (virtio 1.2 §2.7.7).
+    pub fn set_used_event(&self, index: u16) {
+        let at = self.setup().available + 4 + 2 * u64::from(self.size);
+        self.memory.write_obj(index, GuestAddress(at)).unwrap();
+    }
+
+    /// A part's address, length and flag; what it holds is written to memory.
+    fn place(&mut self, part: &Part) -> (u64, usize, u16) {
+        let (bytes, flag) = match part {
+            Part::Readable(bytes) => (bytes.len(), 0),
+            Part::Writable(bytes) => (*bytes, WRITE),
+        };
+        let address = self.allocate(bytes);
+        if let Part::Readable(bytes) = part {
+            self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+        }
+        (address, bytes, flag)
+    }
+
     /// Makes a chain available; returns its head.
     pub fn add(&mut self, parts: &[Part]) -> u16 {
         let indices: Vec<u16> = parts.iter().map(|_| self.free.pop().unwrap()).collect();
         let mut chain = Vec::new();
         for (position, part) in parts.iter().enumerate() {
-            let (bytes, flag) = match part {
-                Part::Readable(bytes) => (bytes.len(), 0),
-                Part::Writable(bytes) => (*bytes, WRITE),
-            };
-            let address = self.allocate(bytes);
-            if let Part::Readable(bytes) = part {
-                self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
-            }
+            let (address, bytes, flag) = self.place(part);
             let next = indices.get(position + 1);
             let flags = flag | if next.is_some() { NEXT } else { 0 };
             self.descriptor(indices[position], address, bytes as u32, flags, next.copied().unwrap_or(0));
@@ -162,7 +205,9 @@ impl Driver {
         let written: u32 = self.memory.read_obj(GuestAddress(slot + 4)).unwrap();
         let mut bytes = Vec::new();
         for (index, address, len) in self.chains.remove(&head).unwrap_or_default() {
-            self.free.push(index);
+            if index != u16::MAX {
+                self.free.push(index);
+            }
             let mut part = vec![0; len];
             self.memory.read_slice(&mut part, GuestAddress(address)).unwrap();
             bytes.extend(part);

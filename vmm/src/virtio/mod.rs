@@ -16,6 +16,7 @@
 )]
 
 pub mod block;
+pub mod chain;
 pub mod config_space;
 pub mod counters;
 pub mod device;

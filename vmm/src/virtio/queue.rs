@@ -9,7 +9,10 @@ use std::sync::{
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use super::counters::QueueCounters;
+use super::{
+    chain::{Descriptor, Walk},
+    counters::QueueCounters,
+};
 use crate::guest_memory::GuestMemory;
 
 /// VIRTIO_F_EVENT_IDX: both sides say at which index they want to be told (virtio 1.2 §2.7.7, §2.7.10).
@@ -50,13 +53,21 @@ pub enum QueueError {
     /// The ring's index ran ahead, or a ring left guest memory.
     #[error("the available ring is corrupt (virtio 1.2 §2.7.6)")]
     Ring(#[source] virtio_queue::Error),
-    /// The chain ends in the middle: a bad index, a loop, an address of a table outside memory.
-    #[error("descriptor chain {head} is broken (virtio 1.2 §2.7.5)")]
+    /// The driver makes more chains available than it can have descriptors for: it repeats some.
+    #[error("more than {limit} chains are outstanding (virtio 1.2 §2.7.13)")]
+    Outstanding {
+        /// Size of the queue.
+        limit: u16,
+    },
+    /// The chain leads nowhere.
+    #[error("descriptor chain {head} is broken: {problem}")]
     BrokenChain {
         /// Its first descriptor.
         head: u16,
+        /// How, with the place in the specification.
+        problem: &'static str,
     },
-    /// More descriptors than the queue has entries.
+    /// More descriptors than the queue has entries, as a loop has.
     #[error("descriptor chain {head} has more than {limit} descriptors (virtio 1.2 §2.7.5.3.1)")]
     LongChain {
         /// Its first descriptor.
@@ -71,7 +82,9 @@ pub enum QueueError {
         head: u16,
     },
     /// A buffer that is not, or not all, in guest memory.
-    #[error("descriptor chain {head} has a buffer outside of memory: {bytes} bytes at {address:#x}")]
+    #[error(
+        "descriptor chain {head} has a buffer outside of memory: {bytes} bytes at {address:#x} (virtio 1.2 §2.7.5)"
+    )]
     BufferOutsideMemory {
         /// Its first descriptor.
         head: u16,
@@ -96,6 +109,8 @@ pub struct VirtQueue {
     ring: Queue,
     /// The used ring's index when it was last decided whether to tell the driver.
     told: u16,
+    /// Chains that were taken and not yet returned.
+    outstanding: u16,
     counters: Arc<QueueCounters>,
     /// Descriptors and readable bytes of the last chain, in case it is put back.
     last: (u64, u64),
@@ -133,7 +148,7 @@ impl VirtQueue {
         if !ring.is_valid(memory) {
             return Err(bad());
         }
-        Ok(Self { ring, told: 0, counters: Arc::default(), last: (0, 0) })
+        Ok(Self { ring, told: 0, outstanding: 0, counters: Arc::default(), last: (0, 0) })
     }
 
     /// The same queue, counting here.
@@ -146,36 +161,32 @@ impl VirtQueue {
         let Some(chain) = self.ring.iter(memory).map_err(QueueError::Ring)?.next() else { return Ok(None) };
         let head = chain.head_index();
         let limit = self.ring.size();
+        if self.outstanding >= limit {
+            return Err(QueueError::Outstanding { limit });
+        }
         let mut readable = Buffers::default();
         let mut writable = Buffers::default();
-        let mut complete = false;
         let mut descriptors = 0;
-        for (position, descriptor) in chain.enumerate() {
-            if position >= usize::from(limit) {
-                return Err(QueueError::LongChain { head, limit });
-            }
-            complete = !descriptor.has_next();
+        let mut written_part = false;
+        for descriptor in Walk::new(memory, self.ring.desc_table(), limit, head) {
+            let Descriptor { address, bytes, writable: write } = descriptor?;
             descriptors += 1;
-            let (address, bytes) = (descriptor.addr(), descriptor.len());
             let slice = memory
-                .get_slice(address, bytes as usize)
-                .map_err(|_| QueueError::BufferOutsideMemory { head, address: address.0, bytes })?;
-            if descriptor.is_write_only() {
+                .get_slice(GuestAddress(address), bytes as usize)
+                .map_err(|_| QueueError::BufferOutsideMemory { head, address, bytes })?;
+            written_part |= write;
+            if write {
                 writable.push(slice);
-            } else if writable.slices.is_empty() {
-                readable.push(slice);
-            } else {
+            } else if written_part {
                 return Err(QueueError::ReadableAfterWritable { head });
+            } else {
+                readable.push(slice);
             }
         }
-        // The iterator ends early and silently where a link leads nowhere.
-        if complete {
-            self.last = (descriptors, readable.len() as u64);
-            self.counters.taken(self.last.0, self.last.1);
-            Ok(Some(Chain { head, readable, writable, size: self.last }))
-        } else {
-            Err(QueueError::BrokenChain { head })
-        }
+        self.outstanding += 1;
+        self.last = (descriptors, readable.len() as u64);
+        self.counters.taken(self.last.0, self.last.1);
+        Ok(Some(Chain { head, readable, writable, size: self.last }))
     }
 
     /// Its entries.
@@ -186,12 +197,14 @@ impl VirtQueue {
     /// Makes the next [`VirtQueue::pop`] return the last chain once more.
     pub fn undo_pop(&mut self) {
         self.ring.go_to_previous_position();
+        self.outstanding = self.outstanding.saturating_sub(1);
         self.counters.untaken(self.last.0, self.last.1);
     }
 
     /// Puts back the chain that was taken last of those that are neither put back nor returned.
     pub fn put_back(&mut self, chain: &Chain) {
         self.ring.go_to_previous_position();
+        self.outstanding = self.outstanding.saturating_sub(1);
         self.counters.untaken(chain.size.0, chain.size.1);
     }
 
@@ -220,6 +233,7 @@ impl VirtQueue {
         // Release: who sees the index sees the elements (§2.7.8.2).
         memory.store(next.to_le(), GuestAddress(used + RING_INDEX), Ordering::Release).map_err(failed)?;
         self.ring.set_next_used(next);
+        self.outstanding = self.outstanding.saturating_sub(u16::try_from(returned.len()).unwrap_or(u16::MAX));
         returned.iter().for_each(|(_, written)| self.counters.returned((*written).into()));
         Ok(())
     }
@@ -355,6 +369,10 @@ impl<'m> Buffers<'m> {
 }
 
 #[cfg(test)]
+#[path = "queue_model.rs"]
+mod model;
+
+#[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
@@ -473,8 +491,10 @@ mod tests {
     #[test]
     fn pop_of_broken_chain_fails() {
         let at = 0x80_0000;
-        // A loop, an index outside of the table, nested and misaligned indirect tables.
-        assert!(matches!(broken(&[(at, 1, NEXT, 0)]), QueueError::BrokenChain { head: 0 }));
+        // A loop, an index outside of the table, impossible indirect tables.
+        assert!(matches!(broken(&[(at, 1, NEXT, 0)]), QueueError::LongChain { head: 0, limit: 8 }));
+        assert!(matches!(broken(&[(at, 0, INDIRECT, 0)]), QueueError::BrokenChain { .. }));
+        assert!(matches!(broken(&[(at, 16, INDIRECT | NEXT, 1)]), QueueError::BrokenChain { .. }));
         assert!(matches!(broken(&[(at, 1, NEXT, 8)]), QueueError::BrokenChain { .. }));
         assert!(matches!(broken(&[(at, 15, INDIRECT, 0)]), QueueError::BrokenChain { .. }));
         assert!(matches!(broken(&[(MEMORY_BYTES, 16, INDIRECT, 0)]), QueueError::BrokenChain { .. }));
@@ -499,7 +519,7 @@ mod tests {
         let memory = memory();
         let mut driver = Driver::new(&memory, 0, 8);
         driver.publish(8);
-        assert!(matches!(driver.queue().pop(&memory), Err(QueueError::BrokenChain { head: 8 })));
+        assert!(matches!(driver.queue().pop(&memory), Err(QueueError::BrokenChain { head: 8, .. })));
     }
 
     #[test]

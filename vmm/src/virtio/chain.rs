@@ -1,0 +1,125 @@
+//! A descriptor chain as its driver linked it (virtio 1.2 §2.7.5): descriptors of the queue's table, then, if the last
+//! of them says so, those of one indirect table.
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::queue::QueueError;
+use crate::guest_memory::GuestMemory;
+
+const DESCRIPTOR_BYTES: u64 = 16;
+
+/// Descriptor flags.
+mod flag {
+    pub const NEXT: u16 = 1;
+    pub const WRITE: u16 = 2;
+    pub const INDIRECT: u16 = 4;
+}
+
+/// A buffer of a chain; where it lies is not checked yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Guest physical address.
+    pub address: u64,
+    /// Length.
+    pub bytes: u32,
+    /// Whether the device writes it; else it reads it.
+    pub writable: bool,
+}
+
+/// Follows a chain. It ends after an error, and in any case after as many descriptors as the queue has entries.
+pub struct Walk<'m> {
+    memory: &'m GuestMemory,
+    head: u16,
+    limit: u16,
+    table: u64,
+    entries: u32,
+    indirect: bool,
+    next: Option<u16>,
+    seen: u16,
+    bytes: u32,
+}
+
+impl<'m> Walk<'m> {
+    /// The chain that starts at `head` of a queue of `size` entries with this table.
+    pub fn new(memory: &'m GuestMemory, table: u64, size: u16, head: u16) -> Self {
+        Self {
+            memory,
+            head,
+            limit: size,
+            table,
+            entries: size.into(),
+            indirect: false,
+            next: Some(head),
+            seen: 0,
+            bytes: 0,
+        }
+    }
+
+    fn broken(&self, problem: &'static str) -> QueueError {
+        QueueError::BrokenChain { head: self.head, problem }
+    }
+
+    fn descriptor(&mut self, index: u16) -> Result<Descriptor, QueueError> {
+        let (address, bytes, flags, next) = self.read(index)?;
+        if flags & flag::INDIRECT != 0 {
+            self.enter(address, bytes, flags)?;
+            return self.descriptor(0);
+        }
+        self.seen = self.seen.saturating_add(1);
+        if self.seen > self.limit {
+            return Err(QueueError::LongChain { head: self.head, limit: self.limit });
+        }
+        self.bytes = self
+            .bytes
+            .checked_add(bytes)
+            .ok_or_else(|| self.broken("it has 4 GiB or more (virtio 1.2 §2.7.5.2)"))?;
+        self.next = (flags & flag::NEXT != 0).then_some(next);
+        Ok(Descriptor { address, bytes, writable: flags & flag::WRITE != 0 })
+    }
+
+    /// Goes on in an indirect table. The write flag of the descriptor that refers to it says nothing (§2.7.5.3.2).
+    fn enter(&mut self, address: u64, bytes: u32, flags: u16) -> Result<(), QueueError> {
+        if self.indirect {
+            return Err(self.broken("an indirect table in an indirect table (virtio 1.2 §2.7.5.3.1)"));
+        }
+        if flags & flag::NEXT != 0 {
+            return Err(self.broken("it goes on after an indirect table (virtio 1.2 §2.7.5.3.1)"));
+        }
+        if bytes == 0 || !u64::from(bytes).is_multiple_of(DESCRIPTOR_BYTES) {
+            return Err(
+                self.broken("an indirect table of no whole number of descriptors (virtio 1.2 §2.7.5.3)")
+            );
+        }
+        self.indirect = true;
+        self.table = address;
+        self.entries = bytes / DESCRIPTOR_BYTES as u32;
+        Ok(())
+    }
+
+    /// Address, length, flags and successor.
+    fn read(&self, index: u16) -> Result<(u64, u32, u16, u16), QueueError> {
+        if u32::from(index) >= self.entries {
+            return Err(self.broken("it goes on outside of its table (virtio 1.2 §2.7.5)"));
+        }
+        let outside = || self.broken("its table is not in memory (virtio 1.2 §2.7.5)");
+        let at = self.table.checked_add(u64::from(index) * DESCRIPTOR_BYTES).ok_or_else(outside)?;
+        // One read: the driver may change it at any time, but not under us.
+        let bytes: [u8; 16] = self.memory.read_obj(GuestAddress(at)).map_err(|_| outside())?;
+        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = bytes;
+        Ok((
+            u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
+            u32::from_le_bytes([l0, l1, l2, l3]),
+            u16::from_le_bytes([f0, f1]),
+            u16::from_le_bytes([n0, n1]),
+        ))
+    }
+}
+
+impl Iterator for Walk<'_> {
+    type Item = Result<Descriptor, QueueError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let index = self.next.take()?;
+        Some(self.descriptor(index))
+    }
+}
