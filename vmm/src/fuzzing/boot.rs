@@ -9,7 +9,6 @@ use std::{
 use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::tempfile::TempFile;
 
-use super::queues;
 use crate::{
     boot::{self, EntryPoint, bzimage, initramfs, kernel, layout, long_mode, mp_table, pvh},
     guest_memory::{self, GuestMemory},
@@ -31,7 +30,6 @@ pub fn kernel_file(bytes: &[u8]) {
         file.rewind().unwrap();
         file.write_all(bytes).unwrap();
         file.rewind().unwrap();
-        queues::clear(memory);
         let Ok(kernel) = kernel::load(memory, file, MEMORY_BYTES) else { return };
         assert!(kernel.end <= MEMORY_BYTES);
         let part = initramfs::Part::Bytes(&bytes[bytes.len() / 2..]);

@@ -5,6 +5,7 @@
 //! ```text
 //!   block_queue, rng_queue, vsock_queue   a Device, its VirtQueues, guest memory and rings     one thread
 //!   mmio_bus                              Bus, MmioTransport, Worker, event loop, devices      as in a machine
+//!   control_session                       a client of the control socket
 //!   kernel_file                           kernel, initramfs and tables into guest memory
 //! ```
 //! An entry panics where something that must hold does not.
@@ -12,11 +13,13 @@
 
 mod boot;
 mod bus;
+mod control;
 mod input;
 mod queues;
 
 pub use boot::kernel_file;
 pub use bus::mmio_bus;
+pub use control::control_session;
 pub use queues::{block_queue, rng_queue, vsock_queue};
 
 /// Inputs from which a fuzzer should start, for the target of this name.
@@ -25,6 +28,7 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "block_queue" | "rng_queue" | "vsock_queue" => queues::seeds(target),
         "mmio_bus" => bus::seeds(),
         "kernel_file" => boot::seeds(),
+        "control_session" => control::seeds(),
         _ => Vec::new(),
     }
 }
@@ -83,6 +87,11 @@ mod tests {
     #[test]
     fn mmio_bus_survives_seeds_and_noise() {
         exercise("mmio_bus", mmio_bus, 200);
+    }
+
+    #[test]
+    fn control_session_survives_seeds_and_noise() {
+        exercise("control_session", control_session, 300);
     }
 
     #[test]

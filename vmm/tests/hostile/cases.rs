@@ -367,6 +367,26 @@ fn odd_block_requests(guest: &mut Guest) {
     answered(guest, 0, 0, 16 << 20, 1, "a read of more than the disk");
     answered(guest, 0xdead, 0, 512, 2, "a request of no type");
     guest.expect(Width::Eight, data, 0, "memory that no request has filled");
+    // Segments to discard (11) or to fill with zeros (13): first sector; sectors, flags.
+    for kind in [11, 13] {
+        for (sector, sectors_and_flags, status, what) in [
+            (u64::MAX, 1, 1, "a segment at the end of all sectors"),
+            (u64::MAX / 512 + 1, 1, 1, "a segment whose place wraps around to 0"),
+            (127, 2, 1, "a segment across the end"),
+            (0, 0, 1, "a segment of nothing"),
+            (0, 0xffff_ffff, 1, "a segment of 2 TiB"),
+            (1, 0x8000_0000 << 32 | 1, 2, "a segment with an unknown flag"),
+            (1, 1, 0, "a segment"),
+        ] {
+            guest.store64(data, sector);
+            guest.store64(data + 8, sectors_and_flags);
+            answered(guest, kind, 0, 16, status, what);
+        }
+        answered(guest, kind, 0, 0, 1, "no segment");
+        answered(guest, kind, 0, 15, 1, "part of a segment");
+        answered(guest, kind, 0, 17 * 16, 1, "too many segments");
+        answered(guest, kind, 0, 16 << 20, 1, "a million segments");
+    }
     // A chain that says the same data three times.
     guest.descriptor(queue, 1, data, 512, NEXT | WRITE, 2);
     guest.descriptor(queue, 2, data, 512, NEXT | WRITE, 3);

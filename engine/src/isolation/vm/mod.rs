@@ -67,6 +67,8 @@ const OVERHEAD_MIB: u64 = 64;
 const START_TIMEOUT_MS: u64 = 60_000;
 /// For the whole start, seen from outside: what the VMM's own watch does not see.
 const START_PATIENCE: Duration = Duration::from_millis(2 * START_TIMEOUT_MS);
+/// Bytes of events that are taken at a time, and that one has at most: a guest may have taken its VMM over.
+const MAX_UNREAD_EVENT_BYTES: usize = 256 * 1024;
 /// Between the end of the control stream and the VMM saying why.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -404,10 +406,14 @@ impl Vmm {
         Ok(vmm)
     }
 
-    /// The events that have arrived, and whether the VMM has closed the stream.
+    /// The events that have arrived, and whether the VMM has closed the stream, or says what no VMM says.
     fn events(&mut self) -> (Vec<Event>, bool) {
         let mut chunk = [0; 4096];
         let closed = loop {
+            if self.unread.len() >= MAX_UNREAD_EVENT_BYTES {
+                // What is left comes the next time, unless it is a line without an end.
+                break !self.unread.contains(&b'\n');
+            }
             match self.events.read(&mut chunk) {
                 Ok(0) => break true,
                 Ok(count) => self.unread.extend_from_slice(&chunk[..count]),
@@ -474,6 +480,10 @@ impl Machine {
             }
         }
         if closed {
+            // One that is well is gone now. One that lives on without a word is not waited for.
+            let timeout = rustix::event::Timespec { tv_sec: LAST_WORDS.as_secs() as i64, tv_nsec: 0 };
+            let _ = rustix::event::poll(&mut [PollFd::new(&self.vmm.pidfd, PollFlags::IN)], Some(&timeout));
+            let _ = self.vmm.process.kill();
             let status = self.vmm.process.wait().map_err(setup("wait for the VMM"))?;
             return Err(VmError::Vmm(format!("its VMM ended unexpectedly ({status})")));
         }
@@ -536,6 +546,7 @@ fn printable(words: &str) -> String {
 
 /// A reason with the end of the guest's console under it, if there was any output.
 fn with_console(reason: String, console: &str) -> String {
+    let (reason, console) = (printable(&reason), printable(console));
     let console: Vec<&str> = console.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
     let last = &console[console.len().saturating_sub(12)..];
     if last.is_empty() { reason } else { format!("{reason}\nguest console:\n  {}", last.join("\n  ")) }
@@ -618,7 +629,10 @@ mod tests {
 
     #[test]
     fn console_is_shown_by_its_last_lines() {
-        assert_eq!(with_console("reason".into(), "\r\n\n"), "reason");
-        assert_eq!(with_console("reason".into(), "a\r\nb\n"), "reason\nguest console:\n  a\n  b");
+        assert_eq!(with_console("reason".into(), "\n\n"), "reason");
+        assert_eq!(
+            with_console("reason".into(), "a\nb\x1b[2J\n"),
+            "reason\nguest console:\n  a\n  b\\u{1b}[2J"
+        );
     }
 }
