@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cloche_engine::{
     home::Home,
+    mounts::MountRequest,
     request::{Bytes, Isolation},
 };
 
@@ -64,6 +65,9 @@ pub enum Verb {
     /// Manage images
     #[command(subcommand, visible_alias = "images")]
     Image(Image),
+    /// Manage volumes
+    #[command(subcommand, visible_alias = "volumes")]
+    Volume(Volume),
     /// Manage guest kernels
     #[command(subcommand)]
     Kernel(Kernel),
@@ -158,6 +162,15 @@ pub struct Run {
     /// Make the root file system read-only
     #[arg(long)]
     pub read_only: bool,
+    /// Mount a file or directory of this machine, made if missing, or a volume; :ro forbids writing
+    #[arg(short, long, value_name = "SOURCE:TARGET[:ro]", value_parser = MountRequest::parse_volume)]
+    pub volume: Vec<MountRequest>,
+    /// Mount as described: type=bind|volume|tmpfs,source=…,target=…[,readonly]
+    #[arg(long, value_name = "FIELD=VALUE,…", value_parser = MountRequest::parse_mount)]
+    pub mount: Vec<MountRequest>,
+    /// Mount an empty file system in memory, such as /run:size=64m,mode=755
+    #[arg(long, value_name = "TARGET[:OPTION,…]", value_parser = MountRequest::parse_tmpfs)]
+    pub tmpfs: Vec<MountRequest>,
     /// Guest kernel to boot: a vmlinux or bzImage (default: that of `cloche kernel path`)
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -323,6 +336,40 @@ pub enum Image {
         #[arg(required = true)]
         images: Vec<String>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Volume {
+    /// Make volumes; one that is there already stays as it is
+    Create {
+        /// Names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// List volumes
+    #[command(visible_alias = "list")]
+    Ls {
+        /// Print JSON
+        #[arg(long, conflicts_with = "quiet")]
+        json: bool,
+        /// Print names only
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Print everything about volumes, as JSON
+    Inspect {
+        /// Names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Remove volumes with all that is in them
+    Rm {
+        /// Names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Remove all volumes that no running sandbox uses
+    Prune,
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,8 +1,9 @@
 //! The `cloche` binary: arguments become a request, the engine carries it out, the outcome is rendered. How anything
 //! is done is the engine's business.
 //!
-//! The binary is multi-call: `cloche vmm` is the process that one microVM lives in. It is started by the engine only
-//! and is looked for before arguments are parsed, to keep the start of a VM short.
+//! The binary is multi-call: `cloche vmm` is the process that one microVM lives in, `cloche share` the one that serves
+//! it files of the host. Both are started by the engine only and are looked for before arguments are parsed, to keep
+//! the start of a VM short.
 
 mod arguments;
 mod commands;
@@ -16,8 +17,10 @@ use crate::arguments::{Arguments, Verb};
 
 fn main() -> ExitCode {
     let mut words = std::env::args_os();
-    if words.nth(1).is_some_and(|word| word == "vmm") {
-        return commands::vmm::main(words);
+    match words.nth(1) {
+        Some(word) if word == "vmm" => return commands::vmm::main(words),
+        Some(word) if word == "share" => return commands::share::main(words),
+        _ => {}
     }
     let started = cloche_engine::trace::now_ns();
     let arguments = Arguments::parse();
@@ -43,6 +46,7 @@ fn dispatch(Arguments { global, verb }: Arguments, started_ns: u64) -> anyhow::R
         Verb::Console(arguments) => commands::steer::console(&global, &arguments),
         Verb::Rm(arguments) => commands::sandbox::rm(&global, &arguments),
         Verb::Image(verb) => commands::image::image(&global, verb),
+        Verb::Volume(verb) => commands::volume::volume(&global, verb),
         Verb::Kernel(verb) => commands::kernel::kernel(verb),
         Verb::Doctor(arguments) => commands::doctor::doctor(&arguments),
         Verb::Completion { shell } => {

@@ -25,6 +25,11 @@ impl Home {
         &self.root
     }
 
+    /// The directory that holds one directory per volume.
+    pub fn volumes(&self) -> PathBuf {
+        self.root.join("volumes")
+    }
+
     /// The directory that holds one directory per sandbox.
     pub fn sandboxes(&self) -> PathBuf {
         self.state.join("sandboxes")

@@ -14,15 +14,18 @@ pub mod doctor;
 pub mod home;
 pub mod isolation;
 mod monitor;
+pub mod mounts;
 pub mod record;
 pub mod request;
 pub mod run;
 pub mod sandboxes;
 pub mod signals;
+pub mod sources;
 mod spec;
 pub mod stats;
 pub mod steering;
 pub mod syscalls;
 pub mod trace;
+pub mod volumes;
 
 pub use isolation::vm::INITRAMFS;

@@ -5,6 +5,8 @@ use std::{fmt, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::mounts::{MAX_MOUNTS, MountRequest};
+
 /// What stands between the workload and the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -63,6 +65,8 @@ pub struct RunRequest {
     pub remove: bool,
     /// Read-only root file system.
     pub read_only: bool,
+    /// What is mounted into it, in this order.
+    pub mounts: Vec<MountRequest>,
     /// Memory limit in bytes.
     pub memory_bytes: Option<u64>,
     /// CPU limit in thousandths of a CPU.
@@ -133,6 +137,17 @@ pub enum RequestError {
         "`{0}` cannot name a sandbox; use letters, digits, `_`, `.` and `-`, starting with a letter or digit"
     )]
     Name(String),
+    /// More mounts than a sandbox can have.
+    #[error(
+        "{0} mounts are more than the {MAX_MOUNTS} that a sandbox can have; mount a directory that holds several"
+    )]
+    TooManyMounts(usize),
+    /// Two mounts at one place.
+    #[error("two mounts have the target {0}; drop one of the two")]
+    DuplicateMount(String),
+    /// A mount where the kernel's own file systems are.
+    #[error("cannot mount at {0}: /proc and /sys are the kernel's; choose another target")]
+    KernelMount(String),
     /// A host name that the kernel refuses.
     #[error("host name `{0}` is not between 1 and 63 letters, digits, `.` and `-`")]
     Hostname(String),
@@ -158,6 +173,7 @@ impl RunRequest {
             self.validate_bare()?;
         }
         self.validate_limits()?;
+        self.validate_mounts()?;
         if let Some(workdir) = &self.workdir
             && !workdir.starts_with('/')
         {
@@ -196,11 +212,28 @@ impl RunRequest {
             ("--pids-limit", self.pids.is_some()),
             ("--hostname", self.hostname.is_some()),
             ("--read-only", self.read_only),
+            ("--volume, --mount or --tmpfs", !self.mounts.is_empty()),
         ];
         match options.into_iter().find(|(_, given)| *given) {
             Some((option, _)) => Err(RequestError::LimitWithoutIsolation(option)),
             None => Ok(()),
         }
+    }
+
+    fn validate_mounts(&self) -> Result<(), RequestError> {
+        if self.mounts.len() > MAX_MOUNTS {
+            return Err(RequestError::TooManyMounts(self.mounts.len()));
+        }
+        for (index, mount) in self.mounts.iter().enumerate() {
+            let target = &mount.target;
+            if self.mounts.iter().take(index).any(|earlier| earlier.target == *target) {
+                return Err(RequestError::DuplicateMount(target.clone()));
+            }
+            if ["proc", "sys"].contains(&target.split('/').nth(1).unwrap_or_default()) {
+                return Err(RequestError::KernelMount(target.clone()));
+            }
+        }
+        Ok(())
     }
 
     fn validate_limits(&self) -> Result<(), RequestError> {

@@ -18,8 +18,10 @@ use crate::{
     request::{Isolation, RequestError, RunRequest},
     sandboxes::{Owned, SandboxError, Sandboxes},
     signals::{self, Signals},
+    sources::{Source, SourceError},
     spec::{self, SpecError},
     trace::{Mark, Trace},
+    volumes::Volumes,
 };
 
 /// Why a run failed, other than by its process's own exit code.
@@ -37,6 +39,9 @@ pub enum RunError {
     /// Image and request together make no runnable command.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// What is to be mounted is not there.
+    #[error(transparent)]
+    Source(#[from] SourceError),
     /// The sandbox could not be written down.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -90,6 +95,10 @@ pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outco
     let hold = store.hold()?;
     let image = store.resolve(&request.image)?;
     trace.mark(Mark::ImageReady);
+    let sources: Vec<Source> = Source::find_all(&request.mounts, &Volumes::new(home.volumes()))?;
+    if request.isolation == Isolation::Vm {
+        sources.iter().try_for_each(Source::check_for_vm)?;
+    }
     let signals = Signals::collect().map_err(RunError::Signals)?;
     let mut sandbox = Sandboxes::new(home.sandboxes()).create(Record {
         id: String::new(),
@@ -105,7 +114,7 @@ pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outco
         state: State::Starting,
     })?;
     let layers = image.layers.iter().map(|layer| layer.erofs.clone()).collect();
-    let started = start(&mut sandbox, request, &image.config, layers, &signals, trace);
+    let started = start(&mut sandbox, request, &image.config, layers, &sources, &signals, trace);
     drop(hold);
     let result = started.and_then(|running| attend(&mut sandbox, running, &signals, trace));
     let id = sandbox.record.id.clone();
@@ -153,11 +162,12 @@ fn start(
     request: &RunRequest,
     config: &ImageConfiguration,
     layers: Vec<PathBuf>,
+    sources: &[Source],
     signals: &Signals,
     trace: &mut Trace,
 ) -> Result<Box<dyn Running>, RunError> {
     let id = sandbox.record.id.clone();
-    let workload = spec::workload(&id, request, config)?;
+    let workload = spec::workload(&id, request, config, sources)?;
     sandbox.record.command.clone_from(&workload.args);
     trace.mark(Mark::RootfsReady);
     // The only network yet is the sandbox's own `lo`, which the runtime brings up: nothing to prepare.

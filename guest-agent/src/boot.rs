@@ -5,7 +5,7 @@ use std::{fs, io, path::Path};
 
 use cloche_protocol::{
     VERSION,
-    boot::{BOOT_CONFIG_PATH, BootConfig, SPEC_PATH},
+    boot::{BOOT_CONFIG_PATH, BootConfig, SHARE_TAG, SHARES_DIR, SPEC_PATH},
 };
 use oci_spec::runtime::Spec;
 use rustix::mount::MountFlags;
@@ -31,6 +31,9 @@ pub enum BootError {
         "this kernel lacks these built-in drivers: {0}; boot one that has them, such as that of `cloche kernel build`"
     )]
     MissingDrivers(String),
+    /// The host's file server does not answer as it should.
+    #[error("cannot mount the host's share on {SHARES_DIR}")]
+    Share(#[source] io::Error),
     /// The host wrote no usable configuration into the initramfs.
     #[error("cannot read {path} of the initramfs")]
     Config {
@@ -65,6 +68,9 @@ pub fn prepare() -> Result<Boot, BootError> {
     }
     check_drivers(&config)?;
     mount("cgroup2", "/sys/fs/cgroup", quiet)?;
+    if config.share {
+        mount_share().map_err(BootError::Share)?;
+    }
     set_clock(config.realtime_ns);
     allow_overcommit();
     Ok(Boot { config, spec: read_json(SPEC_PATH)? })
@@ -74,6 +80,12 @@ fn mount(kind: &'static str, target: &'static str, flags: MountFlags) -> Result<
     fs::create_dir_all(target)
         .and_then(|()| Ok(rustix::mount::mount(kind, target, kind, flags, None)?))
         .map_err(|source| BootError::Mount { kind, target, source })
+}
+
+/// The spec's binds have their sources here.
+fn mount_share() -> io::Result<()> {
+    fs::create_dir_all(SHARES_DIR)?;
+    Ok(rustix::mount::mount(SHARE_TAG, SHARES_DIR, "virtiofs", MountFlags::empty(), None)?)
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &'static str) -> Result<T, BootError> {
@@ -106,6 +118,7 @@ fn check_drivers(config: &BootConfig) -> Result<(), BootError> {
         Path::new("/sys/bus/virtio/drivers/vmw_vsock_virtio_transport").exists(),
         "virtio vsock (CONFIG_VIRTIO_VSOCKETS)",
     );
+    need(!config.share || has_filesystem("virtiofs"), "virtio file system (CONFIG_VIRTIO_FS)");
     if missing.is_empty() && config.layers.iter().any(|layer| !Path::new(layer).exists()) {
         missing.push("virtio-mmio devices from the command line (CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)");
     }

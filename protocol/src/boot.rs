@@ -1,11 +1,23 @@
 //! What travels with the boot, as files in a cpio archive appended to the agent's initramfs.
 
+use std::path::{Path, PathBuf};
+
 use serde::{Deserialize, Serialize};
 
 /// Path of the serialised [`BootConfig`] in the initramfs.
 pub const BOOT_CONFIG_PATH: &str = "/cloche/boot.json";
 /// Path of the OCI runtime spec (`config.json` in the runtime-spec's words) in the initramfs.
 pub const SPEC_PATH: &str = "/cloche/spec.json";
+
+/// Where the guest finds what the host shares with it; see [`share_path`].
+pub const SHARES_DIR: &str = "/cloche/shares";
+/// The tag by which the guest mounts the host's share (virtio 1.2 §5.11.4).
+pub const SHARE_TAG: &str = "cloche";
+
+/// Where the guest finds the host's mount number `index`.
+pub fn share_path(index: usize) -> PathBuf {
+    Path::new(SHARES_DIR).join(index.to_string())
+}
 
 /// How the agent finds and runs its one container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +34,8 @@ pub struct BootConfig {
     pub user: Option<String>,
     /// Size limit of the writable layer in bytes; `None` leaves the kernel's default (half of the memory).
     pub upper_bytes: Option<u64>,
+    /// Whether the host shares files, under the tag [`SHARE_TAG`].
+    pub share: bool,
     /// Whether the host forwards stdin. Without it the process reads `/dev/null`.
     pub stdin: bool,
     /// Host's wall clock at start, in nanoseconds since the Unix epoch: the guest has no RTC.

@@ -19,11 +19,13 @@
 mod bed;
 mod bodies;
 mod cpio;
+mod file_probe;
 mod finished;
 mod guest;
 mod image;
 mod lan;
 mod leftovers;
+mod mapping;
 mod noise;
 mod probe;
 mod process;

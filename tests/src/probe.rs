@@ -9,8 +9,9 @@ use rustix::fs::{lgetxattr, llistxattr};
 /// Runs one probe and prints what it finds.
 pub fn main(arguments: &[String]) -> ExitCode {
     let result = match arguments {
+        [what, directory] if what == "files" => crate::file_probe::run(directory),
         [what, paths @ ..] if what == "xattrs" => paths.iter().try_for_each(|path| print_xattrs(path)),
-        _ => Err(anyhow::anyhow!("usage: cloche-tests probe xattrs PATH…")),
+        _ => Err(anyhow::anyhow!("usage: cloche-tests probe files DIRECTORY | xattrs PATH…")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -53,6 +53,11 @@ impl Process {
         self.arguments.get(1).is_some_and(|role| role == "vmm")
     }
 
+    /// Whether the process is a VM's file server. It runs as `/proc/self/exe share …`.
+    pub fn is_share(&self) -> bool {
+        self.arguments.get(1).is_some_and(|role| role == "share")
+    }
+
     /// Sends SIGKILL; a process that is gone already is fine.
     pub fn kill(&self) {
         let _ = kill_process(self.pid, Signal::KILL);

@@ -24,6 +24,9 @@ pub const MAX_DISKS: usize = 40;
 /// Bytes of a disk's id that a guest can see (virtio 1.2 §5.2.6: `VIRTIO_BLK_T_GET_ID`).
 pub const MAX_DISK_ID_BYTES: usize = 20;
 
+/// Bytes of a share's tag (virtio 1.2 §5.11.4).
+pub const MAX_TAG_BYTES: usize = 36;
+
 /// A microVM. Serialised as JSON; see the module's documentation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -49,6 +52,9 @@ pub struct VmConfig {
     /// The socket device, if the guest gets one.
     #[serde(default)]
     pub vsock: Option<VsockConfig>,
+    /// The file system device, if the guest gets one.
+    #[serde(default)]
+    pub share: Option<ShareConfig>,
     /// Whether the guest gets a virtio entropy device.
     #[serde(default)]
     pub rng: bool,
@@ -139,6 +145,16 @@ pub struct VsockConfig {
     pub socket_prefix: PathBuf,
 }
 
+/// The virtio file system device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// What the guest mounts it by: 1 to [`MAX_TAG_BYTES`] printable ASCII characters.
+    pub tag: String,
+    /// Inherited file descriptor of a connected `SOCK_SEQPACKET` unix socket, at whose other end a FUSE server is.
+    pub socket_fd: RawFd,
+}
+
 /// A value of [`VmConfig`] that no VM can have.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{field} is {value}; allowed: {allowed}")]
@@ -169,6 +185,7 @@ impl VmConfig {
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: None,
+            share: None,
             rng: false,
             console_log: None,
             start_timeout_ms: None,
@@ -211,6 +228,7 @@ impl VmConfig {
         }
         self.validate_disks()?;
         self.validate_nets()?;
+        self.validate_share()?;
         self.validate_vsock()
     }
 
@@ -236,6 +254,19 @@ impl VmConfig {
                     "an id that no other disk has",
                 ));
             }
+        }
+        Ok(())
+    }
+
+    fn validate_share(&self) -> Result<(), ConfigError> {
+        let Some(share) = &self.share else { return Ok(()) };
+        let printable = share.tag.bytes().all(|byte| byte.is_ascii_graphic());
+        if share.tag.is_empty() || share.tag.len() > MAX_TAG_BYTES || !printable {
+            let allowed = format!("1 to {MAX_TAG_BYTES} printable ASCII characters");
+            return Err(ConfigError::new("share.tag", format!("{:?}", share.tag), allowed));
+        }
+        if share.socket_fd < 0 {
+            return Err(ConfigError::new("share.socket_fd", share.socket_fd, "an open file descriptor"));
         }
         Ok(())
     }
@@ -308,6 +339,14 @@ mod tests {
         assert!(refused(|c| c.vsock = vsock(2, "/x".into())).starts_with("vsock.guest_cid is 2"));
         assert!(refused(|c| c.vsock = vsock(3, String::new())).contains("(0 bytes)"));
         assert!(refused(|c| c.vsock = vsock(3, "x".repeat(97))).contains("(97 bytes)"));
+    }
+
+    #[test]
+    fn validate_of_share_refuses_odd_tags_and_descriptors() {
+        let share = |tag: &str, socket_fd| Some(ShareConfig { tag: tag.into(), socket_fd });
+        assert!(refused(|c| c.share = share("", 3)).starts_with("share.tag is \"\""));
+        assert!(refused(|c| c.share = share(&"x".repeat(37), 3)).starts_with("share.tag"));
+        assert!(refused(|c| c.share = share("x", -1)).starts_with("share.socket_fd is -1"));
     }
 
     #[test]

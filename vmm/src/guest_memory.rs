@@ -13,7 +13,8 @@ use std::{
 };
 
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileSlice,
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    VolatileSlice,
 };
 
 /// All memory regions of a guest. Cloning shares the mapping.
@@ -154,6 +155,32 @@ pub fn resident_bytes(memory: &GuestMemory) -> u64 {
         }
     }
     pages * PAGE_BYTES as u64
+}
+
+/// Receives one message of a socket, without waiting. How many bytes it had: if that is more than `buffers` hold, the
+/// rest is lost.
+pub fn receive(fd: BorrowedFd, buffers: &[VolatileSlice]) -> io::Result<usize> {
+    with_iovecs(buffers, |iovecs, count| {
+        // SAFETY: an all-zero msghdr is a valid one without address, buffers and control data.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = iovecs.cast_mut();
+        message.msg_iovlen = usize::try_from(count).unwrap_or(0);
+        // SAFETY: the iovecs describe live, writable guest memory (`with_iovecs`); the rest of `message` is empty.
+        unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT | libc::MSG_TRUNC) }
+    })
+}
+
+/// Where in the guest's memory these slices of it are. One that is not of it is left out.
+pub fn places(memory: &GuestMemory, slices: &[VolatileSlice]) -> Vec<(GuestAddress, usize)> {
+    let place = |slice: &VolatileSlice| {
+        let at = slice.ptr_guard().as_ptr().addr();
+        memory.iter().find_map(|region| {
+            let offset = at.checked_sub(region.as_ptr().addr())?;
+            let address = region.start_addr().0.checked_add(offset as u64)?;
+            (offset < region.size()).then_some((GuestAddress(address), slice.len()))
+        })
+    };
+    slices.iter().filter_map(place).collect()
 }
 
 fn with_iovecs(

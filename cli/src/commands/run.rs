@@ -66,6 +66,7 @@ fn request(arguments: Run) -> RunRequest {
         interactive: arguments.interactive,
         remove: arguments.rm,
         read_only: arguments.read_only,
+        mounts: [arguments.volume, arguments.mount, arguments.tmpfs].concat(),
         memory_bytes: arguments.memory.map(|bytes| bytes.0),
         millicpus: arguments.cpus,
         pids: arguments.pids_limit,

@@ -25,17 +25,7 @@ pub fn main(words: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(words: impl Iterator<Item = OsString>) -> anyhow::Result<ExitCode> {
-    for word in words {
-        let word = word.to_string_lossy().into_owned();
-        let parent = word.strip_prefix("--die-with=").and_then(|pid| pid.parse::<u32>().ok());
-        let parent = parent.with_context(|| format!("unknown argument `{word}`; it takes --die-with=PID"))?;
-        cloche_engine::syscalls::die_with_parent().context("cannot tie this process to its parent")?;
-        // It may have died before the line above.
-        anyhow::ensure!(
-            std::os::unix::process::parent_id() == parent,
-            "process {parent}, its parent, is gone"
-        );
-    }
+    super::tie_to_parent(words)?;
     let mut json = Vec::new();
     io::stdin()
         .take(MAX_CONFIG_BYTES)

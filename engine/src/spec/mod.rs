@@ -5,6 +5,8 @@
 
 mod seccomp;
 
+use cloche_protocol::boot::share_path;
+use cloche_share::Shared;
 use oci_spec::{OciSpecError, image::ImageConfiguration, runtime::Spec};
 use rustix::process::{Resource, getrlimit};
 use serde_json::{Value, json};
@@ -12,6 +14,7 @@ use serde_json::{Value, json};
 use crate::{
     request::{Isolation, RunRequest},
     sandboxes::cgroup_path,
+    sources::Source,
 };
 
 /// Docker's default capabilities (the mask 00000000a80425fb).
@@ -61,10 +64,17 @@ pub struct Workload {
     pub user: Option<String>,
     /// The command line, for display.
     pub args: Vec<String>,
+    /// What of the host a VM's file server serves, by its number.
+    pub shares: Vec<Shared>,
 }
 
-/// Makes the spec of sandbox `id`.
-pub fn workload(id: &str, request: &RunRequest, image: &ImageConfiguration) -> Result<Workload, SpecError> {
+/// Makes the spec of sandbox `id`. `sources` are those of the request's mounts, in the same order.
+pub fn workload(
+    id: &str,
+    request: &RunRequest,
+    image: &ImageConfiguration,
+    sources: &[Source],
+) -> Result<Workload, SpecError> {
     let config = image.config().as_ref();
     let args = arguments(request, config);
     if args.is_empty() {
@@ -83,9 +93,13 @@ pub fn workload(id: &str, request: &RunRequest, image: &ImageConfiguration) -> R
 
     let spec = match request.isolation {
         Isolation::Process => process_spec(id, &args, &env, &cwd),
-        Isolation::Container | Isolation::Vm => {
-            container_spec(id, hostname, request, process(&args, &env, &cwd))
-        }
+        Isolation::Container | Isolation::Vm => container_spec(
+            id,
+            hostname,
+            request,
+            process(&args, &env, &cwd),
+            mounts(request.isolation, sources),
+        ),
     };
     let mut spec: Spec = serde_json::from_value(spec).map_err(SpecError::Invalid)?;
     if request.isolation != Isolation::Process
@@ -93,7 +107,8 @@ pub fn workload(id: &str, request: &RunRequest, image: &ImageConfiguration) -> R
     {
         linux.set_seccomp(Some(seccomp::default_policy(&CAPABILITIES).map_err(SpecError::Policy)?));
     }
-    Ok(Workload { spec, user, args })
+    let shares = sources.iter().filter_map(Source::shared).collect();
+    Ok(Workload { spec, user, args, shares })
 }
 
 /// Docker's rule: an entry point given replaces the image's and drops its command; a command given replaces the
@@ -150,7 +165,13 @@ fn process_spec(id: &str, args: &[String], env: &[String], cwd: &str) -> Value {
 }
 
 /// All but the system-call policy.
-fn container_spec(id: &str, hostname: &str, request: &RunRequest, mut process: Value) -> Value {
+fn container_spec(
+    id: &str,
+    hostname: &str,
+    request: &RunRequest,
+    mut process: Value,
+    mounts: Vec<Value>,
+) -> Value {
     process["noNewPrivileges"] = true.into();
     process["rlimits"] = rlimits();
     process["capabilities"] =
@@ -160,7 +181,7 @@ fn container_spec(id: &str, hostname: &str, request: &RunRequest, mut process: V
         "process": process,
         "root": {"path": "rootfs", "readonly": request.read_only},
         "hostname": hostname,
-        "mounts": mounts(),
+        "mounts": mounts,
         "linux": {
             "namespaces": [
                 {"type": "pid"}, {"type": "mount"}, {"type": "uts"}, {"type": "ipc"}, {"type": "network"},
@@ -207,7 +228,17 @@ fn rlimits() -> Value {
     limits.to_vec().into()
 }
 
-fn mounts() -> Value {
+/// Docker's own, and then those of the request. What a container takes from the host, a guest finds in its share.
+fn mounts(isolation: Isolation, sources: &[Source]) -> Vec<Value> {
+    let Value::Array(mut all) = default_mounts() else { unreachable!("it is an array") };
+    all.extend(sources.iter().map(|source| match (isolation, source.share) {
+        (Isolation::Vm, Some(number)) => source.to_spec(&share_path(number)),
+        _ => source.to_spec(&source.path),
+    }));
+    all
+}
+
+fn default_mounts() -> Value {
     json!([
         {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
         {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
@@ -275,6 +306,7 @@ mod tests {
             interactive: false,
             remove: false,
             read_only: false,
+            mounts: Vec::new(),
             memory_bytes: Some(64 << 20),
             millicpus: Some(1500),
             pids: Some(10),
@@ -285,15 +317,15 @@ mod tests {
     #[test]
     fn workload_of_both_isolations_is_the_same_spec() {
         let image = ImageConfiguration::default();
-        let container = workload("0123456789ab", &request(Isolation::Container), &image).unwrap();
-        let vm = workload("0123456789ab", &request(Isolation::Vm), &image).unwrap();
+        let container = workload("0123456789ab", &request(Isolation::Container), &image, &[]).unwrap();
+        let vm = workload("0123456789ab", &request(Isolation::Vm), &image, &[]).unwrap();
         assert_eq!(container.spec, vm.spec);
         assert!(container.spec.linux().as_ref().unwrap().seccomp().is_some());
     }
 
     #[test]
     fn workload_limits_reach_the_spec() {
-        let made = workload("x", &request(Isolation::Vm), &ImageConfiguration::default()).unwrap();
+        let made = workload("x", &request(Isolation::Vm), &ImageConfiguration::default(), &[]).unwrap();
         let spec = serde_json::to_value(&made.spec).unwrap();
         let resources = &spec["linux"]["resources"];
         assert_eq!(resources["memory"]["limit"], 64 << 20);

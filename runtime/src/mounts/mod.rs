@@ -5,6 +5,7 @@
 //! and gets all its properties before it appears at its destination.
 
 mod cgroups;
+mod copy_up;
 mod options;
 pub(crate) mod paths;
 pub(crate) mod protect;
@@ -126,6 +127,10 @@ impl Mount {
         let listed = mount.options().as_deref().unwrap_or_default();
         let of_option = |source| MountError::Option { destination: destination.clone(), source };
         let options = options::parse(listed).map_err(of_option)?;
+        let is_bind = options.bind.is_some() || mount.typ().as_deref() == Some("bind");
+        if !is_bind {
+            options.check_for_file_system().map_err(of_option)?;
+        }
         let source = mount.source().as_deref();
         let kind = match (options.bind, mount.typ().as_deref()) {
             (Some(_), _) | (None, Some("bind")) => {
@@ -249,12 +254,51 @@ fn attach_bind(root: BorrowedFd<'_>, mount: &Mount, tree: BorrowedFd<'_>) -> Res
     let is_directory =
         paths::is_directory(tree).map_err(|errno| mount.failed("stat the source")(errno.into()))?;
     let make = if is_directory { Make::Directory } else { Make::EmptyFile };
+    if mount.options.copy_up && is_directory {
+        copy_up::fill(root, &mount.destination, tree)
+            .map_err(mount.failed("fill it with the image's files"))?;
+    }
     for (attr, recursive) in [(mount.options.attr, false), (mount.options.recursive_attr, true)] {
         if !attr.is_noop() {
             mount_setattr(tree, recursive, attr).map_err(mount.failed("set its options"))?;
         }
     }
     attach(root, mount, tree, Symlinks::Follow, make)
+}
+
+fn differ_in_kind(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
+    paths::is_directory(one) != paths::is_directory(other)
+}
+
+/// Files of procfs that may be covered, as in runc: what tells of the machine's size.
+const COVERABLE: [&str; 10] = [
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/meminfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+    "/proc/loadavg",
+    "/proc/slabinfo",
+    "/proc/net/dev",
+    "/proc/sys/kernel/ns_last_pid",
+];
+
+/// A bind inside of procfs could stand for a file that this runtime or the container's programs trust to be the
+/// kernel's. An image leads there by a symbolic link at the destination (CVE-2019-16884, CVE-2023-28642).
+fn refuse_procfs(mount: &Mount, target: BorrowedFd<'_>) -> Result<(), MountError> {
+    const PROC_SUPER_MAGIC: u64 = 0x9fa0;
+    let stat =
+        rustix::fs::fstatfs(target).map_err(|errno| mount.failed("stat the mount point")(errno.into()))?;
+    let coverable = COVERABLE.iter().any(|path| mount.destination == Path::new(path));
+    if mount.is_bind() && stat.f_type as u64 == PROC_SUPER_MAGIC && !coverable {
+        let destination = mount.destination.clone();
+        return Err(MountError::Invalid {
+            destination,
+            reason: "it leads into /proc, which is the kernel's",
+        });
+    }
+    Ok(())
 }
 
 /// Attaches a mount at its destination, which is made if it is missing, and sets its propagation.
@@ -272,7 +316,17 @@ fn attach(
         };
         mount.failed(step)(error)
     })?;
-    attach_at(made, target.as_fd()).map_err(|errno| mount.failed("attach it")(errno.into()))?;
+    refuse_procfs(mount, target.as_fd())?;
+    attach_at(made, target.as_fd()).map_err(|errno| {
+        let step = match errno {
+            // move_mount(2) says so of a directory on a file, too.
+            Errno::NOTDIR | Errno::INVAL if differ_in_kind(made, target.as_fd()) => {
+                "attach it: one of source and destination is a directory, and the other is not"
+            }
+            _ => "attach it",
+        };
+        mount.failed(step)(errno.into())
+    })?;
     for Propagation { kind, recursive } in &mount.options.propagation {
         mount_setattr(made, *recursive, MountAttr::propagating(*kind))
             .map_err(mount.failed("set its propagation"))?;

@@ -24,6 +24,8 @@ pub(super) struct Options {
     pub(super) recursive_attr: MountAttr,
     /// `MS_SHARED` and the like; several are applied in turn (`slave` and then `shared`).
     pub(super) propagation: Vec<Propagation>,
+    /// For bind mounts: whether an empty source is filled with what is at the destination. This runtime's own.
+    pub(super) copy_up: bool,
     /// Given to the file system.
     pub(super) data: Vec<Datum>,
 }
@@ -80,6 +82,7 @@ pub(super) fn parse(options: &[String]) -> Result<Options, OptionError> {
             match option.as_str() {
                 "bind" => parsed.bind = parsed.bind.or(Some(Bind::Alone)),
                 "rbind" => parsed.bind = Some(Bind::WithSubmounts),
+                "copyup" => parsed.copy_up = true,
                 // What one gets anyway.
                 "defaults" | "norelatime" | "nostrictatime" | "silent" | "loud" | "" => {}
                 option => {
@@ -96,6 +99,14 @@ pub(super) fn parse(options: &[String]) -> Result<Options, OptionError> {
 }
 
 impl Options {
+    /// Only a bind mount has a source that can be filled.
+    pub(super) fn check_for_file_system(&self) -> Result<(), OptionError> {
+        if self.copy_up {
+            return Err(OptionError { option: "copyup".into(), reason: "is for bind mounts only" });
+        }
+        Ok(())
+    }
+
     /// A bind mount has no file system to give parameters to, and shares the flags of a whole file system.
     pub(super) fn check_for_bind(&self) -> Result<(), OptionError> {
         let Some(datum) = self.data.first() else { return Ok(()) };
@@ -208,6 +219,7 @@ mod tests {
         let error = parsed("bind,size=1m").check_for_bind().unwrap_err().to_string();
         assert_eq!(error, "option \"size\" means nothing for a bind mount");
         assert!(parsed("bind,sync").check_for_bind().is_err());
-        assert!(parsed("rbind,ro,rslave").check_for_bind().is_ok());
+        assert!(parsed("rbind,ro,rslave,copyup").check_for_bind().is_ok());
+        assert!(parsed("copyup").check_for_file_system().is_err());
     }
 }

@@ -10,12 +10,14 @@ mod hardening;
 mod identity;
 mod images;
 mod limits;
+mod mounts;
 mod random_kills;
 mod rootfs;
 mod signals;
 mod stdio;
 mod steering;
 mod trace;
+mod volumes;
 
 use crate::suite::Body;
 
@@ -29,6 +31,8 @@ pub fn all() -> Vec<Body> {
         limits::BODIES,
         hardening::BODIES,
         rootfs::BODIES,
+        mounts::BODIES,
+        volumes::BODIES,
         images::BODIES,
         commands::BODIES,
         trace::BODIES,

@@ -8,6 +8,7 @@ pub mod disk;
 pub mod entropy;
 pub mod frame_socket;
 pub mod link;
+pub mod share;
 pub mod socket;
 pub mod tap;
 mod tap_ioctls;

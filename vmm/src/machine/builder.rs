@@ -49,6 +49,7 @@ use crate::{
         block::Block,
         counters::DeviceCounters,
         device::{Device, InterruptStatus},
+        file_system::FileSystem,
         limiter::Limiter,
         mmio::{MmioTransport, QUEUE_NOTIFY},
         net::Net,
@@ -152,7 +153,7 @@ pub fn build(
     console: Arc<Mutex<Console>>,
     reporter: Arc<Reporter>,
 ) -> Result<Machine, BuildError> {
-    let Opened { kvm, mut kernel, initramfs, disks, links, console_log: _, control } = opened;
+    let Opened { kvm, mut kernel, initramfs, disks, links, share, console_log: _, control } = opened;
     let regions = layout::memory_regions(config.memory_bytes());
     let memory = guest_memory::map(&regions)?;
     let resources = |what| move |source| BuildError::Resources { what, source };
@@ -178,6 +179,10 @@ pub fn build(
     }
     if config.rng {
         devices.add(Box::new(Rng)).map_err(resources("the entropy device"))?;
+    }
+    if let (Some(channel), Some(share)) = (share, &config.share) {
+        let device = FileSystem::new(&share.tag, channel);
+        devices.add(Box::new(device)).map_err(resources("the file system device"))?;
     }
     let serial_line = EventFd::new(EFD_NONBLOCK).map_err(resources("the serial port"))?;
     let serial_interrupt = serial_line.try_clone().map_err(resources("the serial port"))?;

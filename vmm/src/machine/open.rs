@@ -15,6 +15,7 @@ use crate::{
         disk::{Disk, DiskError, DiskOptions},
         frame_socket::FrameSocket,
         link::Link,
+        share::Channel,
         tap::{Tap, TapError},
     },
     boot::initramfs::Part,
@@ -47,6 +48,8 @@ pub struct Opened<'a> {
     pub disks: Vec<Disk>,
     /// What is at the other end of each network device, in the configuration's order.
     pub links: Vec<Box<dyn Link>>,
+    /// The file server of the share.
+    pub share: Option<Channel>,
     /// Where the console's contents go in the end.
     pub console_log: Option<File>,
     /// Where clients of the control socket connect.
@@ -72,6 +75,15 @@ pub enum OpenError {
         role: &'static str,
         /// Where it should be.
         path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The share's socket.
+    #[error("the share.socket_fd {fd} cannot be used")]
+    Share {
+        /// Its number.
+        fd: i32,
         /// Why not.
         #[source]
         source: io::Error,
@@ -133,6 +145,7 @@ pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opene
         initramfs: initramfs.collect::<Result<_, _>>()?,
         disks: disks.collect::<Result<_, _>>()?,
         links: config.nets.iter().map(|net| open_link(&net.backend)).collect::<Result<_, _>>()?,
+        share: config.share.as_ref().map(|share| open_share(share.socket_fd)).transpose()?,
         console_log: config
             .console_log
             .as_ref()
@@ -173,6 +186,10 @@ fn open_link(backend: &NetBackend) -> Result<Box<dyn Link>, OpenError> {
         }
         NetBackend::SocketPath(path) => Box::new(FrameSocket::connect(path).map_err(link)?),
     })
+}
+
+fn open_share(fd: i32) -> Result<Channel, OpenError> {
+    syscalls::take_inherited_fd(fd).and_then(Channel::new).map_err(|source| OpenError::Share { fd, source })
 }
 
 fn open_kernel(config: &VmConfig) -> Result<File, OpenError> {

@@ -27,6 +27,8 @@ pub mod device_type {
     pub const ENTROPY: u32 = 4;
     /// Socket device.
     pub const SOCKET: u32 = 19;
+    /// File system device.
+    pub const FILE_SYSTEM: u32 = 26;
 
     /// What a type is called.
     pub fn name(device_type: u32) -> &'static str {
@@ -39,7 +41,7 @@ pub mod device_type {
             9 => "9p",
             SOCKET => "vsock",
             24 => "mem",
-            26 => "fs",
+            FILE_SYSTEM => "fs",
             27 => "pmem",
             _ => "other",
         }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   vCPU thread                                  event loop thread
-//!   MmioTransport ── start(queues) / stop ─────▶ Worker ──▶ a Device: block, vsock, rng
+//!   MmioTransport ── start(queues) / stop ─────▶ Worker ──▶ a Device: block, vsock, rng, file system
 //!     registers, negotiation                       ▲  owns queues while they run
 //!        ▲                                         │
 //!        └── interrupt status (atomic) ◀───────────┘   doorbell: eventfd, without a vCPU exit to this process
@@ -22,6 +22,7 @@ pub mod counters;
 pub mod device;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod driver_model;
+pub mod file_system;
 pub mod limiter;
 pub mod mmio;
 pub mod net;

@@ -277,6 +277,14 @@ pub struct Buffers<'m> {
     slices: Vec<VolatileSlice<'m>>,
 }
 
+impl<'m> FromIterator<VolatileSlice<'m>> for Buffers<'m> {
+    fn from_iter<I: IntoIterator<Item = VolatileSlice<'m>>>(slices: I) -> Self {
+        let mut buffers = Self::default();
+        slices.into_iter().for_each(|slice| buffers.push(slice));
+        buffers
+    }
+}
+
 impl<'m> Buffers<'m> {
     fn push(&mut self, slice: VolatileSlice<'m>) {
         if !slice.is_empty() {

@@ -13,6 +13,7 @@
 mod cpio;
 pub mod kernel;
 pub mod kvm;
+mod share;
 
 use std::{
     fs::{self, File, Permissions},
@@ -32,13 +33,13 @@ use std::{
 
 use cloche_protocol::{
     VERSION,
-    boot::{BOOT_CONFIG_PATH, BootConfig, SPEC_PATH},
+    boot::{BOOT_CONFIG_PATH, BootConfig, SHARE_TAG, SPEC_PATH},
     frame::{self, Decoder, FrameError},
     machine::{GUEST_CID, vsock_port},
     message::{Exit, FromGuest, ToGuest},
 };
 use cloche_vmm::{
-    config::{ConfigError, DiskConfig, InitramfsPart, VmConfig, VsockConfig},
+    config::{ConfigError, DiskConfig, InitramfsPart, ShareConfig, VmConfig, VsockConfig},
     event::Event,
 };
 use rustix::{
@@ -46,6 +47,7 @@ use rustix::{
     io::FdFlags,
 };
 
+use self::share::FileServer;
 use super::{Lost, Running, Streams, observed};
 use crate::{
     record::{ProcessId, Processes},
@@ -93,6 +95,9 @@ pub enum VmError {
         #[source]
         source: io::Error,
     },
+    /// The host's files cannot be served.
+    #[error("the file server of this VM did not start: {0}")]
+    Share(String),
     /// The VMM gave up or died.
     #[error("the VM did not start: {0}")]
     Vmm(String),
@@ -150,7 +155,10 @@ pub fn start(
     trace: &mut Trace,
 ) -> Result<Box<dyn Running>, VmError> {
     kvm::check()?;
+    // It gets ready while the VM boots.
+    let mut file_server = FileServer::start(&workload.shares).map_err(setup("start the file server"))?;
     let mut config = machine(dir, layers, request)?;
+    config.share = share_config(file_server.as_ref())?;
     let control = listen(dir).map_err(setup("make the VM's control socket"))?;
     config.control_fd = Some(control.as_raw_fd());
     config.validate()?;
@@ -162,8 +170,18 @@ pub fn start(
     let vmm = Vmm::spawn(&config)?;
     drop(control);
     trace.mark(Mark::VmmSpawned);
-    let mut machine =
-        Machine { vmm, control: None, silent_since: None, decoder: Decoder::default(), streams: None };
+    if let Some(server) = &mut file_server {
+        server.let_go_of_socket();
+        server.wait_until_ready().map_err(setup("watch the file server"))?.map_err(VmError::Share)?;
+    }
+    let mut machine = Machine {
+        vmm,
+        file_server,
+        control: None,
+        silent_since: None,
+        decoder: Decoder::default(),
+        streams: None,
+    };
     let mut pending = Pending { listeners, ..Pending::default() };
     let mut held_back = Vec::new();
     let started = Instant::now();
@@ -226,6 +244,13 @@ fn listen(dir: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// What the VMM is told of the file server, whose socket it will inherit.
+fn share_config(server: Option<&FileServer>) -> Result<Option<ShareConfig>, VmError> {
+    let Some(server) = server else { return Ok(None) };
+    let socket = server.inheritable_socket().map_err(setup("pass on the file server's socket"))?;
+    Ok(socket.map(|socket_fd| ShareConfig { tag: SHARE_TAG.into(), socket_fd }))
+}
+
 /// The machine for this request.
 fn machine(dir: &Path, layers: Vec<PathBuf>, request: &RunRequest) -> Result<VmConfig, VmError> {
     let memory_mib = match request.memory_bytes {
@@ -277,6 +302,7 @@ fn write_boot_archive(
         layers: (0..config.disks.len()).map(disk_device).collect(),
         user: workload.user.clone(),
         upper_bytes: None,
+        share: config.share.is_some(),
         stdin,
         realtime_ns: realtime.tv_sec as u64 * 1_000_000_000 + realtime.tv_nsec as u64,
     };
@@ -445,6 +471,7 @@ impl Drop for Vmm {
 /// A VM with a container in it.
 struct Machine {
     vmm: Vmm,
+    file_server: Option<FileServer>,
     control: Option<UnixStream>,
     /// When the guest closed the control stream. A VM on its way down does so shortly before the VMM says why.
     silent_since: Option<Instant>,
@@ -564,6 +591,8 @@ impl Running for Machine {
     fn poll_fds(&self) -> Vec<PollFd<'_>> {
         let mut fds =
             vec![PollFd::new(&self.vmm.pidfd, PollFlags::IN), PollFd::new(&self.vmm.events, PollFlags::IN)];
+        let file_server = self.file_server.as_ref().and_then(FileServer::end);
+        fds.extend(file_server.map(|end| PollFd::from_borrowed_fd(end, PollFlags::IN)));
         fds.extend(
             self.control.as_ref().map(|control| PollFd::from_borrowed_fd(control.as_fd(), PollFlags::IN)),
         );
@@ -571,6 +600,10 @@ impl Running for Machine {
     }
 
     fn advance(&mut self, trace: &mut Trace) -> Result<Option<Exit>, Lost> {
+        if let Some(end) = self.file_server.as_mut().and_then(FileServer::take_end) {
+            // The sandbox goes on; only its user can tell what that is worth.
+            eprintln!("cloche: {end}");
+        }
         match self.receive() {
             Ok(Some(FromGuest::Exited(exit))) => {
                 self.await_last_mark(trace);
@@ -607,6 +640,9 @@ impl Running for Machine {
 
     fn teardown(mut self: Box<Self>) -> Result<(), Lost> {
         self.vmm.end();
+        if let Some(server) = &mut self.file_server {
+            server.stop();
+        }
         Ok(())
     }
 }

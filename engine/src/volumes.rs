@@ -1,0 +1,281 @@
+//! Named volumes: directories that outlive the sandboxes that mount them.
+//!
+//! ```text
+//! ROOT/volumes/NAME/volume.json   what is known about it
+//!                   data          its files; this is what is mounted
+//!                   lock          held (flock): shared by each sandbox that uses it, exclusively by who removes it
+//! ROOT/volumes/.NAME-PID          a volume being made or removed
+//! ```
+//!
+//! A monitor holds the locks of its sandbox's volumes as long as it lives, so that the kernel frees them whatever ends
+//! it. A volume appears and disappears by a rename, and whoever gets a lock looks whether it is still that of the
+//! volume of this name.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    mounts::volume_name,
+    record::{ProcessId, unix_time},
+};
+
+/// Why a volume cannot be had or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// Not a name.
+    #[error("{0}")]
+    Name(String),
+    /// There is no such volume.
+    #[error("there is no volume `{0}`; `cloche volume ls` lists all")]
+    Unknown(String),
+    /// A sandbox runs on it.
+    #[error("volume `{0}` is in use by a running sandbox; stop it first")]
+    InUse(String),
+    /// The disk or its permissions are in the way.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VolumeError {
+    let path = path.to_owned();
+    move |source| VolumeError::Io { action, path, source }
+}
+
+/// What is known about a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Volume {
+    /// Its name.
+    pub name: String,
+    /// Where its files are.
+    pub mountpoint: PathBuf,
+    /// Unix time in seconds.
+    pub created: u64,
+    /// Whether a running sandbox uses it.
+    pub in_use: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Facts {
+    created: u64,
+}
+
+/// A volume that is not removed as long as this lives.
+#[derive(Debug)]
+pub struct Held {
+    /// Its files.
+    pub data: PathBuf,
+    /// Whether there are none.
+    pub is_empty: bool,
+    _lock: File,
+}
+
+/// All volumes of one root directory.
+#[derive(Debug)]
+pub struct Volumes {
+    dir: PathBuf,
+}
+
+impl Volumes {
+    /// The volumes below this directory, which is made when the first volume is.
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// Makes a volume, unless there is one of this name.
+    pub fn create(&self, name: &str) -> Result<(), VolumeError> {
+        volume_name(name).map_err(VolumeError::Name)?;
+        let final_dir = self.dir.join(name);
+        if final_dir.exists() {
+            return Ok(());
+        }
+        let private = |path: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+        private(&self.dir).map_err(io_error("make", &self.dir))?;
+        let staging = self.dir.join(format!(".{name}-{}", std::process::id()));
+        // What a process of the same number has left.
+        let _ = fs::remove_dir_all(&staging);
+        let make = || -> io::Result<()> {
+            private(&staging)?;
+            fs::DirBuilder::new().mode(0o755).create(staging.join("data"))?;
+            File::create(staging.join("lock"))?;
+            let facts = serde_json::to_vec(&Facts { created: unix_time() })?;
+            fs::write(staging.join("volume.json"), facts)?;
+            match fs::rename(&staging, &final_dir) {
+                // Somebody was faster.
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                    fs::remove_dir_all(&staging)
+                }
+                result => result,
+            }
+        };
+        make().map_err(io_error("make the volume", &final_dir))
+    }
+
+    /// All volumes, by name.
+    pub fn list(&self) -> Result<Vec<Volume>, VolumeError> {
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io_error("read", &self.dir)(error)),
+        };
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let mut names: Vec<String> = names.filter(|name| !name.starts_with('.')).collect();
+        names.sort();
+        // One that is removed meanwhile is no longer there.
+        Ok(names.iter().filter_map(|name| self.inspect(name).ok()).collect())
+    }
+
+    /// The volume of this name.
+    pub fn inspect(&self, name: &str) -> Result<Volume, VolumeError> {
+        let unknown = || VolumeError::Unknown(name.into());
+        volume_name(name).map_err(|_| unknown())?;
+        let dir = self.dir.join(name);
+        let facts = fs::read(dir.join("volume.json")).map_err(|_| unknown())?;
+        let facts: Facts = serde_json::from_slice(&facts)
+            .map_err(|error| io_error("read", &dir.join("volume.json"))(error.into()))?;
+        Ok(Volume {
+            name: name.into(),
+            mountpoint: dir.join("data"),
+            created: facts.created,
+            in_use: self.lock(name, FlockOperation::NonBlockingLockExclusive)?.is_none(),
+        })
+    }
+
+    /// Removes a volume with its files, unless a sandbox uses it.
+    pub fn remove(&self, name: &str) -> Result<(), VolumeError> {
+        self.inspect(name)?;
+        let Some(_lock) = self.lock(name, FlockOperation::NonBlockingLockExclusive)? else {
+            return Err(VolumeError::InUse(name.into()));
+        };
+        let (dir, gone) = (self.dir.join(name), self.dir.join(format!(".{name}-{}", std::process::id())));
+        fs::rename(&dir, &gone)
+            .and_then(|()| fs::remove_dir_all(&gone))
+            .map_err(io_error("remove the volume", &dir))
+    }
+
+    /// Removes every volume that no sandbox uses, and says which.
+    pub fn prune(&self) -> Result<Vec<String>, VolumeError> {
+        let mut removed = Vec::new();
+        for volume in self.list()? {
+            match self.remove(&volume.name) {
+                Ok(()) => removed.push(volume.name),
+                Err(VolumeError::InUse(_) | VolumeError::Unknown(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.remove_dead_staging();
+        Ok(removed)
+    }
+
+    /// Keeps a volume, which is made if there is none, from being removed.
+    pub fn hold(&self, name: &str) -> Result<Held, VolumeError> {
+        const ATTEMPTS: u32 = 100;
+        for _ in 0..ATTEMPTS {
+            self.create(name)?;
+            // It may be removed at this very moment.
+            let Some(lock) = self.lock(name, FlockOperation::LockShared)? else { continue };
+            let data = self.dir.join(name).join("data");
+            let is_empty = fs::read_dir(&data).map_err(io_error("read", &data))?.next().is_none();
+            return Ok(Held { data, is_empty, _lock: lock });
+        }
+        Err(VolumeError::Unknown(name.into()))
+    }
+
+    /// The lock of the volume that has this name; `None` if it is taken, or the volume gone.
+    fn lock(&self, name: &str, operation: FlockOperation) -> Result<Option<File>, VolumeError> {
+        let path = self.dir.join(name).join("lock");
+        let file = match OpenOptions::new().read(true).open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io_error("open", &path)(error)),
+        };
+        match rustix::io::retry_on_intr(|| flock(&file, operation)) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(errno) => return Err(io_error("lock", &path)(errno.into())),
+        }
+        let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let (held, named) = (file.metadata().map(identity), fs::metadata(&path).map(identity));
+        Ok(matches!((held, named), (Ok(held), Ok(named)) if held == named).then_some(file))
+    }
+
+    /// Removes what killed processes were making or removing.
+    fn remove_dead_staging(&self) {
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let maker = name.strip_prefix('.').and_then(|rest| rest.rsplit_once('-')?.1.parse().ok());
+            if maker.is_some_and(|pid| ProcessId::of(pid).is_none()) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn volumes() -> (tempfile::TempDir, Volumes) {
+        let dir = tempfile::tempdir().unwrap();
+        let volumes = Volumes::new(dir.path().join("volumes"));
+        (dir, volumes)
+    }
+
+    #[test]
+    fn volume_is_made_once_listed_and_removed() {
+        let (_dir, volumes) = volumes();
+        assert!(volumes.list().unwrap().is_empty());
+        volumes.create("web.data").unwrap();
+        let held = volumes.hold("web.data").unwrap();
+        assert!(held.is_empty);
+        fs::write(held.data.join("file"), "kept").unwrap();
+        drop(held);
+        volumes.create("web.data").unwrap();
+        let listed = volumes.list().unwrap();
+        assert_eq!(listed.len(), 1);
+        assert_eq!(fs::read(listed[0].mountpoint.join("file")).unwrap(), b"kept");
+        assert!(!volumes.hold("web.data").unwrap().is_empty);
+        volumes.remove("web.data").unwrap();
+        assert!(matches!(volumes.inspect("web.data"), Err(VolumeError::Unknown(_))));
+        assert!(fs::read_dir(&volumes.dir).unwrap().next().is_none());
+    }
+
+    #[test]
+    fn volume_in_use_is_neither_removed_nor_pruned() {
+        let (_dir, volumes) = volumes();
+        let held = volumes.hold("used").unwrap();
+        let shared = volumes.hold("used").unwrap();
+        volumes.create("idle").unwrap();
+        assert!(matches!(volumes.remove("used"), Err(VolumeError::InUse(_))));
+        assert_eq!(
+            volumes.list().unwrap().iter().map(|volume| volume.in_use).collect::<Vec<_>>(),
+            [false, true]
+        );
+        assert_eq!(volumes.prune().unwrap(), ["idle"]);
+        drop((held, shared));
+        volumes.remove("used").unwrap();
+    }
+
+    #[test]
+    fn names_that_are_paths_name_no_volume() {
+        let (_dir, volumes) = volumes();
+        for name in ["..", ".hidden", "a/b", "/etc", ""] {
+            assert!(matches!(volumes.create(name), Err(VolumeError::Name(_))), "{name}");
+            assert!(matches!(volumes.remove(name), Err(VolumeError::Unknown(_))), "{name}");
+        }
+    }
+}

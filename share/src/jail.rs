@@ -1,0 +1,280 @@
+//! Leaving the host behind. What is shared becomes a tree of mounts that is attached nowhere: no path leads into it,
+//! and `..` does not lead out of it. Then this process's root becomes an empty, read-only file system.
+//!
+//! ```text
+//!  namespaces ▸ clone what is shared ▸ empty root ▸ working directory: its own /proc/self/fd, cloned as well
+//!             ▸ capabilities ▸ limits ▸ no_new_privs ▸ seccomp
+//! ```
+
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{CWD, Mode, OFlags, openat},
+    io::Errno,
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
+        UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount,
+        open_tree, unmount,
+    },
+    process::{Resource, Rlimit, chdir, chroot, fchdir, getrlimit, pivot_root, setrlimit, umask},
+    thread::{
+        CapabilitiesSecureBits, CapabilitySet, CapabilitySets, remove_capability_from_bounding_set,
+        set_capabilities, set_capabilities_secure_bits, set_no_new_privs, set_thread_groups,
+    },
+};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+
+use crate::{Shared, syscalls};
+
+/// Files that the guest can have this process keep: those it knows and those it has open. Each costs the host's kernel
+/// about 2 KiB.
+const MAX_FILES: u64 = 1 << 18;
+
+/// What it takes to do on the host what the guest's root asks for: owners and modes, set-ID bits, file capabilities.
+const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::SETFCAP)
+    // New files belong to the guest's user.
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID);
+
+/// The highest capability of Linux 6.x (`CAP_CHECKPOINT_RESTORE`).
+const LAST_CAPABILITY: u32 = 40;
+
+/// Why the host could not be left.
+#[derive(Debug, thiserror::Error)]
+pub enum JailError {
+    /// A file or directory cannot be shared.
+    #[error("cannot share {}", path.display())]
+    Open {
+        /// The path on the host.
+        path: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A step failed.
+    #[error("cannot {action}")]
+    Step {
+        /// What was attempted.
+        action: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The filter is not one: a defect.
+    #[error("cannot install the seccomp filter")]
+    Seccomp(#[from] seccompiler::Error),
+    /// As above.
+    #[error("cannot compile the seccomp filter")]
+    Filter(#[from] seccompiler::BackendError),
+}
+
+fn step<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> JailError {
+    move |source| JailError::Step { action, source: source.into() }
+}
+
+/// Opens what is shared, in namespaces of this process's own; it must have one thread only.
+pub fn open(shares: &[Shared]) -> Result<Vec<OwnedFd>, JailError> {
+    syscalls::unshare_namespaces().map_err(step("make namespaces"))?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .map_err(step("cut its mounts off from the host's"))?;
+    let trees = shares.iter().map(|share| {
+        let failed = |source| JailError::Open { path: share.path.clone(), source };
+        let tree = clone_tree(&share.path, true).map_err(|errno| failed(errno.into()))?;
+        if share.read_only {
+            syscalls::make_read_only(tree.as_fd()).map_err(failed)?;
+        }
+        Ok(tree)
+    });
+    trees.collect()
+}
+
+fn clone_tree(path: &Path, with_submounts: bool) -> Result<OwnedFd, Errno> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if with_submounts {
+        flags |= OpenTreeFlags::from_bits_retain(libc::AT_RECURSIVE as u32);
+    }
+    open_tree(CWD, path, flags)
+}
+
+/// Gives up everything that is not needed to serve.
+pub fn enter() -> Result<(), JailError> {
+    let descriptors = clone_tree(Path::new("/proc/self/fd"), false).map_err(step("clone /proc/self/fd"))?;
+    enter_empty_root().map_err(step("enter an empty root"))?;
+    fchdir(&descriptors).map_err(step("change to its descriptors"))?;
+    drop(descriptors);
+    umask(Mode::empty());
+    limit_files().map_err(step("limit its open files"))?;
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })
+        .map_err(step("forbid core dumps"))?;
+    drop_capabilities().map_err(step("drop capabilities"))?;
+    set_no_new_privs(true).map_err(step("set no_new_privs"))?;
+    seccompiler::apply_filter(&filter()?)?;
+    Ok(())
+}
+
+fn enter_empty_root() -> Result<(), Errno> {
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in [("source", "none"), ("size", "4k"), ("nr_inodes", "1"), ("mode", "555")] {
+        fsconfig_set_string(&context, key, value)?;
+    }
+    fsconfig_create(&context)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let root = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    let old = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    fchdir(&root)?;
+    match pivot_root(".", ".") {
+        // The initial ramfs cannot be pivoted away; it stays covered, and no path leads below a cover.
+        Err(Errno::INVAL) => return chroot(".").and_then(|()| chdir("/")),
+        result => result?,
+    }
+    fchdir(&old)?;
+    // The name stands for the topmost mount there, until the old root is none of this namespace any more.
+    loop {
+        match unmount(".", UnmountFlags::DETACH) {
+            Ok(()) => {}
+            Err(Errno::INVAL) => break,
+            Err(errno) => return Err(errno),
+        }
+    }
+    chdir("/")
+}
+
+/// As many as the guest may make this process hold, or as the host allows.
+fn limit_files() -> Result<(), Errno> {
+    let wanted = Rlimit { current: Some(MAX_FILES), maximum: Some(MAX_FILES) };
+    setrlimit(Resource::Nofile, wanted).or_else(|_| {
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+    })
+}
+
+fn drop_capabilities() -> Result<(), Errno> {
+    set_thread_groups(&[])?;
+    // With a change of user, capabilities stay as they are: see `operations::as_caller`.
+    set_capabilities_secure_bits(
+        CapabilitiesSecureBits::NO_SETUID_FIXUP
+            | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
+            | CapabilitiesSecureBits::NO_ROOT
+            | CapabilitiesSecureBits::NO_ROOT_LOCKED,
+    )?;
+    for number in 0..=LAST_CAPABILITY {
+        let capability = CapabilitySet::from_bits_retain(1 << number);
+        if !CAPABILITIES.contains(capability) {
+            match remove_capability_from_bounding_set(capability) {
+                // An older kernel does not know it.
+                Ok(()) | Err(Errno::INVAL) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+    set_capabilities(
+        None,
+        CapabilitySets {
+            effective: CAPABILITIES,
+            permitted: CAPABILITIES,
+            inheritable: CapabilitySet::empty(),
+        },
+    )
+}
+
+/// System calls of [`crate::run`]'s loop; any other ends the process.
+const ALLOWED: [libc::c_long; 52] = [
+    // The socket, and what it said on stdout before.
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_write,
+    // Files by descriptor.
+    libc::SYS_close,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_fstatfs,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_lseek,
+    libc::SYS_getdents64,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_syncfs,
+    // Files by a directory and a name.
+    libc::SYS_openat,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_symlinkat,
+    libc::SYS_linkat,
+    libc::SYS_unlinkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_readlinkat,
+    libc::SYS_fchmodat,
+    libc::SYS_fchownat,
+    libc::SYS_utimensat,
+    libc::SYS_getxattr,
+    libc::SYS_setxattr,
+    libc::SYS_listxattr,
+    libc::SYS_removexattr,
+    // The guest's users.
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+    libc::SYS_capget,
+    libc::SYS_capset,
+    // Memory, and the end.
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_futex,
+    libc::SYS_getrandom,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_sigaltstack,
+    libc::SYS_restart_syscall,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+fn filter() -> Result<BpfProgram, JailError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        ALLOWED.into_iter().map(|number| (number, Vec::new())).collect();
+    // Memory may be mapped, but never to be executed.
+    let executable = libc::PROT_EXEC as u64;
+    let never = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(executable), 0)?;
+    rules.insert(libc::SYS_mmap, vec![SeccompRule::new(vec![never.clone()])?]);
+    rules.insert(libc::SYS_mprotect, vec![SeccompRule::new(vec![never])?]);
+    let filter =
+        SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?;
+    Ok(filter.try_into()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filter_compiles_and_names_each_call_once() {
+        assert!(filter().unwrap().len() > ALLOWED.len());
+        let distinct: std::collections::BTreeSet<_> = ALLOWED.into_iter().collect();
+        assert_eq!(distinct.len(), ALLOWED.len());
+    }
+}
