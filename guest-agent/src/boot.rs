@@ -10,7 +10,7 @@ use cloche_protocol::{
 use oci_spec::runtime::Spec;
 use rustix::mount::MountFlags;
 
-use crate::syscalls;
+use crate::{spec, syscalls};
 
 /// Why the guest could not get ready.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +62,7 @@ pub fn prepare() -> Result<Boot, BootError> {
     mount("proc", "/proc", quiet)?;
     mount("sysfs", "/sys", quiet)?;
     mount("devtmpfs", "/dev", MountFlags::NOSUID | MountFlags::NOEXEC)?;
-    let config: BootConfig = read_json(BOOT_CONFIG_PATH)?;
+    let config: BootConfig = read(BOOT_CONFIG_PATH, |json| serde_json::from_slice(json))?;
     if config.version != VERSION {
         return Err(BootError::Version(config.version));
     }
@@ -73,7 +73,7 @@ pub fn prepare() -> Result<Boot, BootError> {
     }
     set_clock(config.realtime_ns);
     allow_overcommit();
-    Ok(Boot { config, spec: read_json(SPEC_PATH)? })
+    Ok(Boot { config, spec: read(SPEC_PATH, spec::read)? })
 }
 
 fn mount(kind: &'static str, target: &'static str, flags: MountFlags) -> Result<(), BootError> {
@@ -88,9 +88,9 @@ fn mount_share() -> io::Result<()> {
     Ok(rustix::mount::mount(SHARE_TAG, SHARES_DIR, "virtiofs", MountFlags::empty(), None)?)
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &'static str) -> Result<T, BootError> {
+fn read<T>(path: &'static str, parse: fn(&[u8]) -> Result<T, serde_json::Error>) -> Result<T, BootError> {
     fs::read(path)
-        .and_then(|bytes| Ok(serde_json::from_slice(&bytes)?))
+        .and_then(|bytes| Ok(parse(&bytes)?))
         .map_err(|source| BootError::Config { path, source })
 }
 

@@ -12,6 +12,7 @@
 
 mod boot;
 mod serve;
+mod spec;
 mod syscalls;
 
 use cloche_protocol::machine::GuestMark;

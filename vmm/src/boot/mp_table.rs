@@ -1,11 +1,15 @@
 //! The Intel MultiProcessor table: how a kernel without ACPI learns of CPUs, the IOAPIC and interrupt lines
 //! (Intel MultiProcessor Specification 1.4, chapter 4).
 
+use std::collections::BTreeSet;
+
 use super::{WriteError, layout, write as write_bytes};
 use crate::guest_memory::GuestMemory;
 
 /// Pins of the IOAPIC that KVM emulates, each wired to the ISA interrupt of the same number.
 pub const IOAPIC_PINS: u8 = 24;
+/// The line of the interval timer, by which a kernel calibrates where there is no TSC deadline timer.
+const TIMER_LINE: u32 = 0;
 
 const SPEC_REVISION: u8 = 4;
 const POINTER_BYTES: u32 = 16;
@@ -31,15 +35,26 @@ mod interrupt {
     pub const EXTERNAL: u8 = 3;
 }
 
-/// Writes the floating pointer and the table.
-pub fn write(memory: &GuestMemory, vcpus: u8) -> Result<(), WriteError> {
-    write_bytes(memory, "the MP table", layout::MP_TABLE, &build(vcpus))
+/// Writes the floating pointer and the table. `lines` are the interrupt lines that something is wired to: a kernel
+/// sets up each that it is told of, at a dozen VM exits.
+pub fn write(
+    memory: &GuestMemory,
+    vcpus: u8,
+    lines: impl IntoIterator<Item = u32>,
+) -> Result<(), WriteError> {
+    write_bytes(memory, "the MP table", layout::MP_TABLE, &build(vcpus, &pins(lines)))
+}
+
+/// The lines and the timer's, each once, in order.
+fn pins(lines: impl IntoIterator<Item = u32>) -> BTreeSet<u8> {
+    let pins = lines.into_iter().chain([TIMER_LINE]).filter_map(|line| u8::try_from(line).ok());
+    pins.filter(|pin| *pin < IOAPIC_PINS).collect()
 }
 
 /// The floating pointer followed by the table. CPUs have APIC ids `0..vcpus`, the IOAPIC has
 /// the next one.
-fn build(vcpus: u8) -> Vec<u8> {
-    let (entries, count) = entries(vcpus);
+fn build(vcpus: u8, pins: &BTreeSet<u8>) -> Vec<u8> {
+    let (entries, count) = entries(vcpus, pins);
     let table = table(&entries, count);
     let mut bytes = pointer(layout::MP_TABLE.0 as u32 + POINTER_BYTES);
     bytes.extend(table);
@@ -74,7 +89,7 @@ fn table(entries: &[u8], count: u16) -> Vec<u8> {
     bytes
 }
 
-fn entries(vcpus: u8) -> (Vec<u8>, u16) {
+fn entries(vcpus: u8, pins: &BTreeSet<u8>) -> (Vec<u8>, u16) {
     const ENABLED: u8 = 1;
     const BOOT_PROCESSOR: u8 = 2;
     const STEPPING_FAMILY: u32 = 0x600;
@@ -101,7 +116,7 @@ fn entries(vcpus: u8) -> (Vec<u8>, u16) {
     ioapic.extend(layout::IOAPIC.to_le_bytes());
     add(&ioapic);
     // Flags 0: polarity and trigger mode as usual on ISA, high and edge, which is how an irqfd pulses its line.
-    for pin in 0..IOAPIC_PINS {
+    for pin in pins.iter().copied() {
         add(&[entry::IO_INTERRUPT, interrupt::VECTORED, 0, 0, ISA_BUS, pin, ioapic_id, pin]);
     }
     add(&[entry::LOCAL_INTERRUPT, interrupt::EXTERNAL, 0, 0, ISA_BUS, 0, 0, 0]);
@@ -124,19 +139,22 @@ mod tests {
 
     #[test]
     fn build_for_most_vcpus_fits_the_last_kib_of_base_memory() {
-        assert!(build(MAX_VCPUS).len() <= 1024, "{}", build(MAX_VCPUS).len());
+        let bytes = build(MAX_VCPUS, &pins(0..64)).len();
+        assert!(bytes <= 1024, "{bytes}");
     }
 
     #[test]
     fn build_has_valid_checksums_length_and_count() {
-        let bytes = build(3);
+        let bytes = build(3, &pins([4, 5, 5, 23, 24]));
         let sum = |part: &[u8]| part.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         let (pointer, table) = bytes.split_at(16);
         assert_eq!((sum(pointer), sum(table)), (0, 0));
         assert_eq!(&pointer[..8], b"_MP_\x10\xfc\x09\x00");
         assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
-        // 3 CPUs, a bus, an IOAPIC, 24 lines, 2 local interrupts.
-        assert_eq!(u16::from_le_bytes([table[34], table[35]]), 3 + 1 + 1 + 24 + 2);
-        assert_eq!(table.len(), 44 + 3 * 20 + 28 * 8);
+        // 3 CPUs, a bus, an IOAPIC, 4 lines (the timer's among them), 2 local interrupts.
+        assert_eq!(u16::from_le_bytes([table[34], table[35]]), 3 + 1 + 1 + 4 + 2);
+        assert_eq!(table.len(), 44 + 3 * 20 + 8 * 8);
+        let lines = &table[44 + 3 * 20 + 2 * 8..];
+        assert_eq!([lines[5], lines[13], lines[21], lines[29]], [0, 4, 5, 23]);
     }
 }

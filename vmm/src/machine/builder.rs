@@ -195,7 +195,7 @@ pub fn build(
             reporter.mark(Mark::KvmReady);
             created
         });
-        let loaded = load(config, &memory, &mut kernel, initramfs, &devices.lines);
+        let loaded = load(config, &memory, &mut kernel, initramfs, &devices);
         reporter.mark(Mark::KernelLoaded);
         (creating.map(thread::ScopedJoinHandle::join), loaded)
     });
@@ -333,17 +333,17 @@ fn load(
     memory: &GuestMemory,
     kernel: &mut File,
     initramfs: Vec<Part>,
-    lines: &[u32],
+    devices: &Devices<'_>,
 ) -> Result<Start, LoadError> {
     let regions = layout::memory_regions(config.memory_bytes());
     let low_memory_bytes = regions.first().map_or(0, |(_, bytes)| *bytes);
     let usable = layout::usable_ranges(&regions);
-    let line = cmdline::build(config.vcpus, lines, &config.cmdline_extra)?;
+    let line = cmdline::build(config.vcpus, &devices.lines, &config.cmdline_extra)?;
     let kernel = kernel::load(memory, kernel, low_memory_bytes)
         .map_err(|source| LoadError::Kernel { path: config.kernel.clone(), source })?;
     let initramfs = initramfs::load(memory, initramfs, kernel.end, kernel.initramfs_limit)?;
     boot::write_cmdline(memory, &line)?;
-    mp_table::write(memory, config.vcpus)?;
+    mp_table::write(memory, config.vcpus, devices.wiring.interrupts.iter().map(|(_, line)| *line))?;
     let page_tables = match (kernel.entry, kernel.setup_header) {
         (EntryPoint::Linux64 { .. }, Some(header)) => {
             bzimage::write_zero_page(memory, &header, &usable, initramfs)?;
