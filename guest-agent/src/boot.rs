@@ -10,7 +10,7 @@ use cloche_protocol::{
 use oci_spec::runtime::Spec;
 use rustix::mount::MountFlags;
 
-use crate::{spec, syscalls};
+use crate::{say, spec, syscalls};
 
 /// Why the guest could not get ready.
 #[derive(Debug, thiserror::Error)]
@@ -129,7 +129,7 @@ fn check_drivers(config: &BootConfig) -> Result<(), BootError> {
 /// limit acts when memory is used. So that a small guest does not refuse it either, nothing is refused here.
 fn allow_overcommit() {
     if let Err(error) = fs::write("/proc/sys/vm/overcommit_memory", "1") {
-        eprintln!("cloche-agent: cannot allow overcommitted memory: {error}");
+        say(&format!("cannot allow overcommitted memory: {error}"));
     }
 }
 
@@ -141,6 +141,6 @@ fn set_clock(realtime_ns: u64) {
         tv_nsec: (realtime_ns % 1_000_000_000) as _,
     };
     if let Err(error) = rustix::time::clock_settime(rustix::time::ClockId::Realtime, time) {
-        eprintln!("cloche-agent: cannot set the clock: {error}");
+        say(&format!("cannot set the clock: {error}"));
     }
 }

@@ -15,21 +15,34 @@ mod serve;
 mod spec;
 mod syscalls;
 
+use std::{fs::File, io::Write};
+
 use cloche_protocol::machine::GuestMark;
 
 /// Code written to the exit port when the agent cannot serve; the reason is on the console before it.
 const EXIT_CODE_AGENT_FAILED: u32 = 125;
 
+/// The serial port in the initramfs; stdio is /dev/null there.
+const CONSOLE: &str = "/console";
+
 fn main() {
     syscalls::mark(GuestMark::Init);
+    std::panic::set_hook(Box::new(|panic| say(&panic.to_string())));
     if let Err(error) = serve::run() {
         // The console is the only way out: the host shows its end with the exit code.
-        eprintln!("cloche-agent: {}", chain(&error));
+        say(&chain(&error));
         syscalls::exit_machine(EXIT_CODE_AGENT_FAILED);
     }
     // All is reported, and the host ends the VM. Were PID 1 to return, the kernel would panic.
     loop {
         syscalls::pause();
+    }
+}
+
+/// Writes a line to the console. Where that cannot be, there is nobody to tell.
+fn say(text: &str) {
+    if let Ok(mut console) = File::options().write(true).open(CONSOLE) {
+        let _ = writeln!(console, "cloche-agent: {text}");
     }
 }
 
