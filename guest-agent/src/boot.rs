@@ -89,9 +89,7 @@ fn mount_share() -> io::Result<()> {
 }
 
 fn read<T>(path: &'static str, parse: fn(&[u8]) -> Result<T, serde_json::Error>) -> Result<T, BootError> {
-    fs::read(path)
-        .and_then(|bytes| Ok(parse(&bytes)?))
-        .map_err(|source| BootError::Config { path, source })
+    fs::read(path).and_then(|bytes| Ok(parse(&bytes)?)).map_err(|source| BootError::Config { path, source })
 }
 
 /// Names every missing driver at once, by its kernel option.

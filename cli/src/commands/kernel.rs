@@ -1,4 +1,5 @@
-//! `cloche kernel`. The recipe, a shell script, and the configuration travel in this binary.
+//! `cloche kernel`. The recipe, a shell script, the configuration and the patches travel in this
+//! binary.
 
 use std::{
     fs,
@@ -16,6 +17,26 @@ use crate::{arguments::Kernel, render};
 
 const RECIPE: &str = include_str!("../../../images/guest/build-kernel");
 const FRAGMENT: &str = include_str!("../../../images/guest/kernel.config");
+
+macro_rules! patches {
+    ($($name:literal),+ $(,)?) => {
+        &[$(($name, include_str!(concat!("../../../images/guest/patches/", $name)))),+]
+    };
+}
+
+/// Name and content of each.
+const PATCHES: &[(&str, &str)] = patches![
+    "0001-cheap-alternatives.patch",
+    "0002-pvh-untouched-machine.patch",
+    "0003-less-sysfs.patch",
+    "0004-cpuid-once.patch",
+    "0005-empty-page-table-entries.patch",
+    "0006-free-init-memory.patch",
+    "0007-clear-less.patch",
+    "0008-bpf-pack-size.patch",
+    "0009-parameters-by-first-letter.patch",
+    "0010-jump-label-sort.patch",
+];
 
 /// Carries out the verb.
 pub fn kernel(verb: Kernel) -> anyhow::Result<ExitCode> {
@@ -35,6 +56,12 @@ fn build(profile: &str) -> anyhow::Result<ExitCode> {
     let recipe = dir.path().join("build-kernel");
     let fragment = dir.path().join("kernel.config");
     fs::write(&fragment, FRAGMENT).with_context(|| format!("cannot write {}", fragment.display()))?;
+    let patches = dir.path().join("patches");
+    fs::create_dir(&patches).with_context(|| format!("cannot make {}", patches.display()))?;
+    for (name, content) in PATCHES {
+        let patch = patches.join(name);
+        fs::write(&patch, content).with_context(|| format!("cannot write {}", patch.display()))?;
+    }
     fs::File::create(&recipe)
         .and_then(|mut file| {
             file.write_all(RECIPE.as_bytes())?;
@@ -45,6 +72,8 @@ fn build(profile: &str) -> anyhow::Result<ExitCode> {
         .arg(&recipe)
         .args(["--profile", profile, "--fragment"])
         .arg(&fragment)
+        .arg("--patches")
+        .arg(&patches)
         .arg("--cache")
         .arg(kernels_dir())
         .status()
@@ -103,4 +132,21 @@ fn built() -> Vec<Built> {
     }
     built.sort_by(|a, b| a.hash.cmp(&b.hash));
     built
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is not embedded would make `cloche kernel build` build another kernel than the recipe in the tree does.
+    #[test]
+    fn patches_embedded_are_all_there_are() {
+        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../images/guest/patches");
+        let mut names: Vec<String> = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(names, PATCHES.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+    }
 }
