@@ -1,8 +1,8 @@
 //! Reading the OCI runtime spec that came with the boot.
 //!
 //! The types are `oci-spec`'s but for the outer two, of which only what `cloche-runtime` acts on is read: every byte of
-//! this program is copied at every start of a VM, and the rest (other systems' sections, an affinity that is checked
-//! with a regular expression) would be a quarter of it. A field that is not here is refused by its name, not ignored.
+//! this program is copied at every start of a VM, and the rest is much of what there is: other systems' sections, an
+//! affinity that is checked with a regular expression. A field that is not here is refused by its name, not ignored.
 
 use std::{collections::HashMap, path::PathBuf};
 
