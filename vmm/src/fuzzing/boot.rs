@@ -42,7 +42,7 @@ pub fn kernel_file(bytes: &[u8]) {
         }
         let usable = layout::usable_ranges(&layout::memory_regions(MEMORY_BYTES));
         boot::write_cmdline(memory, "console=ttyS0").unwrap();
-        mp_table::write(memory, 1).unwrap();
+        mp_table::write(memory, 1, [4, 5]).unwrap();
         if let (EntryPoint::Linux64 { .. }, Some(header)) = (kernel.entry, kernel.setup_header) {
             bzimage::write_zero_page(memory, &header, &usable, initramfs).unwrap();
             long_mode::write_page_tables(memory).unwrap();
