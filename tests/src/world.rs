@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `CLOCHE_BIN` | the binary under test; else `cloche` on `PATH` |
 //! | `CLOCHE_ROOT` | the image store |
-//! | `CLOCHE_TEST_IMAGES` | directory of `busybox.tar` and `debian.tar`, loaded if the store lacks them |
+//! | `CLOCHE_TEST_IMAGES` | directory of `busybox.tar`, `debian.tar` and `workloads.tar`, loaded if the store lacks them |
 //! | neither of the two | the default store, which must hold the image `busybox` |
 //! | only the second | a temporary store |
 //! | `CLOCHE_TEST_CLOUD_KERNEL` | Debian's stock cloud kernel, whose drivers are modules |
@@ -56,6 +56,8 @@ pub enum Need {
     NoUsableKvm,
     /// The `debian` image.
     DebianImage,
+    /// The `workloads` image.
+    WorkloadsImage,
     /// `CLOCHE_TEST_CLOUD_KERNEL`.
     CloudKernel,
     /// The program `passt`.
@@ -72,6 +74,7 @@ impl Need {
             Self::UsableKvm => "usable KVM",
             Self::NoUsableKvm => "a host without usable KVM",
             Self::DebianImage => "the debian image (CLOCHE_TEST_IMAGES)",
+            Self::WorkloadsImage => "the workloads image (scripts/images --workloads)",
             Self::CloudKernel => "Debian's cloud kernel (CLOCHE_TEST_CLOUD_KERNEL)",
             Self::Passt => "passt on PATH",
             Self::RealProcessor => "a processor that is not emulated",
@@ -153,6 +156,7 @@ impl World {
             Need::UsableKvm => !self.usable_kvm,
             Need::NoUsableKvm => self.usable_kvm,
             Need::DebianImage => !self.has_image("debian"),
+            Need::WorkloadsImage => !self.has_image("workloads"),
             Need::CloudKernel => self.cloud_kernel.is_none(),
             Need::Passt => {
                 !Command::new("passt").arg("--version").output().is_ok_and(|ran| ran.status.success())
@@ -171,7 +175,7 @@ impl World {
     }
 
     fn load_missing(&mut self, archives: &Path) -> Result<()> {
-        for name in ["busybox", "debian"] {
+        for name in ["busybox", "debian", "workloads"] {
             let archive = archives.join(format!("{name}.tar"));
             if archive.exists() && !self.has_image(name) {
                 let archive = archive.to_string_lossy();

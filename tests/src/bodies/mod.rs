@@ -18,6 +18,7 @@ mod stdio;
 mod steering;
 mod trace;
 mod volumes;
+mod workloads;
 
 use crate::suite::Body;
 
@@ -41,6 +42,7 @@ pub fn all() -> Vec<Body> {
         steering::BODIES,
         crash::BODIES,
         random_kills::BODIES,
+        workloads::BODIES,
     ];
     themes.into_iter().flatten().copied().chain(devices::all()).collect()
 }
