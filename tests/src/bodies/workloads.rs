@@ -79,6 +79,7 @@ fn nginx_serves_a_client(bed: &Bed) -> Story {
     let script = r#"
 set -e
 head -c 3000000 /dev/urandom >/var/www/html/file
+mkdir -p /var/log/nginx
 nginx
 python3 - <<'CLIENT'
 import concurrent.futures, hashlib, urllib.request
