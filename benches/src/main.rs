@@ -9,6 +9,10 @@
 
 mod bundle;
 mod contender;
+/// The suite's writer of initramfs archives.
+#[path = "../../tests/src/cpio.rs"]
+mod cpio;
+mod disk;
 mod guest_cost;
 mod report;
 mod startup;
@@ -33,6 +37,16 @@ struct Arguments {
 enum Command {
     /// From the start of a command to its first byte of output and to its exit
     Startup(StartupArguments),
+    /// Reads of a VM's disk: 4 KiB at random and 1 MiB in order
+    Disk(DiskArguments),
+}
+
+/// What `disk` is told.
+#[derive(Debug, clap::Args)]
+struct DiskArguments {
+    /// Rounds
+    #[arg(short = 'n', long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
 }
 
 /// What `startup` is told.
@@ -53,14 +67,22 @@ struct StartupArguments {
 }
 
 fn main() -> ExitCode {
-    let Command::Startup(arguments) = Arguments::parse().command;
-    let result = startup::measure(arguments.runs, arguments.warm_up, !arguments.no_vm).and_then(|report| {
-        print!("{report}");
-        match &arguments.json {
-            Some(file) => report.write_json(file),
-            None => Ok(()),
+    if disk::is_guest() {
+        disk::guest();
+        return ExitCode::FAILURE;
+    }
+    let result = match Arguments::parse().command {
+        Command::Startup(arguments) => {
+            startup::measure(arguments.runs, arguments.warm_up, !arguments.no_vm).and_then(|report| {
+                print!("{report}");
+                match &arguments.json {
+                    Some(file) => report.write_json(file),
+                    None => Ok(()),
+                }
+            })
         }
-    });
+        Command::Disk(arguments) => disk::measure(arguments.runs).map(|report| print!("{report}")),
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
