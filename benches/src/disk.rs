@@ -81,11 +81,8 @@ pub fn measure(runs: u32) -> Result<DiskReport> {
     ];
     for round in 1..=runs {
         eprintln!("cloche-bench: round {round} of {runs}");
-        let figures = [
-            read_all(&disk)?,
-            guest(json!({}), "at-once")?,
-            guest(json!({ "direct": true }), "thread")?,
-        ];
+        let figures =
+            [read_all(&disk)?, guest(json!({}), "at-once")?, guest(json!({ "direct": true }), "thread")?];
         for ((_, series), figures) in rows.iter_mut().zip(figures) {
             series.push(figures);
         }
@@ -177,7 +174,11 @@ fn read_all(disk: &Path) -> Result<Figures> {
 impl fmt::Display for DiskReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}\n", self.surroundings.clock.explanation())?;
-        writeln!(f, "{:<22} {:>16} {:>18}", "reads, one at a time", "4 KiB random, µs", "1 MiB in order, µs")?;
+        writeln!(
+            f,
+            "{:<22} {:>16} {:>18}",
+            "reads, one at a time", "4 KiB random, µs", "1 MiB in order, µs"
+        )?;
         for (name, series) in &self.rows {
             let median = |figure: fn(&Figures) -> u64| {
                 let series: Vec<u64> = series.iter().map(figure).collect();

@@ -72,15 +72,14 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let result = match Arguments::parse().command {
-        Command::Startup(arguments) => {
-            startup::measure(arguments.runs, arguments.warm_up, !arguments.no_vm).and_then(|report| {
+        Command::Startup(arguments) => startup::measure(arguments.runs, arguments.warm_up, !arguments.no_vm)
+            .and_then(|report| {
                 print!("{report}");
                 match &arguments.json {
                     Some(file) => report.write_json(file),
                     None => Ok(()),
                 }
-            })
-        }
+            }),
         Command::Disk(arguments) => disk::measure(arguments.runs).map(|report| print!("{report}")),
     };
     match result {

@@ -303,3 +303,75 @@ impl Poller for OpsPoller<'_, '_> {
         let _ = self.ops.remove(Events::empty_raw(fd));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicBool, Ordering},
+        thread,
+        time::Duration,
+    };
+
+    use event_manager::{EventManager, SubscriberOps};
+
+    use super::*;
+    use crate::virtio::driver_model::{CountingLine, Driver, memory};
+
+    /// A device that stays busy after its stop until a file descriptor tells.
+    struct Slow {
+        wake: EventFd,
+        busy: bool,
+    }
+
+    impl Device for Slow {
+        fn identity(&self) -> Identity {
+            let (features, config) = (0, Vec::new());
+            Identity { device_type: 2, features, queue_sizes: &[16], optional_queues: 0, config }
+        }
+
+        fn watch(&mut self, poller: &mut dyn Poller) -> io::Result<()> {
+            poller.add(self.wake.as_raw_fd())
+        }
+
+        fn queues_ready(&mut self, _: &mut Running) -> Result<Progress, QueueError> {
+            self.busy = true;
+            Ok(Progress::Done)
+        }
+
+        fn fd_ready_while_stopped(&mut self, _: RawFd, ready: Readiness, _: &mut dyn Poller) {
+            self.busy &= !(ready.readable && self.wake.read().is_ok());
+        }
+
+        fn is_idle(&self) -> bool {
+            !self.busy
+        }
+    }
+
+    #[test]
+    fn stop_of_busy_device_returns_when_it_is_idle() {
+        let memory = memory();
+        let wake = EventFd::new(EFD_NONBLOCK).unwrap();
+        let device = Slow { wake: wake.try_clone().unwrap(), busy: false };
+        let interrupt = Arc::new(InterruptStatus::new(Box::new(CountingLine::default())));
+        let (worker, handle) = Worker::new(Box::new(device), memory.clone(), interrupt).unwrap();
+        let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().unwrap();
+        events.add_subscriber(Box::new(worker));
+        handle.start(vec![Driver::new(&memory, 0, 16).setup()], 0);
+        let stopped = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                handle.stop();
+                stopped.store(true, Ordering::Release);
+            });
+            for _ in 0..10 {
+                events.run_with_timeout(2).unwrap();
+            }
+            assert!(!stopped.load(Ordering::Acquire), "the driver was told while its device was busy");
+            wake.write(1).unwrap();
+            while !stopped.load(Ordering::Acquire) {
+                events.run_with_timeout(1).unwrap();
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+    }
+}
