@@ -4,7 +4,7 @@
 //! scripts/kvm-host --icount --in target/…/cloche-bench -- ./cloche-bench startup
 //! ```
 //!
-//! The programs measured are the ones on `PATH` (`CLOCHE_BIN` names another `cloche`). A peer that is missing is named
+//! The programs measured are the ones on `PATH` (`CLOCHE_BIN`, `QEMU_BIN` and `FIRECRACKER_BIN` name others). A peer that is missing is named
 //! as missing.
 
 mod bundle;
@@ -19,6 +19,7 @@ mod startup;
 mod statistics;
 mod stopwatch;
 mod surroundings;
+mod vm_start;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -13,6 +13,7 @@ use crate::report::{Phase, Report, Row};
 use crate::statistics::Summary;
 use crate::stopwatch::{Lap, time};
 use crate::surroundings::Surroundings;
+use crate::vm_start::{VmLap, Vmm};
 
 /// A contender with its laps.
 struct Entrant {
@@ -42,6 +43,20 @@ pub fn measure(runs: u32, warm_up: u32, with_vm: bool) -> Result<Report> {
         }
     }
     contenders.push(Contender::process("process", &bundle));
+    let mut vmms: Vec<(Vmm, Vec<VmLap>)> = Vec::new();
+    if with_vm {
+        let (found, lacking) = Vmm::all(&cloche, scratch.path())?;
+        missing.extend(lacking);
+        for vmm in found {
+            match (0..warm_up.max(1)).try_for_each(|_| vmm.time().map(drop)) {
+                Ok(()) => vmms.push((vmm, Vec::new())),
+                Err(error) if !matches!(vmm, Vmm::Cloche { .. }) => {
+                    missing.push(format!("{}: does not run here: {error:#}", vmm.name()));
+                }
+                Err(error) => return Err(error.context(format!("warm up {}", vmm.name()))),
+            }
+        }
+    }
 
     let mut entrants = Vec::new();
     for mut contender in contenders {
@@ -60,13 +75,22 @@ pub fn measure(runs: u32, warm_up: u32, with_vm: bool) -> Result<Report> {
             let lap = time(&mut entrant.contender.next_command());
             entrant.laps.push(lap.with_context(|| format!("measure {}", entrant.contender.name))?);
         }
+        for (vmm, laps) in &mut vmms {
+            laps.push(vmm.time().with_context(|| format!("measure {}", vmm.name()))?);
+        }
     }
     let programs: Vec<&Path> = programs.iter().map(PathBuf::as_path).collect();
     Ok(Report {
         runs,
         warm_up,
         surroundings: Surroundings::explore(&programs),
-        rows: entrants.iter().filter(|entrant| !is_traced(entrant)).flat_map(rows).collect(),
+        rows: entrants
+            .iter()
+            .filter(|entrant| !is_traced(entrant))
+            .flat_map(rows)
+            .chain(vmms.iter().flat_map(vmm_rows))
+            .collect(),
+        vmm_exits: vmms.iter().find_map(|(_, laps)| laps.last()?.exits),
         phases: entrants.iter().filter(|entrant| is_traced(entrant)).map(phases).collect::<Result<_>>()?,
         guest_cost: if with_vm { Some(guest_cost::take(&cloche)?) } else { None },
         missing,
@@ -112,6 +136,16 @@ fn rows(entrant: &Entrant) -> Vec<Row> {
     let first_byte =
         entrant.contender.prints.then(|| row("first byte", series(|lap| lap.first_byte_ns))).flatten();
     first_byte.into_iter().chain(row("exit", series(|lap| Some(lap.end_ns)))).collect()
+}
+
+fn vmm_rows((vmm, laps): &(Vmm, Vec<VmLap>)) -> Vec<Row> {
+    let row = |until: &'static str, to: fn(&VmLap) -> u64| {
+        let series_ns: Vec<u64> = laps.iter().map(to).collect();
+        Summary::of(&series_ns).map(|summary| Row { contender: vmm.name(), until, summary, series_ns })
+    };
+    let to_init = row("/init", |lap| lap.init_ns.saturating_sub(lap.start_ns));
+    let to_end = row("/init → reaped", |lap| lap.end_ns.saturating_sub(lap.init_ns));
+    to_init.into_iter().chain(to_end).collect()
 }
 
 /// The medians of the steps between one mark and the next, in the order of the first run's marks.
