@@ -27,10 +27,14 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::io::{FdFlags, fcntl_setfd};
 use serde_json::{Value, json};
 
 use crate::bed::Bed;
@@ -66,6 +70,7 @@ pub struct Guest<'a> {
     bed: &'a Bed<'a>,
     config: Value,
     prefix: Vec<String>,
+    controlled: bool,
 }
 
 impl<'a> Guest<'a> {
@@ -73,7 +78,7 @@ impl<'a> Guest<'a> {
     pub fn new(bed: &'a Bed<'a>) -> Result<Self> {
         let kernel = bed.run(&["kernel", "path"])?.succeeds()?.out();
         let config = json!({ "vcpus": 1, "memory_mib": 128, "kernel": kernel.trim_end() });
-        Ok(Self { bed, config, prefix: Vec::new() })
+        Ok(Self { bed, config, prefix: Vec::new(), controlled: false })
     }
 
     /// Sets fields of the VM's configuration (`VmConfig` in `vmm/src/config.rs`); a field replaces what was there.
@@ -87,6 +92,12 @@ impl<'a> Guest<'a> {
     /// Starts the VMM by these words, e.g. those that lead into another network namespace.
     pub fn inside(mut self, prefix: Vec<String>) -> Self {
         self.prefix = prefix;
+        self
+    }
+
+    /// Gives the VM a control socket, for [`RunningGuest::ask`].
+    pub fn controlled(mut self) -> Self {
+        self.controlled = true;
         self
     }
 
@@ -114,6 +125,13 @@ impl<'a> Guest<'a> {
             let left = left.saturating_sub(Duration::from_secs(10)).max(Duration::from_millis(1));
             self.config["start_timeout_ms"] = json!(u64::try_from(left.as_millis()).unwrap_or(u64::MAX));
         }
+        let control = place.join("control");
+        let listener = self.controlled.then(|| UnixListener::bind(&control)).transpose()?;
+        if let Some(listener) = &listener {
+            // The VMM inherits it by its number.
+            fcntl_setfd(listener, FdFlags::empty())?;
+            self.config["control_fd"] = json!(listener.as_raw_fd());
+        }
         let cloche = &self.bed.world().cloche;
         let mut words = self.prefix.iter().map(OsStr::new).chain([cloche.as_os_str(), OsStr::new("vmm")]);
         let mut command = std::process::Command::new(words.next().context("a command has a program")?);
@@ -123,7 +141,7 @@ impl<'a> Guest<'a> {
             &Input::Bytes(self.config.to_string().into_bytes()),
             self.bed.deadline(),
         )?;
-        Ok(RunningGuest { vmm, console })
+        Ok(RunningGuest { vmm, console, control })
     }
 
     /// The archive with busybox and the directories, the same for all guests of a run of the suite.
@@ -147,9 +165,23 @@ pub struct RunningGuest {
     /// The VMM. Its standard output has the events.
     pub vmm: Running,
     console: PathBuf,
+    control: PathBuf,
 }
 
 impl RunningGuest {
+    /// Asks the VM by its control socket; a refusal is an error.
+    pub fn ask(&self, request: Value) -> Result<Value> {
+        let mut socket = UnixStream::connect(&self.control).context("connect to the control socket")?;
+        let mut call = json!({ "version": 1, "request": request }).to_string();
+        call.push('\n');
+        socket.write_all(call.as_bytes())?;
+        let mut reply = String::new();
+        BufReader::new(socket).read_line(&mut reply)?;
+        let reply: Value = serde_json::from_str(&reply).with_context(|| format!("{reply:?} is no answer"))?;
+        ensure!(reply.get("answer").is_some(), "{call} was refused: {reply}");
+        Ok(reply["answer"].clone())
+    }
+
     /// Waits for the VM to end.
     pub fn wait(self) -> Result<Ran> {
         let vmm = self.vmm.wait()?;

@@ -70,6 +70,13 @@ impl std::fmt::Display for Process {
     }
 }
 
+/// Memory of a process that is resident, in MiB; none if it is gone.
+pub fn resident_mib(pid: Pid) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? / 1024)
+}
+
 /// Every process below `ancestor`, in no particular order.
 pub fn descendants_of(ancestor: Pid) -> Vec<Process> {
     let mut children: BTreeMap<i32, Vec<Process>> = BTreeMap::new();

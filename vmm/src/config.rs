@@ -8,9 +8,11 @@ use std::{collections::HashSet, os::fd::RawFd, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+mod balloon;
 mod limit;
 mod net;
 
+pub use balloon::BalloonConfig;
 pub use limit::{BucketConfig, LimitConfig};
 pub use net::{BadMacAddress, MAX_NETS, MIN_MTU, MacAddress, NetBackend, NetConfig};
 
@@ -49,6 +51,9 @@ pub struct VmConfig {
     /// Network devices in the order in which the guest names them.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
+    /// The memory balloon, if the guest gets one.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
     /// The socket device, if the guest gets one.
     #[serde(default)]
     pub vsock: Option<VsockConfig>,
@@ -184,6 +189,7 @@ impl VmConfig {
             initramfs: Vec::new(),
             disks: Vec::new(),
             nets: Vec::new(),
+            balloon: None,
             vsock: None,
             share: None,
             rng: false,
@@ -229,6 +235,7 @@ impl VmConfig {
         self.validate_disks()?;
         self.validate_nets()?;
         self.validate_share()?;
+        self.validate_balloon()?;
         self.validate_vsock()
     }
 

@@ -127,6 +127,22 @@ pub fn send(fd: BorrowedFd, buffers: &[VolatileSlice]) -> io::Result<usize> {
     })
 }
 
+/// Gives the whole pages inside `slice` back to the host. They are then as they were at first: zeros, or what the file
+/// has of which they are a private copy.
+pub fn discard(slice: &VolatileSlice) {
+    const PAGE_BYTES: usize = 4096;
+    let guard = slice.ptr_guard_mut();
+    let lead = guard.as_ptr().align_offset(PAGE_BYTES);
+    let bytes = guard.len().saturating_sub(lead) / PAGE_BYTES * PAGE_BYTES;
+    if bytes > 0 {
+        // SAFETY: `lead` is below the slice's length, as `bytes` is more than 0.
+        let start = unsafe { guard.as_ptr().byte_add(lead) };
+        // SAFETY: [start, start + bytes) is inside the slice, that is in guest memory, which is mapped privately and
+        // tolerates any change.
+        unsafe { libc::madvise(start.cast(), bytes, libc::MADV_DONTNEED) };
+    }
+}
+
 /// Bytes of guest memory.
 pub fn size_bytes(memory: &GuestMemory) -> u64 {
     memory.iter().map(|region| region.size() as u64).sum()

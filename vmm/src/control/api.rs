@@ -243,7 +243,7 @@ pub struct KvmStats {
 }
 
 /// Guest memory.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryStats {
     /// What the guest has.
     pub size_bytes: u64,
@@ -251,6 +251,20 @@ pub struct MemoryStats {
     pub resident_bytes: u64,
     /// 4 KiB pages that were written to since the previous [`Request::Stats`], while [`Request::DirtyLog`] is on.
     pub dirty_pages: Option<u64>,
+    /// The balloon; none if the machine has none.
+    #[serde(default)]
+    pub balloon: Option<BalloonStats>,
+}
+
+/// The balloon: memory that the guest gives back.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonStats {
+    /// What the guest is asked to have given back, in MiB.
+    pub target_mib: u32,
+    /// What it says it has.
+    pub actual_mib: u32,
+    /// What it tells of its memory, by name (`free-bytes`, `available-bytes`, `major-faults`, …), where it is asked.
+    pub guest: BTreeMap<String, u64>,
 }
 
 /// One virtio device.

@@ -37,7 +37,7 @@ use crate::{
         kernel::{self, KernelError},
         layout, long_mode, mp_table, pvh,
     },
-    config::VmConfig,
+    config::{MIN_MEMORY_MIB, VmConfig},
     devices::{
         Interrupt,
         console::Console,
@@ -46,6 +46,7 @@ use crate::{
     event::Mark,
     guest_memory::{self, GuestMemory, MapError},
     virtio::{
+        balloon::Balloon,
         block::Block,
         counters::DeviceCounters,
         device::{Device, InterruptStatus},
@@ -170,6 +171,13 @@ pub fn build(
         let device = Net::new(link, net.mac, net.mtu, receive, send);
         devices.add(Box::new(device)).map_err(resources("a network device"))?;
     }
+    let mut balloon = None;
+    if let Some(its) = &config.balloon {
+        let device =
+            Balloon::new(its, config.memory_mib, MIN_MEMORY_MIB).map_err(resources("the balloon"))?;
+        balloon = Some(device.handle());
+        devices.add(Box::new(device)).map_err(resources("the balloon"))?;
+    }
     let mut last_words = None;
     if let Some(vsock) = &config.vsock {
         let device = Vsock::new(vsock.guest_cid, Sockets::new(&vsock.socket_prefix));
@@ -218,7 +226,7 @@ pub fn build(
     let bus = Bus::new(SerialPort::new(Box::new(IrqFd(serial_interrupt)), console.clone()), transports);
     let shared = Arc::new(Shared::new(bus, Endings::new(wake), reporter, gate, config.vcpus));
     let kvm = kvm_memory::vm_statistics(&vm);
-    let subject = Subject { shared, console, memory, devices: counters, kvm };
+    let subject = Subject { shared, console, memory, balloon, devices: counters, kvm };
     Ok(Machine { vm, vcpus, workers, end, all_parked, listener: control, subject, last_words })
 }
 

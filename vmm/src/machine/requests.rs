@@ -17,13 +17,16 @@ use super::{
 };
 use crate::{
     control::api::{
-        Answer, Info, KvmStats, MachineStats, MemoryStats, Outcome, RefusalCode, Request, Resize, RunState,
-        Stop,
+        Answer, BalloonStats, Info, KvmStats, MachineStats, MemoryStats, Outcome, RefusalCode, Request,
+        Resize, RunState, Stop,
     },
     devices::console::{CAPACITY, Console},
     guest_memory::{self, GuestMemory},
     syscalls,
-    virtio::counters::DeviceCounters,
+    virtio::{
+        balloon::{BalloonHandle, BalloonStatistics},
+        counters::DeviceCounters,
+    },
 };
 
 /// What can be asked about the machine, and done to it, while it runs.
@@ -34,6 +37,8 @@ pub struct Subject {
     pub console: Arc<Mutex<Console>>,
     /// Its memory.
     pub memory: GuestMemory,
+    /// Its balloon.
+    pub balloon: Option<BalloonHandle>,
     /// Its devices' counters, in the order of their addresses.
     pub devices: Vec<Arc<DeviceCounters>>,
     /// KVM's statistics of the machine, if it tells.
@@ -166,7 +171,7 @@ impl Controls {
     }
 
     fn stats(&self) -> MachineStats {
-        let Subject { shared, memory, devices, kvm, console: _ } = &self.subject;
+        let Subject { shared, memory, balloon, devices, kvm, console: _ } = &self.subject;
         let now = monotonic_ns();
         let mut kvm = KvmStats {
             machine: kvm.as_ref().map(KvmStatistics::values).unwrap_or_default(),
@@ -188,6 +193,11 @@ impl Controls {
                 size_bytes: guest_memory::size_bytes(memory),
                 resident_bytes: guest_memory::resident_bytes(memory),
                 dirty_pages: None,
+                balloon: balloon.as_ref().map(|balloon| {
+                    let BalloonStatistics { target_mib, actual_mib, guest } = balloon.statistics();
+                    let guest = guest.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+                    BalloonStats { target_mib, actual_mib, guest }
+                }),
             },
             devices: devices.iter().map(|device| device.snapshot()).collect(),
         }
@@ -202,13 +212,29 @@ impl Controls {
             return Outcome::refused(RefusalCode::Unsupported, message);
         }
         match memory_mib {
-            Some(memory_mib) => {
-                let message = format!(
-                    "memory_mib cannot become {memory_mib}: this machine has neither a balloon nor memory to add"
-                );
-                Outcome::refused(RefusalCode::Unsupported, message)
-            }
+            Some(memory_mib) => self.resize_memory(memory_mib),
             None => Outcome::refused(RefusalCode::BadRequest, "resize names neither memory_mib nor vcpus"),
         }
+    }
+
+    /// The guest gives back what it is to have less than at its start, and gets no answer out of it: how far it is, the
+    /// statistics tell.
+    fn resize_memory(&self, memory_mib: u32) -> Outcome {
+        let Some(balloon) = &self.subject.balloon else {
+            let message = format!(
+                "memory_mib cannot become {memory_mib}: this machine has neither a balloon nor memory to add"
+            );
+            return Outcome::refused(RefusalCode::Unsupported, message);
+        };
+        let size_mib =
+            u32::try_from(guest_memory::size_bytes(&self.subject.memory) >> 20).unwrap_or(u32::MAX);
+        let least_mib = size_mib.saturating_sub(balloon.most_mib());
+        if !(least_mib..=size_mib).contains(&memory_mib) {
+            let message =
+                format!("memory_mib cannot become {memory_mib}; allowed: {least_mib} to {size_mib}");
+            return Outcome::refused(RefusalCode::Unsupported, message);
+        }
+        balloon.set_target_mib(size_mib - memory_mib);
+        self.state_answer()
     }
 }

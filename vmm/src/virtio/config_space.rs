@@ -53,7 +53,6 @@ impl ConfigSpace {
         }
     }
 
-    #[cfg(test)]
     /// A field of `N` bytes; zeros if it is not there.
     pub fn field<const N: usize>(&self, offset: usize) -> [u8; N] {
         let mut bytes = [0; N];

@@ -25,6 +25,8 @@ pub mod device_type {
     pub const BLOCK: u32 = 2;
     /// Entropy device.
     pub const ENTROPY: u32 = 4;
+    /// Traditional memory balloon device.
+    pub const BALLOON: u32 = 5;
     /// Socket device.
     pub const SOCKET: u32 = 19;
     /// File system device.
@@ -37,7 +39,7 @@ pub mod device_type {
             BLOCK => "block",
             3 => "console",
             ENTROPY => "rng",
-            5 => "balloon",
+            BALLOON => "balloon",
             9 => "9p",
             SOCKET => "vsock",
             24 => "mem",

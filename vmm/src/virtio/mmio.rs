@@ -350,8 +350,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::config::BalloonConfig;
     use crate::virtio::{
-        device::device_type,
+        balloon::{Balloon, BalloonHandle},
+        device::{Device, device_type},
         driver_model::{CountingLine, Driver, Part, memory},
         rng::Rng,
         worker::Worker,
@@ -370,10 +372,14 @@ mod tests {
 
     impl Fixture {
         fn new() -> Self {
+            Self::with(Box::new(Rng))
+        }
+
+        fn with(device: Box<dyn Device>) -> Self {
             let memory = memory();
             let line = CountingLine::default();
             let interrupt = Arc::new(InterruptStatus::new(Box::new(line.clone())));
-            let (worker, handle) = Worker::new(Box::new(Rng), memory.clone(), interrupt).unwrap();
+            let (worker, handle) = Worker::new(device, memory.clone(), interrupt).unwrap();
             let stop = Arc::new(AtomicBool::new(false));
             let stopping = stop.clone();
             let event_loop = thread::spawn(move || {
@@ -418,8 +424,13 @@ mod tests {
         }
 
         fn set_up_queue(&mut self) {
+            self.set_up_queue_number(0);
+        }
+
+        /// All of them at the same place, as nothing is sent on them.
+        fn set_up_queue_number(&mut self, number: u32) {
             let setup = self.driver.setup();
-            self.write(register::QUEUE_SELECT, 0);
+            self.write(register::QUEUE_SELECT, number);
             self.write(register::QUEUE_SIZE, setup.size.into());
             self.write(register::QUEUE_DESC_LOW, setup.descriptors as u32);
             self.write(register::QUEUE_DESC_HIGH, 0);
@@ -577,6 +588,60 @@ mod tests {
         fixture.write(register::QUEUE_READY, 1);
         fixture.write(register::STATUS, ALL_OK);
         fixture.wait(|fixture| fixture.status() & status::DEVICE_NEEDS_RESET != 0);
+    }
+
+    /// A balloon: two queues that it must have, and two that depend on features.
+    fn balloon() -> (Fixture, BalloonHandle) {
+        let config = BalloonConfig { free_page_reporting: true, ..BalloonConfig::default() };
+        let device = Balloon::new(&config, 16, 4).unwrap();
+        let handle = device.handle();
+        (Fixture::with(Box::new(device)), handle)
+    }
+
+    #[test]
+    fn driver_leaves_out_optional_queues_at_the_end_only() {
+        for (queues, good) in [
+            (&[0, 1, 2, 3][..], true),
+            (&[0, 1, 2], true),
+            (&[0, 1], true),
+            (&[0], false),
+            (&[0, 2], false),
+            (&[0, 1, 3], false),
+        ] {
+            let (mut fixture, _) = balloon();
+            fixture.accept_features(feature::VERSION_1);
+            for queue in queues {
+                fixture.set_up_queue_number(*queue);
+            }
+            fixture.write(register::STATUS, ALL_OK);
+            assert_eq!(fixture.status() & status::DEVICE_NEEDS_RESET == 0, good, "{queues:?}");
+        }
+    }
+
+    #[test]
+    fn changed_configuration_interrupts_a_running_driver() {
+        let (mut fixture, handle) = balloon();
+        let target = register::CONFIG;
+        handle.set_target_mib(1);
+        fixture.accept_features(feature::VERSION_1);
+        fixture.set_up_queue_number(0);
+        fixture.set_up_queue_number(1);
+        fixture.write(register::STATUS, ALL_OK);
+        assert_eq!((fixture.read(target), fixture.line.count()), (256, 0));
+        let generation = fixture.read(register::CONFIG_GENERATION);
+        handle.set_target_mib(2);
+        assert_eq!((fixture.read(target), fixture.line.count()), (512, 1));
+        assert_ne!(fixture.read(register::CONFIG_GENERATION), generation);
+        assert_eq!(fixture.read(register::INTERRUPT_STATUS), 2);
+        // The target is not the driver's to write, what it has given is.
+        fixture.write(target, 7);
+        fixture.write(target + 4, 256);
+        assert_eq!((fixture.read(target), fixture.read(target + 4)), (512, 256));
+        assert_eq!(handle.statistics().actual_mib, 1);
+        fixture.write(register::STATUS, 0);
+        handle.set_target_mib(3);
+        assert_eq!(fixture.line.count(), 1, "a driver that is gone is not told");
+        assert_eq!(fixture.read(target + 4), 0);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   vCPU thread                                  event loop thread
-//!   MmioTransport ── start(queues) / stop ─────▶ Worker ──▶ a Device: block, vsock, rng, file system
+//!   MmioTransport ── start(queues) / stop ─────▶ Worker ──▶ a Device: block, net, vsock, …
 //!     registers, negotiation                       ▲  owns queues while they run
 //!        ▲                                         │
 //!        └── interrupt status (atomic) ◀───────────┘   doorbell: eventfd, without a vCPU exit to this process
@@ -15,6 +15,7 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
 )]
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod config_space;

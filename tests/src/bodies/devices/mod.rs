@@ -1,5 +1,6 @@
 //! What Linux's own drivers find in a guest's devices: one file for each kind of device. See [`crate::guest`].
 
+mod balloon;
 mod block;
 mod net;
 mod rng;
@@ -8,5 +9,5 @@ use crate::suite::Body;
 
 /// Every body of this theme.
 pub fn all() -> Vec<Body> {
-    [block::BODIES, net::BODIES, rng::BODIES].concat()
+    [balloon::BODIES, block::BODIES, net::BODIES, rng::BODIES].concat()
 }
