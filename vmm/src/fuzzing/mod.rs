@@ -3,7 +3,7 @@
 //! every entry on its seeds and on random bytes.
 //!
 //! ```text
-//!   block_queue, rng_queue, vsock_queue   a Device, its VirtQueues, guest memory and rings     one thread
+//!   …_queue                               a Device, its VirtQueues, guest memory and rings     one thread
 //!   mmio_bus                              Bus, MmioTransport, Worker, event loop, devices      as in a machine
 //!   control_session                       a client of the control socket
 //!   kernel_file                           kernel, initramfs and tables into guest memory
@@ -15,17 +15,19 @@ mod boot;
 mod bus;
 mod control;
 mod input;
+mod net;
 mod queues;
 
 pub use boot::kernel_file;
 pub use bus::mmio_bus;
 pub use control::control_session;
+pub use net::net_queue;
 pub use queues::{block_queue, rng_queue, vsock_queue};
 
 /// Inputs from which a fuzzer should start, for the target of this name.
 pub fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
-        "block_queue" | "rng_queue" | "vsock_queue" => queues::seeds(target),
+        "block_queue" | "net_queue" | "rng_queue" | "vsock_queue" => queues::seeds(target),
         "mmio_bus" => bus::seeds(),
         "kernel_file" => boot::seeds(),
         "control_session" => control::seeds(),
@@ -72,6 +74,11 @@ mod tests {
     #[test]
     fn block_queue_survives_seeds_and_noise() {
         exercise("block_queue", block_queue, 300);
+    }
+
+    #[test]
+    fn net_queue_survives_seeds_and_noise() {
+        exercise("net_queue", net_queue, 300);
     }
 
     #[test]

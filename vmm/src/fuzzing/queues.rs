@@ -74,7 +74,7 @@ pub mod op {
 }
 
 /// What differs between devices.
-trait Subject {
+pub trait Subject {
     type Device: Device;
 
     fn device(&mut self) -> &mut Self::Device;
@@ -281,7 +281,7 @@ fn default_setup(index: u64, size: u16) -> QueueSetup {
     QueueSetup { size, descriptors: base, available: base + AVAILABLE, used: base + USED }
 }
 
-fn run<S: Subject>(subject: S, bytes: &[u8]) {
+pub fn run<S: Subject>(subject: S, bytes: &[u8]) {
     MEMORY.with(|memory| {
         clear(memory);
         Program::new(subject, memory).run(Input::new(bytes));
@@ -294,10 +294,11 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         // Kind, sector; then kind and port and so on: see `Subject::request`.
         "block_queue" => &[1, 2, 0],
         "vsock_queue" => &[0, 1, 5, 0, 200],
+        "net_queue" => &[5, 0, 3],
         _ => &[],
     };
-    // The guest's sending queue is the second of a socket device, the only one of the others.
-    let queue = u8::from(target == "vsock_queue");
+    // The guest's sending queue is the second of a socket or network device, the only one of the others.
+    let queue = u8::from(matches!(target, "vsock_queue" | "net_queue"));
     let address = |at: u16| [&[0][..], &at.to_le_bytes()].concat();
     let descriptor = |queue: u8, index: u8, at: u16, length: u8, flags: u8, next: u8| {
         [&[op::DESCRIPTOR, queue, index][..], &address(at), &[0, length, flags, next]].concat()

@@ -41,23 +41,24 @@ pub const MEMORY_END: u64 = 32 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Device {
     Block = 0,
-    Vsock = 1,
-    Rng = 2,
+    Net = 1,
+    Vsock = 2,
+    Rng = 3,
 }
 
 impl Device {
-    pub const ALL: [Self; 3] = [Self::Block, Self::Vsock, Self::Rng];
+    pub const ALL: [Self; 4] = [Self::Block, Self::Net, Self::Vsock, Self::Rng];
 
     /// Address of a register.
     pub fn at(self, register: u64) -> u64 {
         0xd000_0000 + self as u64 * 0x1000 + register
     }
 
-    /// Queues; the socket device's are for receiving, sending, events.
+    /// Queues; the socket and network devices' are for receiving, sending, events or commands.
     pub fn queues(self) -> Vec<Queue> {
         let sizes: &[u16] = match self {
             Self::Block => &[16],
-            Self::Vsock => &[16, 16, 16],
+            Self::Vsock | Self::Net => &[16, 16, 16],
             Self::Rng => &[16],
         };
         (0..).zip(sizes).map(|(index, size)| Queue { device: self, index, size: *size }).collect()
@@ -65,7 +66,7 @@ impl Device {
 
     /// The queue into which a driver puts requests.
     pub fn requests(self) -> Queue {
-        self.queues()[usize::from(self == Self::Vsock)]
+        self.queues()[usize::from(matches!(self, Self::Vsock | Self::Net))]
     }
 }
 
@@ -246,6 +247,21 @@ impl Guest {
                 self.request(queue, 0);
                 self.expect_not(Width::Eight, buffer, 0, "random bytes");
             }
+            Device::Net => {
+                // The host sends the frame back.
+                let receive = Device::Net.queues()[0];
+                self.descriptor(receive, 0, receive.buffer(), 2048, WRITE, 0);
+                self.publish(receive, 0);
+                self.notify(Device::Net);
+                self.store64(buffer, 0);
+                self.store64(buffer + 8, u64::from(ECHO) << 32);
+                self.store64(buffer + 16, 0x9abc_def0);
+                self.descriptor(queue, 0, buffer, 12 + 60, 0, 0);
+                self.request(queue, 0);
+                self.wait_for_all_used(receive);
+                self.expect(Width::Four, receive.buffer() + 12, ECHO.into(), "a frame that came back");
+                self.expect(Width::Two, receive.buffer() + 10, 1, "the buffers of a frame");
+            }
             Device::Vsock => {
                 // A port that nobody serves: the answer is a reset.
                 let receive = Device::Vsock.queues()[0];
@@ -298,6 +314,9 @@ impl Guest {
 
 /// The first bytes of the disk.
 pub const SECTOR_ZERO: u64 = u64::from_le_bytes(*b"SECTOR00");
+
+/// How a frame starts that the host sends back.
+pub const ECHO: u32 = 0x1234_5678;
 
 /// Ports of the host: one that is served, one that is not.
 pub const SERVED: u32 = 7;

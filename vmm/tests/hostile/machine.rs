@@ -21,14 +21,14 @@ use std::{
 
 use cloche_vmm::{
     VmConfig,
-    config::{DiskConfig, VsockConfig},
+    config::{DiskConfig, NetConfig, VsockConfig},
 };
 use libtest_mimic::Failed;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     allocator,
-    driver::{Guest, SERVED},
+    driver::{ECHO, Guest, SERVED},
 };
 
 /// By which this program knows that it is to be the VMM.
@@ -46,8 +46,8 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        // Most of it is the machine itself: eventfds, vCPUs, the console's 64 KiB.
-        Self { heap_bytes: 160 << 10, fds: 40 }
+        // Most of it is the machine itself: eventfds, vCPUs, the console's 64 KiB, two frames of 64 KiB.
+        Self { heap_bytes: 320 << 10, fds: 60 }
     }
 }
 
@@ -113,6 +113,8 @@ pub fn run(guest: &Guest, setting: &Setting) -> Result<Ended, Failed> {
     disk.resize(64 << 10, 0x5a);
     fs::write(folder.path().join("disk"), disk)?;
     let listener = UnixListener::bind(folder.path().join(format!("vsock_{SERVED}")))?;
+    let cable = UnixListener::bind(folder.path().join("net"))?;
+    let echoing = thread::spawn(move || echo(&cable));
     let served = Arc::new(AtomicUsize::new(0));
     let ended = Arc::new(AtomicBool::new(false));
     let serving = {
@@ -147,6 +149,9 @@ pub fn run(guest: &Guest, setting: &Setting) -> Result<Ended, Failed> {
         return Err(format!("the VMM died ({status}); its log: {log}").into());
     }
     ended.store(true, Ordering::Relaxed);
+    // It has ended, unless the VMM never came to it.
+    drop(UnixStream::connect(folder.path().join("net")));
+    echoing.join().map_err(|_| "the cable's other end failed")?;
     // Wakes a server that waits for a connection.
     drop(UnixStream::connect(folder.path().join(format!("vsock_{SERVED}"))));
     serving.join().map_err(|_| "the server failed")?;
@@ -191,6 +196,26 @@ fn text(reader: thread::JoinHandle<String>) -> String {
     reader.join().unwrap_or_default()
 }
 
+/// The other end of the network cable: frames that ask for it go back. All others are dropped, since a guest that
+/// takes none back would stop what it sends.
+fn echo(listener: &UnixListener) {
+    let Ok((mut stream, _)) = listener.accept() else { return };
+    loop {
+        let mut length = [0; 4];
+        if stream.read_exact(&mut length).is_err() {
+            return;
+        }
+        let mut frame = vec![0; u32::from_be_bytes(length) as usize];
+        if stream.read_exact(&mut frame).is_err() {
+            return;
+        }
+        let asks = frame.starts_with(&ECHO.to_le_bytes());
+        if asks && stream.write_all(&[length.as_slice(), &frame].concat()).is_err() {
+            return;
+        }
+    }
+}
+
 fn serve(listener: &UnixListener, host: Host, served: &AtomicUsize, ended: &AtomicBool) {
     match host {
         Host::Listens => {
@@ -228,6 +253,8 @@ pub fn vmm(vcpus: &str, folder: &Path) -> Result<(), Box<dyn std::error::Error>>
     let before = allocator::live();
     let ran = cloche_vmm::run(config, b"");
     let heap_growth = allocator::peak().saturating_sub(before);
+    // It opens a descriptor whenever it counts them.
+    let (fds_at_most, threads_at_most) = watch.stop();
     // A disk's thread is told to end, and nobody waits for it.
     let patience = Instant::now() + Duration::from_secs(5);
     while (count("fd") > fds_before || count("task") > threads_before) && Instant::now() < patience {
@@ -245,10 +272,9 @@ pub fn vmm(vcpus: &str, folder: &Path) -> Result<(), Box<dyn std::error::Error>>
         fds_after: count("fd"),
         threads_before,
         threads_after: count("task"),
-        fds_at_most: watch.fds.load(Ordering::Relaxed),
-        threads_at_most: watch.threads.load(Ordering::Relaxed),
+        fds_at_most,
+        threads_at_most,
     };
-    watch.stop();
     Ok(std::io::stdout().write_all(&serde_json::to_vec(&report)?)?)
 }
 
@@ -259,6 +285,11 @@ fn config(vcpus: u8, folder: &Path) -> VmConfig {
     config.disks = serde_json::from_value::<DiskConfig>(disk).into_iter().collect();
     let vsock = serde_json::json!({ "guest_cid": 3, "socket_prefix": folder.join("vsock") });
     config.vsock = serde_json::from_value::<VsockConfig>(vsock).ok();
+    let net = serde_json::json!({
+        "backend": { "socket-path": folder.join("net") },
+        "mac": "02:00:00:00:00:01",
+    });
+    config.nets = serde_json::from_value::<NetConfig>(net).into_iter().collect();
     config.rng = true;
     config
 }
@@ -293,8 +324,10 @@ impl Watch {
         Self { fds, threads, stopped, thread }
     }
 
-    fn stop(self) {
+    /// The most descriptors and threads that were seen.
+    fn stop(self) -> (usize, usize) {
         self.stopped.store(true, Ordering::Relaxed);
         let _ = self.thread.join();
+        (self.fds.load(Ordering::Relaxed), self.threads.load(Ordering::Relaxed))
     }
 }
