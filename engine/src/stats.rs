@@ -126,13 +126,21 @@ impl Sample {
             State::Running(processes) => resident_bytes(processes.leader.pid),
             _ => None,
         };
+        let status = sandbox.activity();
+        let pids = match status {
+            Activity::Paused => Err("only the guest's own kernel knows, and it is paused".to_owned()),
+            _ => sandbox.guest_status().and_then(|status| {
+                status.pids.ok_or_else(|| "the guest's kernel does not count them".to_owned())
+            }),
+        };
+        let pids = pids.map_or_else(Known::Unknown, Known::Value);
         let (received, sent) = network_of_vm(&stats.devices);
         let (read, written) = blocks_of_vm(&stats.devices);
         Self {
             id: record.id.clone(),
             name: record.name.clone(),
             isolation: record.isolation,
-            status: sandbox.activity(),
+            status,
             at_ns: trace::now_ns(),
             cpu_ns: Known::Value(stats.cpu_ns),
             cpu_percent: Known::Unknown(String::new()),
@@ -142,7 +150,7 @@ impl Sample {
             net_sent_bytes: Known::Value(sent),
             block_read_bytes: Known::Value(read),
             block_written_bytes: Known::Value(written),
-            pids: Known::Unknown("only the guest's own kernel knows, and it is not asked".into()),
+            pids,
             vm: Some(stats),
         }
     }

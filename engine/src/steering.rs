@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cloche_protocol::message::Status;
 use cloche_runtime::cgroup::{Cgroup, CgroupError};
 use cloche_vmm::control::{
     api::{Answer, MachineStats, Request, RunState},
@@ -23,6 +24,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Serialize;
 
 use crate::{
+    isolation::vm::dial,
     record::{Record, State},
     request::Isolation,
     sandboxes::{Entry, SandboxError, Sandboxes, cgroup_path},
@@ -299,6 +301,11 @@ impl Steered {
             Answer::Stats(stats) => Ok(*stats),
             _ => Err(SteeringError::NotRunning { id: self.id(), status: "not answering as it should" }),
         }
+    }
+
+    /// What the guest's agent says of the container in it, or why it says nothing.
+    pub(crate) fn guest_status(&self) -> Result<Status, String> {
+        dial::status(&self.dir).map_err(|error| format!("the guest's agent does not answer: {error}"))
     }
 
     /// The end of what the guest's console printed, at most `bytes` bytes.

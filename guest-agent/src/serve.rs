@@ -9,14 +9,17 @@ use std::{
 use cloche_protocol::{
     VERSION,
     frame::{self, Decoder, FrameError},
-    machine::{GuestMark, vsock_port},
-    message::{self, FromGuest, ToGuest},
+    machine::{GuestMark, guest_port, vsock_port},
+    message::{self, FromGuest, Status, ToGuest},
 };
 use cloche_runtime::{
     Container, ExitStatus, Launch, LaunchError, Rootfs, Stdio, WaitError,
     pump::{self, Pump, Target},
 };
-use rustix::event::{PollFd, PollFlags};
+use rustix::{
+    event::{PollFd, PollFlags},
+    net::SocketFlags,
+};
 
 use crate::{
     boot::{self, Boot, BootError},
@@ -142,19 +145,37 @@ fn launch(boot: Boot, streams: &mut Streams) -> Result<Container, LaunchError> {
     })
 }
 
+/// Tells everybody who has connected how the container is. Whoever does not listen is not waited for.
+fn tell_status(listener: &OwnedFd, container: &Container) {
+    while let Ok(client) = rustix::net::accept_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
+        let usage = container.cgroup().usage();
+        let status = Status { pids: usage.pids.ok(), memory_bytes: usage.memory_bytes.ok() };
+        let _ = frame::write(File::from(client), &status);
+    }
+}
+
 /// Serves until the container's first process has ended.
 fn serve(container: &mut Container, streams: &mut Streams, mut control: &File) -> Result<(), ServeError> {
     let mut decoder = Decoder::default();
+    // The container is served without it, too; the host then sees that nobody answers.
+    let asked = syscalls::listen(guest_port::STATUS)
+        .inspect_err(|error| eprintln!("cloche-agent: cannot listen for questions of the host: {error}"))
+        .ok();
     loop {
-        let others = [
+        let mut others = vec![
             PollFd::from_borrowed_fd(container.pidfd(), PollFlags::IN),
             PollFd::from_borrowed_fd(control.as_fd(), PollFlags::IN),
         ];
+        others.extend(asked.as_ref().map(|asked| PollFd::new(asked, PollFlags::IN)));
         let ready = pump::poll(&mut streams.pumps, &others, None)
             .map_err(|error| ServeError::System("carry stdio", error))?;
+        let questioned = asked.is_some() && ready.get(2) == Some(&true);
         let [ended, commanded] = [ready.first(), ready.get(1)].map(|ready| ready == Some(&true));
         if ended {
             return Ok(());
+        }
+        if let Some(asked) = asked.as_ref().filter(|_| questioned) {
+            tell_status(asked, container);
         }
         if commanded {
             let mut bytes = [0; 4096];

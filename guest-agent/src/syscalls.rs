@@ -50,6 +50,40 @@ pub fn pause() {
     unsafe { libc::pause() };
 }
 
+/// A non-blocking listener on `port` of this guest, close-on-exec.
+pub fn listen(port: u32) -> io::Result<OwnedFd> {
+    /// Whoever asks gets a short answer at once.
+    const BACKLOG: i32 = 8;
+    // SAFETY: socket(2) takes no pointer.
+    let fd = unsafe {
+        libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, 0)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just returned by socket(2) and belongs to nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let address = address(libc::VMADDR_CID_ANY, port);
+    let length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+    // SAFETY: `address` is a valid sockaddr_vm of `length` bytes that outlives the call.
+    if unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: listen(2) takes no pointer.
+    let result = unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
+}
+
+fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
+    libc::sockaddr_vm {
+        svm_family: libc::AF_VSOCK as libc::sa_family_t,
+        svm_reserved1: 0,
+        svm_port: port,
+        svm_cid: cid,
+        svm_zero: [0; 4],
+    }
+}
+
 /// A connected stream to `port` of the host (vsock(7)), close-on-exec.
 pub fn connect_host(port: u32) -> io::Result<OwnedFd> {
     // SAFETY: socket(2) takes no pointer.
@@ -59,13 +93,7 @@ pub fn connect_host(port: u32) -> io::Result<OwnedFd> {
     }
     // SAFETY: `fd` was just returned by socket(2) and belongs to nobody else.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    let address = libc::sockaddr_vm {
-        svm_family: libc::AF_VSOCK as libc::sa_family_t,
-        svm_reserved1: 0,
-        svm_port: port,
-        svm_cid: HOST_CID,
-        svm_zero: [0; 4],
-    };
+    let address = address(HOST_CID, port);
     let length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
     // SAFETY: `address` is a valid sockaddr_vm of `length` bytes that outlives the call.
     let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) };

@@ -10,10 +10,11 @@
 //!    vsock 1025  stdin   ──────────── raw bytes ────────────────▶
 //!    vsock 1026  stdout  ◀─────────── raw bytes ─────────────────
 //!    vsock 1027  stderr  ◀─────────── raw bytes ─────────────────
+//!    vsock 1030  status  ─── a frame, when the host dials ────────▶
 //!  VMM: I/O port 0x5c0 ◀── marks;  0x5c4 ◀── exit code
 //! ```
 //!
-//! The guest dials the host for every stream, so nobody polls for readiness.
+//! The guest dials the host for every stream of the container, so nobody polls for readiness.
 
 pub mod boot;
 pub mod frame;

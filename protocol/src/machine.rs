@@ -19,6 +19,12 @@ pub mod vsock_port {
     pub const STDERR: u32 = 1027;
 }
 
+/// Host-to-guest vsock ports.
+pub mod guest_port {
+    /// Whoever connects is told [`crate::message::Status`], framed as in [`crate::frame`], and the stream ends.
+    pub const STATUS: u32 = 1030;
+}
+
 /// x86 I/O ports of the VMM's own device.
 pub mod io_port {
     /// Writing one byte, a [`super::GuestMark`], makes the VMM stamp its clock.

@@ -35,6 +35,15 @@ pub enum FromGuest {
     Exited(Exit),
 }
 
+/// What the guest's kernel knows of the container that runs. The guest's word: nobody checks it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Processes and threads in it.
+    pub pids: Option<u64>,
+    /// Memory that it uses, in bytes.
+    pub memory_bytes: Option<u64>,
+}
+
 /// How a container ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {

@@ -71,6 +71,7 @@ pub struct Guest<'a> {
     config: Value,
     prefix: Vec<String>,
     controlled: bool,
+    programs: Vec<(&'static str, Vec<u8>)>,
 }
 
 impl<'a> Guest<'a> {
@@ -78,7 +79,7 @@ impl<'a> Guest<'a> {
     pub fn new(bed: &'a Bed<'a>) -> Result<Self> {
         let kernel = bed.run(&["kernel", "path"])?.succeeds()?.out();
         let config = json!({ "vcpus": 1, "memory_mib": 128, "kernel": kernel.trim_end() });
-        Ok(Self { bed, config, prefix: Vec::new(), controlled: false })
+        Ok(Self { bed, config, prefix: Vec::new(), controlled: false, programs: Vec::new() })
     }
 
     /// Sets fields of the VM's configuration (`VmConfig` in `vmm/src/config.rs`); a field replaces what was there.
@@ -101,6 +102,13 @@ impl<'a> Guest<'a> {
         self
     }
 
+    /// Puts this suite's own program on `PATH` as `cloche-tests`, for its probes.
+    pub fn with_probes(mut self) -> Result<Self> {
+        let program = fs::read(std::env::current_exe()?).context("read this suite's program")?;
+        self.programs.push(("bin/cloche-tests", program));
+        Ok(self)
+    }
+
     /// Boots, runs the script, and waits for the end.
     pub fn run(self, script: &str) -> Result<Ran> {
         self.start(script)?.wait()
@@ -112,6 +120,9 @@ impl<'a> Guest<'a> {
         let mut own = Archive::default();
         own.program("init", INIT.replace("BEGIN", BEGIN).replace("END", END).as_bytes());
         own.program("script", script.as_bytes());
+        for (name, program) in &self.programs {
+            own.program(name, program);
+        }
         // Several guests of one test may run at the same time.
         let place = tempfile::Builder::new().prefix("g").tempdir_in(self.bed.scratch())?.keep();
         let (initramfs, console) = (place.join("init.cpio"), place.join("console"));

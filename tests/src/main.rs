@@ -34,6 +34,7 @@ mod sandbox;
 mod suite;
 mod tar;
 mod tree;
+mod vsock;
 mod world;
 
 use std::process::ExitCode;

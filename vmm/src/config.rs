@@ -146,6 +146,10 @@ impl DiskConfig {
 pub struct VsockConfig {
     /// The guest's context id: 3 or above (virtio 1.2 §5.10.4 reserves 0 to 2), and not 0xffff_ffff.
     pub guest_cid: u32,
+    /// Inherited file descriptor of a listening unix socket, by which host programs get streams into the guest: they say
+    /// `CONNECT <port>\n` and are answered `OK <port of the host>\n` when the guest accepts.
+    #[serde(default)]
+    pub listen_fd: Option<RawFd>,
     /// A guest's connection to port `P` of the host is made to the unix socket `{socket_prefix}_{P}`.
     pub socket_prefix: PathBuf,
 }
@@ -227,7 +231,10 @@ impl VmConfig {
         if self.start_timeout_ms == Some(0) {
             return Err(ConfigError::new("start_timeout_ms", 0, "1 and above, or none"));
         }
-        for (field, fd) in [("events_fd", self.events_fd), ("control_fd", self.control_fd)] {
+        let listen_fd = self.vsock.as_ref().and_then(|vsock| vsock.listen_fd);
+        for (field, fd) in
+            [("events_fd", self.events_fd), ("control_fd", self.control_fd), ("vsock.listen_fd", listen_fd)]
+        {
             if let Some(fd) = fd.filter(|fd| *fd < 0) {
                 return Err(ConfigError::new(field, fd, "an open file descriptor"));
             }
@@ -315,7 +322,7 @@ mod tests {
     fn validate_of_plain_config_passes() {
         let mut config = VmConfig::new(MAX_VCPUS, MIN_MEMORY_MIB, "/vmlinux");
         config.disks = vec![disk("a"), disk("b")];
-        config.vsock = Some(VsockConfig { guest_cid: 3, socket_prefix: "/run/x".into() });
+        config.vsock = Some(VsockConfig { guest_cid: 3, listen_fd: None, socket_prefix: "/run/x".into() });
         assert_eq!(config.validate(), Ok(()));
     }
 
@@ -342,7 +349,9 @@ mod tests {
 
     #[test]
     fn validate_of_vsock_refuses_reserved_cids_and_unusable_paths() {
-        let vsock = |guest_cid, prefix: String| Some(VsockConfig { guest_cid, socket_prefix: prefix.into() });
+        let vsock = |guest_cid, prefix: String| {
+            Some(VsockConfig { guest_cid, listen_fd: None, socket_prefix: prefix.into() })
+        };
         assert!(refused(|c| c.vsock = vsock(2, "/x".into())).starts_with("vsock.guest_cid is 2"));
         assert!(refused(|c| c.vsock = vsock(3, String::new())).contains("(0 bytes)"));
         assert!(refused(|c| c.vsock = vsock(3, "x".repeat(97))).contains("(97 bytes)"));

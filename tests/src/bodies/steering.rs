@@ -197,6 +197,9 @@ fn stats_move_with_the_work(bed: &Bed) -> Story {
     ensure!(work > 10.0 && work > 2.0 * rest, "busy: {work} %, idle: {rest} %");
     let memory = figure(&of_busy, "memory_bytes")?;
     ensure!(memory > 0.0 && memory <= figure(&of_busy, "memory_limit_bytes")?, "memory: {memory}");
+    // The shell, and what the guest's agent or the host's kernel counts besides.
+    let pids = figure(&of_busy, "pids")?;
+    ensure!((1.0..10.0).contains(&pids), "pids: {pids}");
     let later = stats(bed, "busy")?;
     ensure!(figure(&later, "cpu_ns")? > figure(&of_busy, "cpu_ns")?, "CPU time stands still");
     let table = bed.run(&["stats", "--no-stream"])?.succeeds()?;

@@ -5,13 +5,16 @@ use std::{
     net::Shutdown,
     os::{
         fd::{AsFd, AsRawFd, RawFd},
-        unix::{ffi::OsStrExt, net::UnixStream},
+        unix::{
+            ffi::OsStrExt,
+            net::{UnixListener, UnixStream},
+        },
     },
     path::{Path, PathBuf},
 };
 
 use rustix::net::{
-    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with,
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with,
 };
 use vm_memory::VolatileSlice;
 
@@ -21,12 +24,31 @@ use crate::guest_memory;
 #[derive(Debug)]
 pub struct Sockets {
     prefix: PathBuf,
+    listener: Option<UnixListener>,
 }
 
 impl Sockets {
     /// With this prefix.
     pub fn new(prefix: &Path) -> Self {
-        Self { prefix: prefix.to_owned() }
+        Self { prefix: prefix.to_owned(), listener: None }
+    }
+
+    /// The same, also taking host programs that connect here; the listener is non-blocking.
+    pub fn listening(self, listener: Option<UnixListener>) -> Self {
+        Self { listener, ..self }
+    }
+
+    /// Where host programs connect.
+    pub fn listener(&self) -> Option<RawFd> {
+        self.listener.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// The next host program that has connected.
+    pub fn accept(&self) -> io::Result<Socket> {
+        let listener = self.listener.as_ref().ok_or(io::ErrorKind::WouldBlock)?;
+        let (stream, _) = listener.accept()?;
+        stream.set_nonblocking(true)?;
+        Ok(Socket { stream })
     }
 
     /// Connects to the socket of a port. Never waits: a listener whose backlog is full counts as absent.
@@ -48,6 +70,11 @@ pub struct Socket {
 }
 
 impl Socket {
+    /// Reads into this process's memory; 0 is the end.
+    pub fn read_own(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::net::recv(&self.stream, into, RecvFlags::empty())?.0)
+    }
+
     /// Reads into guest memory; 0 is the end.
     pub fn read(&mut self, into: &[VolatileSlice]) -> io::Result<usize> {
         guest_memory::read(self.stream.as_fd(), into)
@@ -76,10 +103,7 @@ impl Socket {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io::{Read, Write},
-        os::unix::net::UnixListener,
-    };
+    use std::io::{Read, Write};
 
     use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -106,6 +130,22 @@ mod tests {
         assert_eq!(seen, "pingpong");
         drop(theirs);
         assert_eq!(ours.write_guest(&buffer).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn accept_of_host_program_takes_it_and_does_not_wait() {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("vsock")).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let sockets = Sockets::new(&folder.path().join("vsock")).listening(Some(listener));
+        assert!(sockets.listener().is_some());
+        assert_eq!(sockets.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let mut theirs = UnixStream::connect(folder.path().join("vsock")).unwrap();
+        let mut ours = sockets.accept().unwrap();
+        theirs.write_all(b"hi").unwrap();
+        let mut byte = [0];
+        assert_eq!(ours.read_own(&mut byte).unwrap(), 1);
+        assert_eq!(byte, *b"h");
     }
 
     #[test]

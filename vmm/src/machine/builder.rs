@@ -154,7 +154,7 @@ pub fn build(
     console: Arc<Mutex<Console>>,
     reporter: Arc<Reporter>,
 ) -> Result<Machine, BuildError> {
-    let Opened { kvm, mut kernel, initramfs, disks, links, share, console_log: _, control } = opened;
+    let Opened { kvm, mut kernel, initramfs, disks, links, share, console_log: _, control, vsock: host_programs } = opened;
     let regions = layout::memory_regions(config.memory_bytes());
     let memory = guest_memory::map(&regions)?;
     let resources = |what| move |source| BuildError::Resources { what, source };
@@ -180,7 +180,7 @@ pub fn build(
     }
     let mut last_words = None;
     if let Some(vsock) = &config.vsock {
-        let device = Vsock::new(vsock.guest_cid, Sockets::new(&vsock.socket_prefix));
+        let device = Vsock::new(vsock.guest_cid, Sockets::new(&vsock.socket_prefix).listening(host_programs));
         let buffered = device.buffered();
         let doorbell = devices.add(Box::new(device)).map_err(resources("the socket device"))?;
         last_words = Some(LastWords { doorbell, buffered });

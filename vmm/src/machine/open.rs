@@ -54,6 +54,8 @@ pub struct Opened<'a> {
     pub console_log: Option<File>,
     /// Where clients of the control socket connect.
     pub control: Option<UnixListener>,
+    /// Where host programs connect that want a stream into the guest.
+    pub vsock: Option<UnixListener>,
 }
 
 /// Why something could not be opened.
@@ -88,9 +90,11 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
-    /// The control socket.
-    #[error("the control_fd {fd} cannot be used")]
-    Control {
+    /// An inherited listening socket.
+    #[error("the {field} {fd} cannot be used")]
+    Listener {
+        /// Its field in the configuration.
+        field: &'static str,
         /// Its number.
         fd: RawFd,
         /// Why not.
@@ -158,21 +162,23 @@ pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opene
                     .map_err(file_error("console log", path))
             })
             .transpose()?,
-        control: config
-            .control_fd
-            .map(|fd| take_listener(fd).map_err(|source| OpenError::Control { fd, source }))
-            .transpose()?,
+        control: take_listener("control_fd", config.control_fd)?,
+        vsock: take_listener("vsock.listen_fd", config.vsock.as_ref().and_then(|vsock| vsock.listen_fd))?,
         // Last, so that a wrong path is reported on any host.
         kvm: open_kvm()?,
     })
 }
 
-fn take_listener(fd: RawFd) -> io::Result<UnixListener> {
-    let listener = UnixListener::from(syscalls::take_inherited_fd(fd)?);
-    // It fails on what is no unix socket.
-    listener.local_addr()?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+fn take_listener(field: &'static str, fd: Option<RawFd>) -> Result<Option<UnixListener>, OpenError> {
+    let Some(fd) = fd else { return Ok(None) };
+    let take = || {
+        let listener = UnixListener::from(syscalls::take_inherited_fd(fd)?);
+        // It fails on what is no unix socket.
+        listener.local_addr()?;
+        listener.set_nonblocking(true)?;
+        Ok(Some(listener))
+    };
+    take().map_err(|source| OpenError::Listener { field, fd, source })
 }
 
 fn open_link(backend: &NetBackend) -> Result<Box<dyn Link>, OpenError> {

@@ -11,6 +11,7 @@
 //! The VMM is told to die with its monitor, and nothing outlives the VMM.
 
 mod cpio;
+pub(crate) mod dial;
 pub mod kernel;
 pub mod kvm;
 mod share;
@@ -47,7 +48,7 @@ use rustix::{
     io::FdFlags,
 };
 
-use self::share::FileServer;
+use self::{dial::VSOCK_SOCKET, share::FileServer};
 use super::{Lost, Running, Streams, observed};
 use crate::{
     record::{ProcessId, Processes},
@@ -159,16 +160,20 @@ pub fn start(
     let mut file_server = FileServer::start(&workload.shares).map_err(setup("start the file server"))?;
     let mut config = machine(dir, layers, request)?;
     config.share = share_config(file_server.as_ref())?;
-    let control = listen(dir).map_err(setup("make the VM's control socket"))?;
+    let control = listen(dir, CONTROL_SOCKET).map_err(setup("make the VM's control socket"))?;
     config.control_fd = Some(control.as_raw_fd());
+    let programs = listen(dir, VSOCK_SOCKET).map_err(setup("listen for host programs"))?;
+    config.vsock.iter_mut().for_each(|vsock| vsock.listen_fd = Some(programs.as_raw_fd()));
     config.validate()?;
     let listeners = Listeners::bind(dir, request.interactive)?;
     write_boot_archive(id, dir, workload, &config, request.interactive)?;
-    // Only the VMM inherits it: this process starts no other meanwhile.
-    rustix::io::fcntl_setfd(&control, FdFlags::empty())
-        .map_err(|errno| setup("make the VM's control socket")(errno.into()))?;
+    for listener in [&control, &programs] {
+        // Only the VMM inherits it: this process starts no other meanwhile.
+        rustix::io::fcntl_setfd(listener, FdFlags::empty())
+            .map_err(|errno| setup("hand the VM its sockets")(errno.into()))?;
+    }
     let vmm = Vmm::spawn(&config)?;
-    drop(control);
+    drop((control, programs));
     trace.mark(Mark::VmmSpawned);
     if let Some(server) = &mut file_server {
         server.let_go_of_socket();
@@ -236,9 +241,10 @@ pub fn start(
     }
 }
 
-/// Where other commands ask the VM: see `cloche_vmm::control`. The sandbox's directory keeps everybody else out, too.
-fn listen(dir: &Path) -> io::Result<UnixListener> {
-    let path = dir.join(CONTROL_SOCKET);
+/// A socket for other programs of this user: to ask the VM (`cloche_vmm::control`), or to reach into it (`dial`). The
+/// sandbox's directory keeps everybody else out, too.
+fn listen(dir: &Path, name: &str) -> io::Result<UnixListener> {
+    let path = dir.join(name);
     let listener = UnixListener::bind(&path)?;
     fs::set_permissions(&path, Permissions::from_mode(0o600))?;
     Ok(listener)
@@ -271,7 +277,8 @@ fn machine(dir: &Path, layers: Vec<PathBuf>, request: &RunRequest) -> Result<VmC
         .enumerate()
         .map(|(index, path)| DiskConfig::new(path, format!("layer{index}")).read_only())
         .collect();
-    config.vsock = Some(VsockConfig { guest_cid: GUEST_CID, socket_prefix: dir.join("vsock") });
+    config.vsock =
+        Some(VsockConfig { guest_cid: GUEST_CID, listen_fd: None, socket_prefix: dir.join("vsock") });
     config.rng = true;
     config.start_timeout_ms = Some(START_TIMEOUT_MS);
     // The VMM's stdout.

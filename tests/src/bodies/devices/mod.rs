@@ -4,10 +4,11 @@ mod balloon;
 mod block;
 mod net;
 mod rng;
+mod vsock;
 
 use crate::suite::Body;
 
 /// Every body of this theme.
 pub fn all() -> Vec<Body> {
-    [balloon::BODIES, block::BODIES, net::BODIES, rng::BODIES].concat()
+    [balloon::BODIES, block::BODIES, net::BODIES, rng::BODIES, vsock::BODIES].concat()
 }

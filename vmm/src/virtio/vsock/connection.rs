@@ -63,16 +63,39 @@ pub struct Connection<S> {
     /// Directions of whose end the guest should be, and was, told.
     ended: u32,
     ended_told: u32,
-    respond: bool,
+    opening: Opening,
     reset: bool,
     update_credit: bool,
     request_credit: bool,
     credit_requested: bool,
 }
 
+/// How far a stream is from being open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Opening {
+    /// The guest asked, and is to be answered.
+    Respond,
+    /// The host asked, and the guest is to be told.
+    Request,
+    /// The guest has been told.
+    Requested,
+    /// It is open.
+    Done,
+}
+
 impl<S: Stream> Connection<S> {
     /// A stream that answers the guest's request.
     pub fn new(stream: S, request: &Header) -> Self {
+        let credit = (request.buf_alloc, Wrapping(request.fwd_cnt));
+        Self { readable: true, ..Self::opening(stream, Opening::Respond, credit) }
+    }
+
+    /// A stream that a host program wants.
+    pub fn request(stream: S) -> Self {
+        Self::opening(stream, Opening::Request, (0, Wrapping(0)))
+    }
+
+    fn opening(stream: S, opening: Opening, (guest_buffer, guest_forwarded): (u32, Wrapping<u32>)) -> Self {
         Self {
             stream,
             outgoing: VecDeque::new(),
@@ -82,13 +105,13 @@ impl<S: Stream> Connection<S> {
             write_shut: false,
             write_broken: false,
             sent: Wrapping(0),
-            guest_buffer: request.buf_alloc,
-            guest_forwarded: Wrapping(request.fwd_cnt),
-            readable: true,
+            guest_buffer,
+            guest_forwarded,
+            readable: false,
             read_ended: false,
             ended: 0,
             ended_told: 0,
-            respond: true,
+            opening,
             reset: false,
             update_credit: false,
             request_credit: false,
@@ -99,6 +122,11 @@ impl<S: Stream> Connection<S> {
     /// The host's end.
     pub fn stream(&self) -> &S {
         &self.stream
+    }
+
+    /// Whether the guest has not answered the host's request yet.
+    pub fn is_requested(&self) -> bool {
+        matches!(self.opening, Opening::Request | Opening::Requested)
     }
 
     /// Whether something waits for the host that the guest sent before it closed in order.
@@ -117,15 +145,27 @@ impl<S: Stream> Connection<S> {
         self.guest_forwarded = Wrapping(header.fwd_cnt);
         self.credit_requested = false;
         match header.op {
+            op::RESPONSE if self.opening == Opening::Requested => self.opened(header.dst_port),
+            op::RESET => return Verdict::Remove { flush: self.has_last_words() },
+            // Before it has answered, the guest has nothing else to say.
+            _ if self.is_requested() => self.reset = true,
             op::DATA => self.receive_data(data),
             op::SHUTDOWN => self.receive_shutdown(header.flags),
             op::CREDIT_UPDATE => {}
             op::CREDIT_REQUEST => self.update_credit = true,
-            op::RESET => return Verdict::Remove { flush: self.has_last_words() },
             // A second request, a response that nobody asked for, or an unknown operation.
             _ => self.reset = true,
         }
         Verdict::Keep
+    }
+
+    /// The guest accepted: its opener is told, before any byte of the guest's.
+    fn opened(&mut self, host_port: u32) {
+        self.opening = Opening::Done;
+        self.readable = true;
+        let line = format!("OK {host_port}\n");
+        // The first bytes into a fresh socket always fit, unless nobody is there to read them.
+        self.reset |= !matches!(self.stream.write(line.as_bytes()), Ok(count) if count == line.len());
     }
 
     fn receive_data(&mut self, mut data: Buffers) {
@@ -191,7 +231,7 @@ impl<S: Stream> Connection<S> {
 
     /// The stream may have data, or its end.
     pub fn readable(&mut self) {
-        self.readable = self.guest_ended & shutdown::RECEIVE == 0;
+        self.readable = self.guest_ended & shutdown::RECEIVE == 0 && !self.is_requested();
     }
 
     fn passed_on(&mut self, count: usize) {
@@ -242,7 +282,7 @@ impl<S: Stream> Connection<S> {
     /// Whether [`Connection::next_packet`] may have something.
     pub fn has_packet(&self) -> bool {
         self.reset
-            || self.respond
+            || matches!(self.opening, Opening::Respond | Opening::Request)
             || self.update_credit
             || self.request_credit
             || self.ended != self.ended_told
@@ -266,8 +306,16 @@ impl<S: Stream> Connection<S> {
         if self.reset {
             return Some((op::RESET, 0, 0));
         }
-        if std::mem::take(&mut self.respond) {
-            return Some((op::RESPONSE, 0, 0));
+        match self.opening {
+            Opening::Respond => {
+                self.opening = Opening::Done;
+                return Some((op::RESPONSE, 0, 0));
+            }
+            Opening::Request => {
+                self.opening = Opening::Requested;
+                return Some((op::REQUEST, 0, 0));
+            }
+            Opening::Requested | Opening::Done => {}
         }
         if let Some(count) = self.read(room) {
             return Some((op::DATA, 0, count));

@@ -130,6 +130,11 @@ impl<C: Connector> Device for Vsock<C> {
         }
     }
 
+    fn start(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
+        self.muxer.listen(running.poller);
+        self.pump(running)
+    }
+
     fn queues_ready(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
         self.pump(running)
     }
@@ -166,9 +171,10 @@ mod tests {
             queue::VirtQueue,
             vsock::{
                 connection::BUFFER_BYTES,
+                handshake::MAX_WAITING,
                 muxer::MAX_CONNECTIONS,
                 packet::{TYPE_STREAM, op, shutdown},
-                stream_model::{ModelConnector, Peer},
+                stream_model::{LISTENER, ModelConnector, Peer},
             },
         },
     };
@@ -302,6 +308,86 @@ mod tests {
         // The buffer that connect() left behind is not there: readiness finds none.
         fixture.ready(&peer);
         assert_eq!(fixture.receive().unwrap().1, b"early");
+    }
+
+    /// A host program has connected and said `line`.
+    fn dialled(fixture: &mut Fixture, line: &[u8]) -> Peer {
+        let peer = fixture.connector.dial();
+        fixture.run(|device, running| device.fd_ready(LISTENER, BOTH, running));
+        peer.send(line);
+        fixture.ready(&peer);
+        peer
+    }
+
+    /// What the guest says to a stream that the host opened.
+    fn from_guest(request: &Header, op: u16, len: usize) -> Header {
+        Header { src_port: request.dst_port, dst_port: request.src_port, ..packet(0, op, len) }
+    }
+
+    #[test]
+    fn host_stream_that_the_guest_accepts_carries_data_both_ways() {
+        let mut fixture = Fixture::new();
+        // What follows the line at once is the guest's, byte by byte.
+        let peer = dialled(&mut fixture, b"CONNECT 52\nearly\n");
+        let (request, _) = fixture.receive().unwrap();
+        assert_eq!((request.op, request.dst_port, request.src_cid), (op::REQUEST, 52, 2));
+        assert!(peer.received().is_empty());
+        fixture.send_packet(from_guest(&request, op::RESPONSE, 0), &[]);
+        assert_eq!(peer.received(), format!("OK {}\n", request.src_port).as_bytes());
+        assert_eq!(fixture.receive().unwrap().1, b"early\n");
+        fixture.send_packet(from_guest(&request, op::DATA, 4), b"back");
+        assert!(peer.received().ends_with(b"\nback"));
+        // The guest closes, and the stream ends.
+        fixture.send_packet(Header { flags: shutdown::BOTH, ..from_guest(&request, op::SHUTDOWN, 0) }, &[]);
+        assert_eq!(fixture.receive().unwrap().0.op, op::RESET);
+        assert!(peer.write_shut() && fixture.watched.fds.is_empty());
+    }
+
+    #[test]
+    fn host_stream_that_the_guest_refuses_ends() {
+        let mut fixture = Fixture::new();
+        let peer = dialled(&mut fixture, b"CONNECT 52\n");
+        let (request, _) = fixture.receive().unwrap();
+        fixture.send_packet(from_guest(&request, op::RESET, 0), &[]);
+        assert!(peer.received().is_empty() && fixture.watched.fds.is_empty());
+    }
+
+    #[test]
+    fn guest_that_answers_a_request_with_data_is_reset() {
+        let mut fixture = Fixture::new();
+        let peer = dialled(&mut fixture, b"CONNECT 52\n");
+        let (request, _) = fixture.receive().unwrap();
+        fixture.send_packet(from_guest(&request, op::DATA, 4), b"evil");
+        assert_eq!(fixture.receive().unwrap().0.op, op::RESET);
+        assert!(peer.received().is_empty() && fixture.watched.fds.is_empty());
+    }
+
+    #[test]
+    fn host_programs_that_say_nothing_sensible_are_sent_away() {
+        let mut fixture = Fixture::new();
+        for line in [&b"HELLO\n"[..], b"CONNECT x\n", &[b'x'; 30]] {
+            dialled(&mut fixture, line);
+        }
+        dialled(&mut fixture, b"CONN").end();
+        assert_eq!(fixture.watched.fds.len(), 1);
+        let silent = fixture.connector.peer(3);
+        fixture.ready(&silent);
+        assert!(fixture.watched.fds.is_empty());
+        for _ in 0..2 * MAX_WAITING {
+            dialled(&mut fixture, b"CONNECT 5");
+        }
+        assert_eq!(fixture.watched.fds.len(), MAX_WAITING);
+        fixture.device.stop(&mut fixture.watched);
+        assert!(fixture.watched.fds.is_empty());
+    }
+
+    #[test]
+    fn guest_that_answers_no_request_holds_a_bounded_number() {
+        let mut fixture = Fixture::new();
+        for _ in 0..3 * MAX_CONNECTIONS {
+            dialled(&mut fixture, b"CONNECT 52\n");
+        }
+        assert!(fixture.watched.fds.len() <= 64, "{}", fixture.watched.fds.len());
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The socket device (virtio 1.2 §5.10): streams between the guest and unix sockets of the host.
 //!
-//! A guest that connects to port `P` of the host (context id 2) is connected to the unix socket `{prefix}_{P}`. The
-//! other direction is not offered.
+//! A guest that connects to port `P` of the host (context id 2) is connected to the unix socket `{prefix}_{P}`. A
+//! host program that connects to the listening socket which the VMM was given, and asks for a port of the guest, gets a
+//! stream to it: see `handshake`.
 //!
 //! ```text
 //!   device      queues: packets out of tx buffers, packets into rx buffers        knows virtio
+//!   handshake   host programs that have not said their port yet                   knows a stream
 //!   muxer       (guest port, host port) ─▶ connection; limits; whose turn it is   knows packets
 //!   connection  one stream: credit, half-close, reset                             knows packets and a stream
 //!   Connector   opens a stream for a port                                         knows the host
@@ -16,6 +18,7 @@
 
 mod connection;
 mod device;
+mod handshake;
 mod muxer;
 pub mod packet;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -36,10 +39,18 @@ pub trait Connector: Send {
 
     /// Connects to whatever serves `port`, without waiting.
     fn connect(&self, port: u32) -> io::Result<Self::Stream>;
+
+    /// Where host programs connect that want a stream into the guest, if they may.
+    fn listener(&self) -> Option<RawFd>;
+
+    /// The next of them, without waiting.
+    fn accept(&self) -> io::Result<Self::Stream>;
 }
 
 /// A non-blocking byte stream with two directions that end separately.
 pub trait Stream {
+    /// Reads into this process's memory; 0 is the end.
+    fn read_own(&mut self, into: &mut [u8]) -> io::Result<usize>;
     /// Reads into guest memory; 0 is the end.
     fn read(&mut self, into: &[VolatileSlice]) -> io::Result<usize>;
     /// Writes from guest memory.
@@ -58,9 +69,21 @@ impl Connector for Sockets {
     fn connect(&self, port: u32) -> io::Result<Socket> {
         Sockets::connect(self, port)
     }
+
+    fn listener(&self) -> Option<RawFd> {
+        Sockets::listener(self)
+    }
+
+    fn accept(&self) -> io::Result<Socket> {
+        Sockets::accept(self)
+    }
 }
 
 impl Stream for Socket {
+    fn read_own(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        Socket::read_own(self, into)
+    }
+
     fn read(&mut self, into: &[VolatileSlice]) -> io::Result<usize> {
         Socket::read(self, into)
     }

@@ -15,6 +15,7 @@ use tracing::warn;
 use super::{
     Connector, Stream,
     connection::{BUFFER_BYTES, Connection, Verdict},
+    handshake::Handshakes,
     packet::{HEADER_BYTES, Header, TYPE_STREAM, op},
 };
 use crate::virtio::{
@@ -28,6 +29,10 @@ pub const MAX_CONNECTIONS: usize = 512;
 pub const MAX_BUFFERED_BYTES: usize = 32 << 20;
 /// Answers to packets of no connection that wait at most for a buffer; the guest's requests time out beyond it.
 const MAX_RESETS: usize = 256;
+/// Streams into the guest at most that it has not answered; a further one takes the place of the oldest.
+const MAX_REQUESTED: usize = 64;
+/// Where the ports begin that streams into the guest come from, above all that a program binds.
+const FIRST_HOST_PORT: u32 = 1 << 30;
 /// Refused connections that are logged at most.
 const MAX_LOGGED_REFUSALS: u32 = 10;
 
@@ -54,6 +59,10 @@ pub struct Muxer<C: Connector> {
     flushing: HashMap<RawFd, Connection<C::Stream>>,
     turns: VecDeque<Key>,
     resets: VecDeque<Key>,
+    handshakes: Handshakes<C::Stream>,
+    /// Streams into the guest, oldest first, some of which it has not answered.
+    requested: VecDeque<Key>,
+    next_host_port: u32,
     /// Bytes that wait for the host, in all connections.
     buffered: Arc<AtomicUsize>,
     refusals: u32,
@@ -70,6 +79,9 @@ impl<C: Connector> Muxer<C> {
             flushing: HashMap::new(),
             turns: VecDeque::new(),
             resets: VecDeque::new(),
+            handshakes: Handshakes::new(),
+            requested: VecDeque::new(),
+            next_host_port: FIRST_HOST_PORT,
             buffered: Arc::default(),
             refusals: 0,
         }
@@ -78,6 +90,57 @@ impl<C: Connector> Muxer<C> {
     /// Bytes of the guest's that wait for the host.
     pub fn buffered(&self) -> Arc<AtomicUsize> {
         self.buffered.clone()
+    }
+
+    /// Lets host programs in from now on.
+    pub fn listen(&mut self, poller: &mut dyn Poller) {
+        if let Some(listener) = self.connector.listener()
+            && let Err(error) = poller.add(listener)
+        {
+            warn!(%error, "streams into the guest are not possible");
+        }
+    }
+
+    /// Takes those that have connected. Their number is bounded by the listener's backlog.
+    fn accept(&mut self, poller: &mut dyn Poller) {
+        while let Ok(stream) = self.connector.accept() {
+            if let Err(error) = self.handshakes.add(stream, poller) {
+                warn!(%error, "a host program could not be served");
+            }
+        }
+    }
+
+    /// Asks the guest to take a host program's stream, which the poller has already.
+    fn request(&mut self, stream: C::Stream, guest_port: u32, poller: &mut dyn Poller) {
+        self.requested
+            .retain(|key| self.connections.get(key).is_some_and(|entry| entry.connection.is_requested()));
+        if self.requested.len() >= MAX_REQUESTED
+            && let Some(oldest) = self.requested.pop_front()
+        {
+            self.remove(oldest, false, poller);
+            if self.resets.len() < MAX_RESETS {
+                self.resets.push_back(oldest);
+            }
+        }
+        if self.connections.len() + self.flushing.len() >= MAX_CONNECTIONS {
+            // The program sees the end of its stream.
+            poller.remove(stream.fd());
+            return;
+        }
+        let mut key = Key { guest_port, host_port: self.next_host_port };
+        while self.connections.contains_key(&key) {
+            key.host_port = Self::port_after(key.host_port);
+        }
+        self.next_host_port = Self::port_after(key.host_port);
+        self.keys.insert(stream.fd(), key);
+        self.connections.insert(key, Entry { connection: Connection::request(stream), queued: false });
+        self.requested.push_back(key);
+        self.queue(key);
+    }
+
+    fn port_after(port: u32) -> u32 {
+        // VMADDR_PORT_ANY is no port.
+        if port >= u32::MAX - 1 { FIRST_HOST_PORT } else { port + 1 }
     }
 
     /// Takes a packet from the guest. `data` has `header.len` bytes.
@@ -156,6 +219,16 @@ impl<C: Connector> Muxer<C> {
 
     /// A stream's file descriptor is ready.
     pub fn ready(&mut self, fd: RawFd, ready: Readiness, poller: &mut dyn Poller) {
+        if self.connector.listener() == Some(fd) {
+            self.accept(poller);
+            return;
+        }
+        if self.handshakes.has(fd) {
+            if let Some((stream, port)) = self.handshakes.ready(fd, poller) {
+                self.request(stream, port, poller);
+            }
+            return;
+        }
         if let Some(connection) = self.flushing.get_mut(&fd) {
             let before = connection.buffered();
             connection.writable();
@@ -278,6 +351,11 @@ impl<C: Connector> Muxer<C> {
         }
         self.turns.clear();
         self.resets.clear();
+        self.requested.clear();
+        self.handshakes.clear(poller);
+        if let Some(listener) = self.connector.listener() {
+            poller.remove(listener);
+        }
     }
 }
 

@@ -88,6 +88,18 @@ impl Peer {
 }
 
 impl Stream for ModelStream {
+    fn read_own(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let mut state = self.0.lock().unwrap();
+        if state.to_guest.is_empty() {
+            return if state.ended { Ok(0) } else { Err(io::ErrorKind::WouldBlock.into()) };
+        }
+        let count = into.len().min(state.to_guest.len());
+        for (byte, from) in into.iter_mut().zip(state.to_guest.drain(..count)) {
+            *byte = from;
+        }
+        Ok(count)
+    }
+
     fn read(&mut self, into: &[VolatileSlice]) -> io::Result<usize> {
         let mut state = self.0.lock().unwrap();
         if state.to_guest.is_empty() {
@@ -142,9 +154,22 @@ impl Stream for ModelStream {
 #[derive(Clone, Default)]
 pub struct ModelConnector {
     peers: Arc<Mutex<Vec<Peer>>>,
+    waiting: Arc<Mutex<VecDeque<ModelStream>>>,
 }
 
+/// By which it is told that host programs have connected.
+pub const LISTENER: RawFd = 99;
+
 impl ModelConnector {
+    /// A host program connects.
+    pub fn dial(&self) -> Peer {
+        let mut peers = self.peers.lock().unwrap();
+        let (stream, peer) = numbered_stream(1000 + peers.len() as RawFd);
+        peers.push(peer.clone());
+        self.waiting.lock().unwrap().push_back(stream);
+        peer
+    }
+
     /// The peer of the `index`th connection.
     pub fn peer(&self, index: usize) -> Peer {
         self.peers.lock().unwrap()[index].clone()
@@ -168,5 +193,13 @@ impl Connector for ModelConnector {
         let (stream, peer) = numbered_stream(1000 + peers.len() as RawFd);
         peers.push(peer);
         Ok(stream)
+    }
+
+    fn listener(&self) -> Option<RawFd> {
+        Some(LISTENER)
+    }
+
+    fn accept(&self) -> io::Result<ModelStream> {
+        self.waiting.lock().unwrap().pop_front().ok_or_else(|| io::ErrorKind::WouldBlock.into())
     }
 }
