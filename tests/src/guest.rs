@@ -221,7 +221,7 @@ pub struct Ran {
 }
 
 impl Ran {
-    /// Why the VM ended, e.g. `guest-reset`; empty if it never ran.
+    /// Why the VM ended, e.g. `triple-fault`; empty if it never ran.
     pub fn reason(&self) -> &str {
         self.last["reason"]["kind"].as_str().unwrap_or_default()
     }
@@ -247,7 +247,7 @@ impl Ran {
     /// Expects that the script succeeded and that the guest ended the machine by its reset.
     pub fn passes(self) -> Result<Self> {
         ensure!(self.status() == Some(0), "the script did not succeed\n{}", self.describe());
-        ensure!(self.reason() == "guest-reset", "the guest was to reset the machine\n{}", self.describe());
+        ensure!(self.reason() == "triple-fault", "the guest was to reset the machine\n{}", self.describe());
         Ok(self)
     }
 

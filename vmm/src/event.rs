@@ -84,12 +84,17 @@ pub enum ExitReason {
         /// The code.
         code: u32,
     },
-    /// The guest reset its machine (keyboard controller or triple fault) without having panicked.
+    /// The guest reset its machine by the keyboard controller, without having panicked.
     GuestReset,
+    /// A vCPU triple-faulted, without the kernel having panicked. It is how Linux resets the machine that it is told to
+    /// reset so (`reboot=t`), and also how a guest ends that jumps into the void.
+    TripleFault,
     /// The guest's kernel panicked.
     KernelPanic {
         /// What the kernel printed after `Kernel panic - not syncing: `.
         message: String,
+        /// What it means, as far as this and the lines before tell.
+        cause: PanicCause,
     },
     /// The guest did not write its `agent-ready` mark in time.
     StartTimeout {
@@ -100,12 +105,47 @@ pub enum ExitReason {
     Stopped,
 }
 
+/// Why a Linux kernel panicked. From the guest's own words, which may be lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PanicCause {
+    /// There is no program to start as the first process.
+    NoInit,
+    /// It cannot mount its root file system.
+    NoRoot,
+    /// Memory ran out, and the first process was killed or nothing was left to kill.
+    OutOfMemory,
+    /// The first process ended by itself or by another signal.
+    InitDied,
+    /// A fault of the kernel's own: an oops that it does not survive.
+    Oops,
+    /// Anything else.
+    Other,
+}
+
+impl PanicCause {
+    /// In a few words, and what to do.
+    fn explanation(self) -> &'static str {
+        match self {
+            Self::NoInit => " (it found no program to start; its initramfs is missing or damaged)",
+            Self::NoRoot => " (it lacks a driver for its initramfs or root file system)",
+            Self::OutOfMemory => " (memory ran out; give the guest more)",
+            Self::InitDied => " (its first process died)",
+            Self::Oops => " (a fault of the kernel's own)",
+            Self::Other => "",
+        }
+    }
+}
+
 impl std::fmt::Display for ExitReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::GuestExit { code } => write!(f, "the guest ended the machine with code {code}"),
             Self::GuestReset => f.write_str("the guest reset the machine"),
-            Self::KernelPanic { message } => write!(f, "the guest kernel panicked: {message}"),
+            Self::TripleFault => f.write_str("the guest reset the machine by a triple fault, or crashed"),
+            Self::KernelPanic { message, cause } => {
+                write!(f, "the guest kernel panicked{}: {message}", cause.explanation())
+            }
             Self::StartTimeout { timeout_ms } => {
                 write!(f, "the guest agent was not ready within {timeout_ms} ms")
             }

@@ -2,6 +2,8 @@
 
 use std::{collections::VecDeque, fmt::Write};
 
+use crate::event::PanicCause;
+
 /// Bytes that are kept.
 pub const CAPACITY: usize = 64 * 1024;
 
@@ -47,13 +49,33 @@ impl Console {
         text
     }
 
-    /// What the kernel gave as the reason of its last panic, if it printed one.
-    pub fn panic_message(&self) -> Option<String> {
+    /// What the kernel gave as the reason of its last panic, if it printed one, and what that means.
+    pub fn panic(&self) -> Option<(String, PanicCause)> {
         const MARKER: &str = "Kernel panic - not syncing: ";
         let text = self.tail(CAPACITY);
-        let (_, message) = text.rsplit_once(MARKER)?;
-        Some(message.lines().next().unwrap_or_default().trim().to_owned())
+        let (before, message) = text.rsplit_once(MARKER)?;
+        let message = message.lines().next().unwrap_or_default().trim();
+        Some((message.to_owned(), cause_of(message, before)))
     }
+}
+
+/// The words are those of Linux: `init/main.c`, `init/do_mounts.c`, `kernel/exit.c`, `mm/oom_kill.c`,
+/// `arch/x86/kernel/dumpstack.c`.
+fn cause_of(message: &str, before: &str) -> PanicCause {
+    const OF_MESSAGES: [(&str, PanicCause); 6] = [
+        ("No working init found", PanicCause::NoInit),
+        ("Requested init ", PanicCause::NoInit),
+        ("VFS: Unable to mount root fs", PanicCause::NoRoot),
+        ("System is deadlocked on memory", PanicCause::OutOfMemory),
+        ("Out of memory", PanicCause::OutOfMemory),
+        ("Fatal exception", PanicCause::Oops),
+    ];
+    if message.starts_with("Attempted to kill init") {
+        let out_of_memory = before.contains("Out of memory: Killed process 1 ");
+        return if out_of_memory { PanicCause::OutOfMemory } else { PanicCause::InitDied };
+    }
+    let known = OF_MESSAGES.into_iter().find(|(words, _)| message.starts_with(words));
+    known.map_or(PanicCause::Other, |(_, cause)| cause)
 }
 
 #[cfg(test)]
@@ -79,8 +101,26 @@ mod tests {
     #[test]
     fn panic_message_of_panicked_kernel_is_the_rest_of_its_line() {
         let mut console = Console::default();
-        assert_eq!(console.panic_message(), None);
+        assert_eq!(console.panic(), None);
         console.push(b"[ 0.1] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n[ 0.1] CPU: 0\r\n");
-        assert_eq!(console.panic_message().unwrap(), "VFS: Unable to mount root fs");
+        assert_eq!(console.panic().unwrap(), ("VFS: Unable to mount root fs".into(), PanicCause::NoRoot));
+    }
+
+    #[test]
+    fn panic_causes_are_told_apart() {
+        let oom = "Out of memory: Killed process 1 (init) total-vm:1kB\n";
+        let killed = "Attempted to kill init! exitcode=0x00000009";
+        for (before, message, cause) in [
+            ("", "No working init found. Try passing init= option to kernel.", PanicCause::NoInit),
+            (oom, killed, PanicCause::OutOfMemory),
+            ("Out of memory: Killed process 17 (sh)\n", killed, PanicCause::InitDied),
+            ("", "System is deadlocked on memory", PanicCause::OutOfMemory),
+            ("BUG: kernel NULL pointer dereference\n", "Fatal exception in interrupt", PanicCause::Oops),
+            ("", "sysrq triggered crash", PanicCause::Other),
+        ] {
+            let mut console = Console::default();
+            console.push(format!("{before}[ 1.0] Kernel panic - not syncing: {message}\n").as_bytes());
+            assert_eq!(console.panic(), Some((message.to_owned(), cause)));
+        }
     }
 }

@@ -67,7 +67,7 @@ const VIRTIO_LINES: [u32; 17] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19,
 /// A machine that has not run yet.
 pub struct Machine {
     /// Holds irqfds and ioeventfds; closed last.
-    pub vm: VmFd,
+    pub vm: Arc<VmFd>,
     /// vCPUs by index.
     pub vcpus: Vec<VcpuFd>,
     /// Devices for the event loop.
@@ -226,7 +226,8 @@ pub fn build(
     let bus = Bus::new(SerialPort::new(Box::new(IrqFd(serial_interrupt)), console.clone()), transports);
     let shared = Arc::new(Shared::new(bus, Endings::new(wake), reporter, gate, config.vcpus));
     let kvm = kvm_memory::vm_statistics(&vm);
-    let subject = Subject { shared, console, memory, balloon, devices: counters, kvm };
+    let vm = Arc::new(vm);
+    let subject = Subject { shared, console, memory, balloon, devices: counters, kvm, vm: vm.clone() };
     Ok(Machine { vm, vcpus, workers, end, all_parked, listener: control, subject, last_words })
 }
 

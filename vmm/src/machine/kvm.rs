@@ -10,7 +10,7 @@ use std::{
     ptr,
 };
 
-use kvm_bindings::{kvm_run, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_run, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -20,11 +20,32 @@ use crate::guest_memory::GuestMemory;
 
 /// Makes all of `memory` the guest's, one slot for each region.
 pub fn set_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), kvm_ioctls::Error> {
+    set_slots(vm, memory, 0)
+}
+
+/// Has KVM note which pages the guest writes to, or not any more; a guest may run meanwhile (Linux
+/// `Documentation/virt/kvm/api.rst` §4.35: flags can be changed).
+pub fn log_dirty_pages(vm: &VmFd, memory: &GuestMemory, enabled: bool) -> Result<(), kvm_ioctls::Error> {
+    set_slots(vm, memory, if enabled { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
+}
+
+/// Pages that the guest has written to since the last call, while they are noted.
+pub fn take_dirty_pages(vm: &VmFd, memory: &GuestMemory) -> Result<u64, kvm_ioctls::Error> {
+    let mut pages = 0;
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let size = usize::try_from(region.len()).unwrap_or(usize::MAX);
+        let bitmap = vm.get_dirty_log(slot, size)?;
+        pages += bitmap.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+    }
+    Ok(pages)
+}
+
+fn set_slots(vm: &VmFd, memory: &GuestMemory, flags: u32) -> Result<(), kvm_ioctls::Error> {
     for (slot, region) in (0..).zip(memory.iter()) {
         let Ok(host_address) = region.get_host_address(vm_memory::MemoryRegionAddress(0)) else { continue };
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: region.start_addr().raw_value(),
             memory_size: region.len(),
             userspace_addr: host_address as u64,

@@ -140,7 +140,7 @@ fn build_and_run(
     embedded_initramfs: &[u8],
     console: &Arc<Mutex<Console>>,
     reporter: &Arc<Reporter>,
-) -> Result<(ExitReason, Stats, VmFd), VmError> {
+) -> Result<(ExitReason, Stats, Arc<VmFd>), VmError> {
     validate(config)?;
     let mut opened = open::open(config, embedded_initramfs)?;
     let console_log = opened.console_log.take();
@@ -156,10 +156,8 @@ fn build_and_run(
     }
     let reason = match ending {
         Ending::GuestExit(code) => ExitReason::GuestExit { code },
-        Ending::Reset => match console.panic_message() {
-            Some(message) => ExitReason::KernelPanic { message },
-            None => ExitReason::GuestReset,
-        },
+        Ending::Reset => or_panic(&console, ExitReason::GuestReset),
+        Ending::TripleFault => or_panic(&console, ExitReason::TripleFault),
         Ending::StartTimeout => {
             ExitReason::StartTimeout { timeout_ms: config.start_timeout_ms.unwrap_or_default() }
         }
@@ -167,6 +165,12 @@ fn build_and_run(
         Ending::Failed(error) => return Err(error.into()),
     };
     Ok((reason, stats, vm))
+}
+
+/// A kernel that panics also resets, one way or the other.
+fn or_panic(console: &Console, otherwise: ExitReason) -> ExitReason {
+    let panic = console.panic().map(|(message, cause)| ExitReason::KernelPanic { message, cause });
+    panic.unwrap_or(otherwise)
 }
 
 fn validate(config: &VmConfig) -> Result<(), VmError> {

@@ -5,6 +5,7 @@ use std::{
     thread::JoinHandle,
 };
 
+use kvm_ioctls::VmFd;
 use tracing::warn;
 use vmm_sys_util::signal::Killable;
 
@@ -43,6 +44,8 @@ pub struct Subject {
     pub devices: Vec<Arc<DeviceCounters>>,
     /// KVM's statistics of the machine, if it tells.
     pub kvm: Option<KvmStatistics>,
+    /// The machine in KVM.
+    pub vm: Arc<VmFd>,
 }
 
 /// What comes of a request.
@@ -60,12 +63,19 @@ pub struct Controls {
     lifecycle: Lifecycle,
     threads: Vec<JoinHandle<()>>,
     started_ns: u64,
+    logs_dirty_pages: bool,
 }
 
 impl Controls {
     /// For a machine whose vCPUs have no threads yet.
     pub fn new(subject: Subject) -> Self {
-        Self { subject, lifecycle: Lifecycle::new(), threads: Vec::new(), started_ns: monotonic_ns() }
+        Self {
+            subject,
+            lifecycle: Lifecycle::new(),
+            threads: Vec::new(),
+            started_ns: monotonic_ns(),
+            logs_dirty_pages: false,
+        }
     }
 
     /// A vCPU has its thread.
@@ -138,10 +148,22 @@ impl Controls {
                 let bytes = usize::try_from(bytes).unwrap_or(usize::MAX).min(CAPACITY);
                 Outcome::Answer(Answer::Console(console.tail(bytes)))
             }
-            Request::DirtyLog { .. } => {
-                Outcome::refused(RefusalCode::Unsupported, "this VMM does not log dirty pages")
-            }
+            Request::DirtyLog { enabled } => self.log_dirty_pages(enabled),
         })
+    }
+
+    fn log_dirty_pages(&mut self, enabled: bool) -> Outcome {
+        let Subject { vm, memory, .. } = &self.subject;
+        if self.logs_dirty_pages != enabled {
+            if let Err(error) = kvm::log_dirty_pages(vm, memory, enabled) {
+                return Outcome::refused(
+                    RefusalCode::Host,
+                    format!("KVM_SET_USER_MEMORY_REGION failed: {error}"),
+                );
+            }
+            self.logs_dirty_pages = enabled;
+        }
+        self.state_answer()
     }
 
     fn pause(&mut self) -> Handled {
@@ -171,15 +193,15 @@ impl Controls {
     }
 
     fn stats(&self) -> MachineStats {
-        let Subject { shared, memory, balloon, devices, kvm, console: _ } = &self.subject;
+        let Subject { shared, memory, balloon, devices, kvm, vm, console: _ } = &self.subject;
         let now = monotonic_ns();
-        let mut kvm = KvmStats {
+        let mut counted = KvmStats {
             machine: kvm.as_ref().map(KvmStatistics::values).unwrap_or_default(),
             ..KvmStats::default()
         };
         for statistics in shared.vcpus.iter().filter_map(|vcpu| vcpu.kvm()) {
             for (name, value) in statistics.values() {
-                let sum = kvm.vcpus.entry(name).or_default();
+                let sum = counted.vcpus.entry(name).or_default();
                 *sum = sum.saturating_add(value);
             }
         }
@@ -188,11 +210,11 @@ impl Controls {
             paused_ns: self.lifecycle.paused_ns(now),
             cpu_ns: syscalls::process_cpu_ns(),
             vcpus: shared.vcpus.iter().map(|vcpu| vcpu.snapshot()).collect(),
-            kvm,
+            kvm: counted,
             memory: MemoryStats {
                 size_bytes: guest_memory::size_bytes(memory),
                 resident_bytes: guest_memory::resident_bytes(memory),
-                dirty_pages: None,
+                dirty_pages: self.logs_dirty_pages.then(|| kvm::take_dirty_pages(vm, memory).ok()).flatten(),
                 balloon: balloon.as_ref().map(|balloon| {
                     let BalloonStatistics { target_mib, actual_mib, guest } = balloon.statistics();
                     let guest = guest.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();

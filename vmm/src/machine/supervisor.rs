@@ -29,7 +29,7 @@ pub struct Ended {
     /// What it cost.
     pub stats: Stats,
     /// Closing it waits some 10 ms for the host's RCU, so that the parent is told of the end before.
-    pub vm: VmFd,
+    pub vm: Arc<VmFd>,
 }
 
 /// Runs the machine until something ends it. `tidy` is called when the guest runs already.

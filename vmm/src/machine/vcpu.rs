@@ -34,8 +34,10 @@ use crate::{
 pub enum Ending {
     /// The guest wrote to the exit port.
     GuestExit(u32),
-    /// The guest reset the machine.
+    /// The guest reset the machine by its keyboard controller.
     Reset,
+    /// A vCPU triple-faulted.
+    TripleFault,
     /// The guest's agent was not ready in time.
     StartTimeout,
     /// This process was asked to stop.
@@ -257,7 +259,7 @@ fn step(index: u8, vcpu: &mut VcpuFd, shared: &Shared, counters: &VcpuCounters) 
             None
         }
         // A triple fault: what `reboot=t` does, and a kernel that is lost too.
-        Ok(VcpuExit::Shutdown) => Some(Ending::Reset),
+        Ok(VcpuExit::Shutdown) => Some(Ending::TripleFault),
         Ok(VcpuExit::Intr) => {
             count(&counters.interrupted_exits);
             None

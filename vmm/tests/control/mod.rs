@@ -23,6 +23,7 @@ pub const TESTS: &[(&str, Test)] = &[
     ("start_timeout_does_not_run_during_a_pause", start_timeout_does_not_run_during_a_pause),
     ("info_and_console_tell_of_the_machine", info_and_console_tell_of_the_machine),
     ("what_cannot_be_resized_is_refused_by_name", what_cannot_be_resized_is_refused_by_name),
+    ("dirty_pages_are_counted_while_that_is_asked_for", dirty_pages_are_counted_while_that_is_asked_for),
     ("hostile_clients_disturb_nobody", hostile_clients_disturb_nobody),
 ];
 
@@ -210,6 +211,32 @@ fn what_cannot_be_resized_is_refused_by_name() -> Result<(), Failed> {
         stopped(&remote)
     };
     told(BUSY, |_, _| (), story).map(drop)
+}
+
+fn dirty_pages_are_counted_while_that_is_asked_for() -> Result<(), Failed> {
+    // again: mov edi, 0x800000; mov ecx, 16; page: mov [edi], eax; add edi, 4096; loop page; out 0x80, al; jmp again
+    let code = [
+        0xbf, 0, 0, 0x80, 0, 0xb9, 16, 0, 0, 0, 0x89, 0x07, 0x81, 0xc7, 0, 0x10, 0, 0, 0xe2, 0xf6, 0xe6,
+        0x80, 0xeb, 0xe8,
+    ];
+    let story = |remote: Remote| {
+        expect(remote.stats()?.memory.dirty_pages, None)?;
+        for _ in 0..2 {
+            remote.state(Request::DirtyLog { enabled: true })?;
+        }
+        remote.wait_for_progress()?;
+        // Each look at the statistics begins a new count: time for a whole round.
+        thread::sleep(Duration::from_millis(200));
+        remote.state(Request::Pause)?;
+        // Whatever the host's size of pages is, KVM notes small ones.
+        let dirty = remote.stats()?.memory.dirty_pages.ok_or("not counted")?;
+        expect(dirty, 16)?;
+        expect(remote.stats()?.memory.dirty_pages, Some(0))?;
+        remote.state(Request::DirtyLog { enabled: false })?;
+        expect(remote.stats()?.memory.dirty_pages, None)?;
+        stopped(&remote)
+    };
+    told(&code, |_, _| (), story).map(drop)
 }
 
 fn hostile_clients_disturb_nobody() -> Result<(), Failed> {
