@@ -93,7 +93,7 @@ fn hundreds_of_host_streams_carry_every_byte_at_once(bed: &Bed) -> Story {
         streams.push(dial(&path, PORT, deadline)?.context("the guest refused a stream")?);
     }
     // Most are short; a few are longer than all that device and guest buffer.
-    let length = |seed: u64| if seed % 50 == 0 { 1 << 20 } else { 3000 + 17 * seed as usize };
+    let length = |seed: u64| if seed.is_multiple_of(50) { 1 << 20 } else { 3000 + 17 * seed as usize };
     let talks: Vec<_> = (0..)
         .zip(streams)
         .map(|(seed, stream)| thread::spawn(move || talk(stream, seed, length(seed))))
