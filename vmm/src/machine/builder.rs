@@ -154,7 +154,17 @@ pub fn build(
     console: Arc<Mutex<Console>>,
     reporter: Arc<Reporter>,
 ) -> Result<Machine, BuildError> {
-    let Opened { kvm, mut kernel, initramfs, disks, links, share, console_log: _, control, vsock: host_programs } = opened;
+    let Opened {
+        kvm,
+        mut kernel,
+        initramfs,
+        disks,
+        links,
+        share,
+        console_log: _,
+        control,
+        vsock: host_programs,
+    } = opened;
     let regions = layout::memory_regions(config.memory_bytes());
     let memory = guest_memory::map(&regions)?;
     let resources = |what| move |source| BuildError::Resources { what, source };
