@@ -83,7 +83,7 @@ pub fn net_queue(bytes: &[u8]) {
     let cable = Arc::new(Mutex::new(Cable { accepts: 200, ..Cable::default() }));
     let limiter = || Limiter::new(None).unwrap();
     let mac = MacAddress([2, 0, 0, 0, 0, 1]);
-    let mtu = (bytes.len() % 2 == 0).then_some(9000);
+    let mtu = bytes.len().is_multiple_of(2).then_some(9000);
     let net = Net::new(Box::new(CableEnd(cable.clone())), mac, mtu, limiter(), limiter());
     queues::run(NetSubject { net, cable }, bytes);
 }

@@ -18,7 +18,7 @@ use crate::{
         queue::{QueueSetup, VirtQueue},
         rng::Rng,
         vsock::{
-            Vsock,
+            Connector as _, Vsock,
             packet::{Header, TYPE_STREAM},
             stream_model::ModelConnector,
         },
@@ -446,8 +446,14 @@ impl Subject for VsockSubject {
     }
 
     fn host(&mut self, input: &mut Input) {
+        let what = input.u8() % 6;
+        if what == 5 {
+            self.connector.dial();
+        }
         let Some(peer) = self.connector.any_peer(input.below(256)) else { return };
-        match input.u8() % 4 {
+        match what {
+            4 => peer.send(format!("CONNECT {}\n", input.u8() % 4).as_bytes()),
+            5 => {}
             0 => peer.send(&vec![7; usize::from(input.u16())]),
             1 => peer.accept(input.u16().into()),
             2 => peer.refuse(),
@@ -456,7 +462,11 @@ impl Subject for VsockSubject {
     }
 
     fn fd(&self, input: &mut Input) -> RawFd {
-        self.connector.any_peer(input.below(256)).map_or(-1, |peer| peer.fd())
+        let index = input.below(256);
+        if index.is_multiple_of(8) {
+            return self.connector.listener().unwrap_or(-1);
+        }
+        self.connector.any_peer(index).map_or(-1, |peer| peer.fd())
     }
 
     fn check(&self, watched: &Watched) {

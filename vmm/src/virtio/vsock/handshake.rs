@@ -46,6 +46,12 @@ impl<S: Stream> Handshakes<S> {
         Ok(())
     }
 
+    /// How many wait.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// Whether this descriptor belongs to one that waits.
     pub fn has(&self, fd: RawFd) -> bool {
         self.waiting.contains_key(&fd)

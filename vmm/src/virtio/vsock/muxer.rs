@@ -332,7 +332,8 @@ impl<C: Connector> Muxer<C> {
     pub(super) fn check(&self, watched: &[RawFd]) {
         let streams = self.connections.len() + self.flushing.len();
         assert!(streams <= MAX_CONNECTIONS);
-        assert_eq!(watched.len(), streams, "streams and watched file descriptors");
+        let watched = watched.iter().filter(|fd| self.connector.listener() != Some(**fd)).count();
+        assert_eq!(watched, streams + self.handshakes.len(), "streams and watched file descriptors");
         assert_eq!(self.keys.len(), self.connections.len());
         assert!(self.turns.len() <= self.connections.len(), "{} turns", self.turns.len());
         assert!(self.resets.len() <= MAX_RESETS);
