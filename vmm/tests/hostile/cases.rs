@@ -114,7 +114,7 @@ pub fn all() -> Vec<Case> {
         guest.notify(Device::Rng);
         guest.triple_fault();
     });
-    fault.end = End::Reset;
+    fault.end = End::TripleFault;
     // Three of the requests are none, if they are looked at in time.
     fault.failures = 0..=3;
     cases.push(fault);

@@ -68,7 +68,7 @@ struct Report {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum End {
     Exit(u32),
-    Reset,
+    TripleFault,
     Other(String),
 }
 
@@ -263,7 +263,7 @@ pub fn vmm(vcpus: &str, folder: &Path) -> Result<(), Box<dyn std::error::Error>>
     let report = Report {
         end: match ran {
             Ok(cloche_vmm::ExitReason::GuestExit { code }) => End::Exit(code),
-            Ok(cloche_vmm::ExitReason::GuestReset) => End::Reset,
+            Ok(cloche_vmm::ExitReason::TripleFault) => End::TripleFault,
             Ok(other) => End::Other(other.to_string()),
             Err(error) => End::Other(format!("{error}: {:?}", std::error::Error::source(&error))),
         },
