@@ -40,11 +40,24 @@ fn wait_for_resident(
     }
 }
 
+fn wait_for_console(bed: &Bed, guest: &RunningGuest, text: &str) -> Story {
+    let deadline = bed.deadline().min(Instant::now() + bed.span(60_000));
+    loop {
+        let console = guest.ask(json!({ "console": { "bytes": 4096 } }))?["console"].to_string();
+        if console.contains(text) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "the guest has not said {text:?}: {console}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
 fn balloon_takes_memory_from_the_guest_and_gives_it_back(bed: &Bed) -> Story {
     let script = format!(
         "{TOTAL}first=$(total)\n\
          dd if=/dev/zero of=/tmp/file bs=1M count={MIB} 2>/dev/null\n\
          rm /tmp/file\n\
+         echo memory was taken and freed\n\
          until [ $(total) -lt $((first - 150000)) ]; do sleep 0.1; done\n\
          echo given back\n\
          until [ $(total) -ge $first ]; do sleep 0.1; done\n\
@@ -53,8 +66,9 @@ fn balloon_takes_memory_from_the_guest_and_gives_it_back(bed: &Bed) -> Story {
     );
     let fields = json!({ "memory_mib": 256, "balloon": {} });
     let guest = Guest::new(bed)?.with(fields).controlled().start(&script)?;
-    wait_for_resident(bed, &guest, "taking memory", |now| now > MIB)?;
-    // By then it frees what it has taken.
+    // A balloon that grows while the guest fills its memory would leave it without.
+    wait_for_console(bed, &guest, "memory was taken and freed")?;
+    wait_for_resident(bed, &guest, "having taken memory", |now| now > MIB)?;
     guest.ask(json!({ "resize": { "memory_mib": 96 } }))?;
     wait_for_resident(bed, &guest, "giving memory back", |now| now < MIB)?;
     guest.ask(json!({ "resize": { "memory_mib": 256 } }))?;
