@@ -5,6 +5,8 @@
 //! it files of the host. Both are started by the engine only and are looked for before arguments are parsed, to keep
 //! the start of a VM short.
 
+#[macro_use]
+mod output;
 mod arguments;
 mod commands;
 mod render;

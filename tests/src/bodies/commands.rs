@@ -1,5 +1,8 @@
 //! The other commands: what they print, and that they agree with what runs.
 
+use std::fs::File;
+use std::process::Stdio;
+
 use anyhow::{Context as _, ensure};
 
 use crate::bed::Bed;
@@ -17,6 +20,8 @@ pub const BODIES: &[Body] = &[
     body!(doctor_reports_json).once(),
     body!(help_and_completion_are_there).once(),
     body!(kernel_command_knows_its_kernel).only(Isolation::Vm),
+    body!(reader_that_has_left_is_no_crash).once(),
+    body!(output_that_cannot_be_written_is_an_error).once(),
 ];
 
 fn two_sandboxes_live_side_by_side(bed: &Bed) -> Story {
@@ -153,5 +158,23 @@ fn kernel_command_knows_its_kernel(bed: &Bed) -> Story {
         .run()?
         .succeeds()?
         .prints("booted\n")?;
+    Ok(())
+}
+
+fn reader_that_has_left_is_no_crash(bed: &Bed) -> Story {
+    let mut child =
+        bed.cloche().args(["image", "ls"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    // Gone before the first word; both of them, since a complaint has nowhere to go either.
+    drop((child.stdout.take(), child.stderr.take()));
+    let status = child.wait()?;
+    ensure!(status.success(), "`cloche image ls | true` ended with {status}");
+    Ok(())
+}
+
+fn output_that_cannot_be_written_is_an_error(bed: &Bed) -> Story {
+    let full = File::options().write(true).open("/dev/full")?;
+    let output = bed.cloche().args(["image", "ls"]).stdout(full).stderr(Stdio::piped()).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(1) && said.contains("cannot write to stdout"), "{output:?}");
     Ok(())
 }

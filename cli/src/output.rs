@@ -1,0 +1,42 @@
+//! Printing for people and scripts that may stop listening: `cloche ps | head -n 1` is no reason to crash.
+//!
+//! The standard library's macros panic where a write fails, and a panic here aborts. These have their names and take
+//! their place in the whole crate: a reader that is gone is ignored, and whatever else goes wrong on stdout (a full
+//! disk, say) is an error.
+
+use std::{fmt, io, io::Write, process};
+
+/// Writes to stdout.
+pub fn print(text: fmt::Arguments) {
+    let mut stdout = io::stdout().lock();
+    // Flushed at once, so that the error is not lost at the process's end.
+    let written = stdout.write_fmt(text).and_then(|()| stdout.flush());
+    if let Err(error) = written
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        complain(format_args!("cloche: cannot write to stdout: {error}\n"));
+        process::exit(1);
+    }
+}
+
+/// Writes to stderr. There is nobody to tell if that fails.
+pub fn complain(text: fmt::Arguments) {
+    let _ = io::stderr().write_fmt(text);
+}
+
+macro_rules! print {
+    ($($words:tt)*) => { $crate::output::print(format_args!($($words)*)) };
+}
+
+macro_rules! println {
+    () => { print!("\n") };
+    ($($words:tt)*) => { $crate::output::print(format_args!("{}\n", format_args!($($words)*))) };
+}
+
+macro_rules! eprint {
+    ($($words:tt)*) => { $crate::output::complain(format_args!($($words)*)) };
+}
+
+macro_rules! eprintln {
+    ($($words:tt)*) => { $crate::output::complain(format_args!("{}\n", format_args!($($words)*))) };
+}
