@@ -17,6 +17,7 @@ use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
 use serde_json::{Value, json};
 
+use crate::alone;
 use crate::contender::find_program;
 use crate::cpio::Archive;
 use crate::statistics::Summary;
@@ -101,7 +102,7 @@ fn fill(disk: &Path) -> Result<()> {
 
 fn run_vmm(cloche: &Path, config: &Value) -> Result<()> {
     let mut vmm =
-        Command::new(cloche).arg("vmm").stdin(Stdio::piped()).spawn().context("start `cloche vmm`")?;
+        alone::spawn(Command::new(cloche).arg("vmm").stdin(Stdio::piped())).context("start `cloche vmm`")?;
     let written = vmm.stdin.take().context("stdin is piped")?.write_all(config.to_string().as_bytes());
     let status = vmm.wait().context("wait for `cloche vmm`")?;
     written.context("tell `cloche vmm` its configuration")?;

@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::alone;
 use crate::contender::find_program;
 use crate::stopwatch::now_ns;
 
@@ -154,7 +155,10 @@ impl Vmm {
             _ => None,
         };
         let start_ns = now_ns();
-        let mut child = command.spawn().with_context(|| format!("start {}", self.name()))?;
+        // A VMM's parent gives it a PID namespace; that is part of its start.
+        let child =
+            if matches!(self, Self::Cloche { .. }) { alone::spawn(&mut command) } else { command.spawn() };
+        let mut child = child.with_context(|| format!("start {}", self.name()))?;
         if let (Some(mut stdin), Some(config)) = (child.stdin.take(), config) {
             stdin.write_all(config.as_bytes()).context("hand over the configuration")?;
         }

@@ -3,22 +3,17 @@
 //! Whether KVM runs a Linux guest is tried, not guessed: a VM boots the guest kernel with the agent and no work. The
 //! agent then gives up by the exit port, which only a booted kernel's first process can reach.
 
-use std::{
-    fs,
-    io::{BufRead, BufReader, Write},
-    os::unix::process::CommandExt,
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::{fs, path::Path};
 
 use cloche_runtime::cgroup::Layout;
 use cloche_vmm::{
     config::{InitramfsPart, VmConfig},
     event::{Event, ExitReason, Mark},
 };
+use rustix::event::{PollFd, PollFlags};
 use serde::Serialize;
 
-use crate::isolation::vm::{kernel, kvm};
+use crate::isolation::vm::{self, kernel, kvm, process::Vmm};
 
 /// How a finding is to be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -78,6 +73,7 @@ pub fn examine() -> Report {
         Ok(()) => Finding::good("KVM", "/dev/kvm opens and the CPU shows hardware virtualisation"),
         Err(error) => Finding::bad("KVM", Verdict::Missing, error.to_string(), KVM_REMEDY),
     }];
+    vm.push(jail());
     vm.extend(linux_guest());
     let works = |findings: &[Finding]| findings.iter().all(|finding| finding.verdict != Verdict::Missing);
     let (container_works, vm_works) = (works(&container), works(&vm));
@@ -179,6 +175,35 @@ fn filesystem(name: &'static str) -> Finding {
     }
 }
 
+/// What the VMM needs to lock itself in (`cloche_vmm::jail`).
+fn jail() -> Finding {
+    let subject = "VMM's jail";
+    let sysctl = |name: &str| fs::read_to_string(Path::new("/proc/sys").join(name)).unwrap_or_default();
+    if !sysctl("kernel/seccomp/actions_avail").split_whitespace().any(|action| action == "trap") {
+        let detail = "this kernel has no seccomp filters";
+        return Finding::bad(subject, Verdict::Missing, detail, "use one with CONFIG_SECCOMP_FILTER");
+    }
+    let is_root = rustix::process::geteuid().is_root();
+    let in_the_way = [
+        ("user/max_user_namespaces", "0", "user.max_user_namespaces=10000", true),
+        ("kernel/unprivileged_userns_clone", "0", "kernel.unprivileged_userns_clone=1", !is_root),
+        (
+            "kernel/apparmor_restrict_unprivileged_userns",
+            "1",
+            "kernel.apparmor_restrict_unprivileged_userns=0",
+            !is_root,
+        ),
+    ];
+    let found = in_the_way.into_iter().find(|(name, bad, _, counts)| *counts && sysctl(name).trim() == *bad);
+    match found {
+        Some((name, bad, good, _)) => {
+            let detail = format!("{} is {bad}: user namespaces are forbidden", name.replace('/', "."));
+            Finding::bad(subject, Verdict::Missing, detail, format!("`sysctl {good}`, or run as root"))
+        }
+        None => Finding::good(subject, "seccomp filters and user namespaces are there"),
+    }
+}
+
 /// Boots the guest kernel with the agent.
 fn linux_guest() -> Option<Finding> {
     let subject = "Linux guest";
@@ -209,37 +234,39 @@ fn linux_guest() -> Option<Finding> {
 
 /// Runs a VM to its end; the time from the first guest instruction to `/init` if the guest got there.
 fn boot(config: &VmConfig) -> Result<Option<u64>, String> {
-    let mut vmm = Command::new("/proc/self/exe")
-        .arg0("cloche")
-        .arg("vmm")
-        .arg(format!("--die-with={}", std::process::id()))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(|error| format!("the VMM cannot be started: {error}"))?;
-    let json = serde_json::to_vec(config).map_err(|error| error.to_string())?;
-    if let Some(mut stdin) = vmm.stdin.take() {
-        stdin.write_all(&json).map_err(|error| format!("the VMM cannot be configured: {error}"))?;
-    }
+    let mut vmm = Vmm::spawn(config, &[]).map_err(|error| explain(&error))?;
     let (mut first, mut init) = (None, None);
-    let mut result = Err("the VMM ended unexpectedly".to_owned());
-    for line in
-        vmm.stdout.take().map(BufReader::new).into_iter().flat_map(BufRead::lines).map_while(Result::ok)
-    {
-        match serde_json::from_str(&line) {
-            Ok(Event::Mark { name: Mark::FirstInstruction, ns }) => first = Some(ns),
-            Ok(Event::Mark { name: Mark::Init, ns }) => init = Some(ns),
-            Ok(Event::Mark { .. }) | Err(_) => {}
-            Ok(Event::Exited { reason: ExitReason::GuestExit { .. }, .. }) => {
-                result = Ok(init.zip(first).map(|(init, first)| init - first));
+    let mut result = None;
+    loop {
+        let mut ready = [PollFd::from_borrowed_fd(vmm.events(), PollFlags::IN)];
+        match rustix::event::poll(&mut ready, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(format!("the VMM cannot be watched: {errno}")),
+        }
+        let (events, closed) = vmm.take_events();
+        for event in events {
+            match event {
+                Event::Mark { name: Mark::FirstInstruction, ns } => first = Some(ns),
+                Event::Mark { name: Mark::Init, ns } => init = Some(ns),
+                Event::Mark { .. } => {}
+                Event::Exited { reason: ExitReason::GuestExit { .. }, .. } => {
+                    result = Some(Ok(init.zip(first).map(|(init, first)| init - first)));
+                }
+                Event::Exited { reason, .. } => result = Some(Err(reason.to_string())),
+                Event::Failed { step, message, .. } => result = Some(Err(format!("{step}: {message}"))),
+                Event::Seccomp { call, thread } => result = Some(Err(vm::seccomp_kill(call, thread))),
             }
-            Ok(Event::Exited { reason, .. }) => result = Err(reason.to_string()),
-            Ok(Event::Failed { step, message, .. }) => result = Err(format!("{step}: {message}")),
+        }
+        if closed {
+            return result.unwrap_or_else(|| Err(format!("the VMM ended unexpectedly: {}", vmm.obituary())));
         }
     }
-    let _ = vmm.wait();
-    result
+}
+
+/// An error with its causes.
+fn explain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// What is known to make starts slower.

@@ -2,9 +2,10 @@
 #![allow(unsafe_code)]
 
 use std::{
+    ffi::{CStr, c_char},
     io,
     mem::MaybeUninit,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     ptr,
 };
 
@@ -63,6 +64,28 @@ pub fn die_with_parent() -> io::Result<()> {
     // SAFETY: this prctl takes a number and no pointer.
     let result = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Makes descriptor `target` the same as `fd`, kept at `execve`.
+pub(crate) fn dup_to(fd: OwnedFd, target: RawFd) -> io::Result<()> {
+    // SAFETY: `target` is replaced in a process that is about to become another program, where nothing owns it.
+    let result = unsafe { libc::dup2(fd.as_raw_fd(), target) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Replaces the process by the program at `path`, with an empty environment. Returns only on failure.
+pub(crate) fn execute(path: &CStr, words: &[&CStr]) -> io::Error {
+    let words: Vec<*const c_char> = words.iter().map(|word| word.as_ptr()).chain([ptr::null()]).collect();
+    let environment = [ptr::null::<c_char>()];
+    // SAFETY: `path` and all words are NUL-terminated and live, and both arrays end in a null pointer.
+    unsafe { libc::execve(path.as_ptr(), words.as_ptr(), environment.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Ends the process at once: no destructors, no flushing of buffers copied from the parent.
+pub(crate) fn exit_now(code: u8) -> ! {
+    // SAFETY: `_exit` has no preconditions.
+    unsafe { libc::_exit(code.into()) }
 }
 
 /// Largest resident set of any child waited for, in KiB (getrusage(2), `ru_maxrss`).

@@ -33,4 +33,5 @@ pub use mounts::{MountError, OptionError};
 pub use namespaces::NamespaceError;
 pub use seccomp::SeccompError;
 pub use spec_check::{SpecError, check as check_spec};
+pub use syscalls::{Cloned, clone3};
 pub use sysctls::SysctlError;

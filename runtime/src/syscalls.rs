@@ -12,7 +12,7 @@ use std::{
 };
 
 /// Which side of [`clone3`] this is.
-pub(crate) enum Cloned {
+pub enum Cloned {
     /// The new process.
     Child,
     /// The caller.
@@ -44,7 +44,7 @@ struct CloneArgs {
 /// Forks into the new namespaces `flags` (`CLONE_NEW…`) and, on cgroup v2, right into `cgroup`.
 ///
 /// The caller must be single-threaded: only then is every lock free in the child, and allocation allowed.
-pub(crate) fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+pub fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut pidfd: c_int = -1;
     let mut args = CloneArgs {
@@ -139,16 +139,6 @@ pub(crate) fn execve(path: &CStr, args: &[CString], env: &[CString]) -> io::Erro
     // SAFETY: `path` and all strings are NUL-terminated and live, and both arrays end in a null pointer.
     unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
     io::Error::last_os_error()
-}
-
-/// Installs a seccomp filter for this thread. Needs no_new_privs or CAP_SYS_ADMIN.
-pub(crate) fn seccomp_set_filter(program: &[libc::sock_filter], flags: u32) -> io::Result<()> {
-    let len = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut() };
-    // SAFETY: `program` describes a live array of `len` instructions, which the kernel only reads.
-    let result =
-        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
-    check(result)
 }
 
 /// Joins a new session keyring of this name, so that the caller's keys are out of reach.

@@ -147,7 +147,7 @@ impl<'a> Guest<'a> {
         let mut words = self.prefix.iter().map(OsStr::new).chain([cloche.as_os_str(), OsStr::new("vmm")]);
         let mut command = std::process::Command::new(words.next().context("a command has a program")?);
         command.args(words);
-        let vmm = Running::start(
+        let vmm = Running::start_alone(
             command,
             &Input::Bytes(self.config.to_string().into_bytes()),
             self.bed.deadline(),

@@ -16,6 +16,7 @@
 //!                           └──────▶ guest ──▶ cpio           boot a bare guest for tests of its devices
 //! ```
 
+mod alone;
 mod bed;
 mod bodies;
 mod cpio;

@@ -1,6 +1,6 @@
 //! A child process with its output collected, its input fed, and a deadline that cannot be missed.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 
+use crate::alone;
 use crate::finished::{Finished, show_outputs};
 use crate::procfs;
 
@@ -45,8 +46,18 @@ impl Running {
         Self::start_reading(command, input, usize::MAX, deadline)
     }
 
+    /// As [`Running::start`], in a PID namespace of its own.
+    pub fn start_alone(command: Command, input: &Input, deadline: Instant) -> Result<Self> {
+        Self::start_by(alone::spawn, command, input, usize::MAX, deadline)
+    }
+
     /// Starts a command whose standard output is closed once this many bytes of it are read.
-    pub fn start_reading(
+    pub fn start_reading(command: Command, input: &Input, longest: usize, deadline: Instant) -> Result<Self> {
+        Self::start_by(Command::spawn, command, input, longest, deadline)
+    }
+
+    fn start_by(
+        spawn: impl FnOnce(&mut Command) -> io::Result<Child>,
         mut command: Command,
         input: &Input,
         longest: usize,
@@ -55,7 +66,7 @@ impl Running {
         let text = describe(&command);
         command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.stdin(if matches!(input, Input::Null) { Stdio::null() } else { Stdio::piped() });
-        let mut child = command.spawn().with_context(|| format!("start {text}"))?;
+        let mut child = spawn(&mut command).with_context(|| format!("start {text}"))?;
         let stdout = Collector::start(child.stdout.take().context("stdout is piped")?, longest);
         let stderr = Collector::start(child.stderr.take().context("stderr is piped")?, usize::MAX);
         let mut held = child.stdin.take();

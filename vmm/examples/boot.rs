@@ -1,4 +1,4 @@
-//! Boots a microVM from a JSON configuration, for development of this crate:
+//! Boots a microVM from a JSON configuration, for development of this crate; without a jail:
 //!
 //! ```text
 //! boot '{"vcpus":1,"memory_mib":128,"kernel":"vmlinux","initramfs":["embedded"],"console_log":"/dev/stdout"}' init.cpio
@@ -8,7 +8,7 @@
 
 use std::process::ExitCode;
 
-use cloche_vmm::{ExitReason, VmConfig};
+use cloche_vmm::{ExitReason, Jail, VmConfig};
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
@@ -34,5 +34,5 @@ fn boot() -> Result<ExitReason, Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
     let config: VmConfig = serde_json::from_str(&arguments.next().ok_or("no configuration was given")?)?;
     let embedded = arguments.next().map(std::fs::read).transpose()?.unwrap_or_default();
-    Ok(cloche_vmm::run(config, &embedded)?)
+    Ok(cloche_vmm::run(config, &embedded, Jail::none())?)
 }

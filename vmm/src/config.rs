@@ -150,8 +150,19 @@ pub struct VsockConfig {
     /// `CONNECT <port>\n` and are answered `OK <port of the host>\n` when the guest accepts.
     #[serde(default)]
     pub listen_fd: Option<RawFd>,
-    /// A guest's connection to port `P` of the host is made to the unix socket `{socket_prefix}_{P}`.
-    pub socket_prefix: PathBuf,
+    /// What the guest can connect to.
+    #[serde(default)]
+    pub ports: Vec<VsockPort>,
+}
+
+/// One stream that the guest can open, once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockPort {
+    /// The host's port to which the guest connects.
+    pub port: u32,
+    /// Inherited descriptor of a connected, non-blocking stream socket: the other end of the guest's stream.
+    pub fd: RawFd,
 }
 
 /// The virtio file system device.
@@ -207,6 +218,22 @@ impl VmConfig {
     /// Guest memory in bytes.
     pub fn memory_bytes(&self) -> u64 {
         u64::from(self.memory_mib) << 20
+    }
+
+    /// Every descriptor that the process inherits for the VM.
+    pub fn inherited_fds(&self) -> Vec<RawFd> {
+        let ports = self.vsock.iter().flat_map(|vsock| &vsock.ports).map(|port| port.fd);
+        let nets = self.nets.iter().filter_map(|net| net.backend.inherited_fd());
+        let share = self.share.iter().map(|share| share.socket_fd);
+        let programs = self.vsock.iter().filter_map(|vsock| vsock.listen_fd);
+        self.events_fd
+            .into_iter()
+            .chain(self.control_fd)
+            .chain(ports)
+            .chain(nets)
+            .chain(share)
+            .chain(programs)
+            .collect()
     }
 
     /// Checks every field that can be checked without touching the host.
@@ -290,15 +317,27 @@ impl VmConfig {
         if vsock.guest_cid < 3 || vsock.guest_cid == u32::MAX {
             return Err(ConfigError::new("vsock.guest_cid", vsock.guest_cid, "3 to 4294967294"));
         }
-        // Room for `_` and the ten digits of a port in a `sockaddr_un` of 108 bytes, its final NUL included.
-        const MAX_PREFIX_BYTES: usize = 108 - 1 - 11;
-        let prefix_bytes = vsock.socket_prefix.as_os_str().len();
-        if !(1..=MAX_PREFIX_BYTES).contains(&prefix_bytes) {
-            return Err(ConfigError::new(
-                "vsock.socket_prefix",
-                format!("{:?} ({prefix_bytes} bytes)", vsock.socket_prefix),
-                format!("a path of 1 to {MAX_PREFIX_BYTES} bytes"),
-            ));
+        let mut ports = HashSet::new();
+        // Standard streams and events are not the guest's.
+        let mut fds: HashSet<RawFd> = (0..=2).chain(self.events_fd).chain(self.control_fd).collect();
+        fds.extend(vsock.listen_fd);
+        fds.extend(self.share.iter().map(|share| share.socket_fd));
+        fds.extend(self.nets.iter().filter_map(|net| net.backend.inherited_fd()));
+        for (index, VsockPort { port, fd }) in vsock.ports.iter().enumerate() {
+            if !ports.insert(port) {
+                return Err(ConfigError::new(
+                    format!("vsock.ports[{index}].port"),
+                    port,
+                    "a port that no other stream has",
+                ));
+            }
+            if *fd < 0 || !fds.insert(*fd) {
+                return Err(ConfigError::new(
+                    format!("vsock.ports[{index}].fd"),
+                    fd,
+                    "a descriptor above 2 that nothing else uses",
+                ));
+            }
         }
         Ok(())
     }
@@ -312,6 +351,10 @@ mod tests {
         DiskConfig::new("/disk", id).read_only()
     }
 
+    fn port(port: u32, fd: RawFd) -> VsockPort {
+        VsockPort { port, fd }
+    }
+
     fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
         let mut config = VmConfig::new(1, 128, "/vmlinux");
         change(&mut config);
@@ -322,7 +365,8 @@ mod tests {
     fn validate_of_plain_config_passes() {
         let mut config = VmConfig::new(MAX_VCPUS, MIN_MEMORY_MIB, "/vmlinux");
         config.disks = vec![disk("a"), disk("b")];
-        config.vsock = Some(VsockConfig { guest_cid: 3, listen_fd: None, socket_prefix: "/run/x".into() });
+        config.vsock =
+            Some(VsockConfig { guest_cid: 3, listen_fd: None, ports: vec![port(7, 3), port(8, 4)] });
         assert_eq!(config.validate(), Ok(()));
     }
 
@@ -348,13 +392,18 @@ mod tests {
     }
 
     #[test]
-    fn validate_of_vsock_refuses_reserved_cids_and_unusable_paths() {
-        let vsock = |guest_cid, prefix: String| {
-            Some(VsockConfig { guest_cid, listen_fd: None, socket_prefix: prefix.into() })
-        };
-        assert!(refused(|c| c.vsock = vsock(2, "/x".into())).starts_with("vsock.guest_cid is 2"));
-        assert!(refused(|c| c.vsock = vsock(3, String::new())).contains("(0 bytes)"));
-        assert!(refused(|c| c.vsock = vsock(3, "x".repeat(97))).contains("(97 bytes)"));
+    fn validate_of_vsock_refuses_reserved_cids_and_shared_ports_and_descriptors() {
+        let vsock = |guest_cid, ports| Some(VsockConfig { guest_cid, listen_fd: None, ports });
+        assert!(refused(|c| c.vsock = vsock(2, vec![])).starts_with("vsock.guest_cid is 2"));
+        let twice = vec![port(7, 3), port(7, 4)];
+        assert!(refused(|c| c.vsock = vsock(3, twice)).starts_with("vsock.ports[1].port is 7"));
+        for fd in [-1, 2, 5] {
+            let refused = refused(|c| {
+                c.events_fd = Some(5);
+                c.vsock = vsock(3, vec![port(7, fd)]);
+            });
+            assert!(refused.starts_with(&format!("vsock.ports[0].fd is {fd}")), "{refused}");
+        }
     }
 
     #[test]

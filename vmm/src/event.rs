@@ -1,11 +1,13 @@
 //! What a VMM process tells its parent: one JSON object a line on the inherited `events_fd`.
 //!
-//! The parent reads lines until end of file; the last one is [`Event::Exited`] or [`Event::Failed`]. End of file
-//! without either means that the process was killed. Marks are stamped when they happen and written when the event
+//! The parent reads lines until end of file; the last one is [`Event::Exited`], [`Event::Failed`] or [`Event::Seccomp`].
+//! End of file without any of them means that the process was killed. Marks are stamped when they happen and written when the event
 //! loop next has something to do, so that they cost the guest no wake-ups.
 
 use cloche_protocol::machine::GuestMark;
 use serde::{Deserialize, Serialize};
+
+use crate::jail::ThreadKind;
 
 /// One line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +38,13 @@ pub enum Event {
         message: String,
         /// As in [`Event::Exited`]; empty if the guest never ran.
         console_tail: String,
+    },
+    /// A thread tried what its seccomp filter forbids, and the kernel has killed the process.
+    Seccomp {
+        /// Number of the system call.
+        call: u32,
+        /// What the thread was for.
+        thread: ThreadKind,
     },
 }
 
@@ -168,6 +177,14 @@ pub struct Stats {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn seccomp_event_is_spelt_as_the_signal_handler_does() {
+        for thread in ThreadKind::ALL {
+            let json = format!(r#"{{"type":"seccomp","call":59,"thread":"{}"}}"#, thread.name());
+            assert_eq!(serde_json::to_string(&Event::Seccomp { call: 59, thread }).unwrap(), json);
+        }
+    }
 
     #[test]
     fn event_as_json_keeps_its_spelling() {

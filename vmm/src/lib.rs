@@ -16,6 +16,7 @@ mod backends;
 mod boot;
 mod devices;
 mod guest_memory;
+pub mod jail;
 mod machine;
 mod rate_limit;
 mod syscalls;
@@ -30,4 +31,5 @@ pub mod fuzzing;
 
 pub use config::VmConfig;
 pub use event::{Event, ExitReason};
+pub use jail::{Jail, JailError};
 pub use machine::{BuildError, CreateError, LoadError, OpenError, RunError, VmError, monotonic_ns, run};

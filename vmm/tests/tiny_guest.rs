@@ -11,7 +11,7 @@ use std::{
 };
 
 use cloche_vmm::{
-    Event, ExitReason, VmConfig,
+    Event, ExitReason, Jail, VmConfig,
     config::{DiskConfig, InitramfsPart},
     event::{Mark, PanicCause},
 };
@@ -100,7 +100,7 @@ fn run(
     config.start_timeout_ms = Some(5000);
     config.events_fd = Some(events.try_clone()?.into_raw_fd());
     change(&mut config, folder.path());
-    let result = cloche_vmm::run(config, b"embedded");
+    let result = cloche_vmm::run(config, b"embedded", Jail::none());
     let mut text = String::new();
     events.rewind()?;
     events.read_to_string(&mut text)?;
@@ -225,7 +225,7 @@ fn failure_is_reported_with_its_step() -> Result<(), Failed> {
     let path = folder.path().join("events");
     let mut config = VmConfig::new(1, 32, "/no/such/kernel");
     config.events_fd = Some(File::create(&path)?.into_raw_fd());
-    let error = cloche_vmm::run(config, b"").err().ok_or("it ran")?;
+    let error = cloche_vmm::run(config, b"", Jail::none()).err().ok_or("it ran")?;
     expect(error.step(), "open")?;
     let text = fs::read_to_string(&path)?;
     let last: Event = serde_json::from_str(text.lines().last().ok_or("no event")?)?;

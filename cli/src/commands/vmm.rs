@@ -1,5 +1,8 @@
 //! `cloche vmm`: the process of one microVM. Its configuration comes as JSON on stdin, its events go out on the
-//! descriptor that the configuration names.
+//! descriptor that the configuration names. It locks itself in (`cloche_vmm::jail`), for which it must be the first
+//! process of a PID namespace, as the engine starts it.
+//!
+//! To debug a VMM, start it by hand with `--no-jail`; nothing else passes that.
 
 use std::{
     ffi::OsString,
@@ -8,8 +11,10 @@ use std::{
 };
 
 use anyhow::Context;
-use cloche_vmm::config::VmConfig;
+use cloche_vmm::{Jail, VmConfig};
 
+/// Exit status of Rust programs that panic.
+const PANICKED: i32 = 101;
 /// Longest configuration accepted, in bytes.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
@@ -25,7 +30,16 @@ pub fn main(words: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(words: impl Iterator<Item = OsString>) -> anyhow::Result<ExitCode> {
-    super::tie_to_parent(words)?;
+    let mut jail = Jail::new();
+    for word in words {
+        anyhow::ensure!(word == "--no-jail", "unknown argument {word:?}; it takes --no-jail, for debugging");
+        jail = Jail::none();
+    }
+    std::panic::set_hook(Box::new(|panic| {
+        // Aborting, as panics otherwise end, takes system calls that the jail does not have.
+        eprintln!("cloche vmm: {panic}");
+        std::process::exit(PANICKED);
+    }));
     let mut json = Vec::new();
     io::stdin()
         .take(MAX_CONFIG_BYTES)
@@ -34,7 +48,7 @@ fn run(words: impl Iterator<Item = OsString>) -> anyhow::Result<ExitCode> {
     let config: VmConfig =
         serde_json::from_slice(&json).context("the configuration on stdin is not valid")?;
     let told = config.events_fd.is_some();
-    match cloche_vmm::run(config, cloche_engine::INITRAMFS) {
+    match cloche_vmm::run(config, cloche_engine::INITRAMFS, jail) {
         Ok(_) => Ok(ExitCode::SUCCESS),
         // Whoever reads events knows why, and says it better.
         Err(_) if told => Ok(ExitCode::FAILURE),

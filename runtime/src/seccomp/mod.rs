@@ -12,17 +12,15 @@
 //! unless the default action kills. Other architectures that the policy lists are therefore never let in, and
 //! listing them asks for nothing that could be lost but their use.
 
-mod bpf;
-mod syscall_table;
-
 use std::io;
 
+use cloche_seccomp::{
+    bpf::{self, Comparison, Condition, Decision, Policy, Rule},
+    syscall_table,
+};
 use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
 };
-
-use crate::syscalls;
-use bpf::{Comparison, Condition, Decision, Policy, Rule};
 
 /// Why a seccomp policy could not be compiled or installed.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +91,7 @@ impl Filter {
 
     /// Puts the filter into force for this thread and all that it becomes. Needs no_new_privs or CAP_SYS_ADMIN.
     pub(crate) fn install(&self) -> Result<(), SeccompError> {
-        syscalls::seccomp_set_filter(&self.program, self.flags)
+        cloche_seccomp::install(&self.program, self.flags)
             .map_err(|source| SeccompError::Install { instructions: self.program.len(), source })
     }
 }
@@ -196,7 +194,5 @@ fn strictness(action: u32) -> i32 {
     (action & libc::SECCOMP_RET_ACTION_FULL) as i32
 }
 
-#[cfg(test)]
-mod interpreter;
 #[cfg(test)]
 mod tests;

@@ -6,11 +6,12 @@ use oci_spec::runtime::{
 };
 use proptest::prelude::*;
 
-use super::{
+use cloche_seccomp::{
     bpf::{AUDIT_ARCH_X86_64, X32_SYSCALL_BIT},
     interpreter::{Call, run},
-    *,
 };
+
+use super::*;
 
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
 const EPERM: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
@@ -145,7 +146,7 @@ fn any_call_of_a_policy_of_hundreds_costs_few_instructions() {
 }
 
 fn name_of(number: u32) -> Option<&'static str> {
-    syscall_table::names().find(|name| syscall_table::number(name) == Some(number))
+    syscall_table::name(number)
 }
 
 /// Reads the rules as `config-linux.md#seccomp` and the module's own documentation say.

@@ -1,36 +1,32 @@
 //! Unix stream sockets, for the socket device.
 
 use std::{
+    collections::HashMap,
     io,
     net::Shutdown,
     os::{
-        fd::{AsFd, AsRawFd, RawFd},
-        unix::{
-            ffi::OsStrExt,
-            net::{UnixListener, UnixStream},
-        },
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+        unix::net::{UnixListener, UnixStream},
     },
-    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with,
-};
+use rustix::net::{RecvFlags, SendFlags, send};
 use vm_memory::VolatileSlice;
 
 use crate::guest_memory;
 
-/// Sockets `{prefix}_{port}`.
+/// One connected socket for each port. A port can be taken once: whoever is at the other end waits for one stream.
 #[derive(Debug)]
 pub struct Sockets {
-    prefix: PathBuf,
+    ports: Mutex<HashMap<u32, OwnedFd>>,
     listener: Option<UnixListener>,
 }
 
 impl Sockets {
-    /// With this prefix.
-    pub fn new(prefix: &Path) -> Self {
-        Self { prefix: prefix.to_owned(), listener: None }
+    /// With these ports.
+    pub fn new(ports: Vec<(u32, OwnedFd)>) -> Self {
+        Self { ports: Mutex::new(ports.into_iter().collect()), listener: None }
     }
 
     /// The same, also taking host programs that connect here; the listener is non-blocking.
@@ -51,15 +47,10 @@ impl Sockets {
         Ok(Socket { stream })
     }
 
-    /// Connects to the socket of a port. Never waits: a listener whose backlog is full counts as absent.
+    /// Takes the socket of a port.
     pub fn connect(&self, port: u32) -> io::Result<Socket> {
-        let mut path = self.prefix.as_os_str().as_bytes().to_vec();
-        path.extend(format!("_{port}").bytes());
-        let address = SocketAddrUnix::new(path.as_slice())?;
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        connect(&socket, &address)?;
-        Ok(Socket { stream: UnixStream::from(socket) })
+        let taken = self.ports.lock().unwrap_or_else(PoisonError::into_inner).remove(&port);
+        taken.map(|fd| Socket { stream: fd.into() }).ok_or_else(|| io::ErrorKind::ConnectionRefused.into())
     }
 }
 
@@ -110,12 +101,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn connect_to_listening_port_moves_bytes_both_ways() {
-        let folder = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(folder.path().join("vsock_7")).unwrap();
-        let sockets = Sockets::new(&folder.path().join("vsock"));
-        let mut ours = sockets.connect(7).unwrap();
-        let (mut theirs, _) = listener.accept().unwrap();
+    fn connect_to_a_port_moves_bytes_both_ways() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut ours = Sockets::new(vec![(7, ours.into())]).connect(7).unwrap();
         let memory = guest_memory::map(&[(GuestAddress(0), 4096)]).unwrap();
         let buffer = [memory.get_slice(GuestAddress(0), 4).unwrap()];
         assert_eq!(ours.read(&buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
@@ -137,7 +126,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("vsock")).unwrap();
         listener.set_nonblocking(true).unwrap();
-        let sockets = Sockets::new(&folder.path().join("vsock")).listening(Some(listener));
+        let sockets = Sockets::new(Vec::new()).listening(Some(listener));
         assert!(sockets.listener().is_some());
         assert_eq!(sockets.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
         let mut theirs = UnixStream::connect(folder.path().join("vsock")).unwrap();
@@ -149,9 +138,10 @@ mod tests {
     }
 
     #[test]
-    fn connect_to_port_without_listener_fails() {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(Sockets::new(&folder.path().join("vsock")).connect(7).is_err());
-        assert!(Sockets::new(Path::new(&"x".repeat(200))).connect(7).is_err());
+    fn connect_to_unknown_or_taken_port_is_refused() {
+        let sockets = Sockets::new(vec![(7, UnixStream::pair().unwrap().0.into())]);
+        assert_eq!(sockets.connect(8).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        sockets.connect(7).unwrap();
+        assert_eq!(sockets.connect(7).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 }

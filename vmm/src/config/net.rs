@@ -47,7 +47,7 @@ pub enum NetBackend {
 }
 
 impl NetBackend {
-    fn inherited_fd(&self) -> Option<RawFd> {
+    pub(super) fn inherited_fd(&self) -> Option<RawFd> {
         match self {
             Self::TapFd(fd) | Self::SocketFd(fd) => Some(*fd),
             Self::TapName(_) | Self::SocketPath(_) => None,

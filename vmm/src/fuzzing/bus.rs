@@ -3,7 +3,6 @@
 
 use std::{
     io,
-    path::Path,
     sync::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicU64, Ordering},
@@ -80,11 +79,10 @@ fn machine() -> &'static Mutex<Machine> {
         disk.as_file().set_len(8192).unwrap();
         let opened = Disk::open(disk.as_path(), DiskOptions::default()).unwrap();
         disk.remove().unwrap();
-        let devices: [Box<dyn Device>; DEVICES as usize] = [
-            Box::new(Rng),
-            Box::new(Block::new(opened, "disk", None).unwrap()),
-            Box::new(Vsock::new(3, Sockets::new(Path::new("/nonexistent/vsock")))),
-        ];
+        let (block, work) = Block::new(opened, "disk", None).unwrap();
+        work.map(thread::spawn);
+        let devices: [Box<dyn Device>; DEVICES as usize] =
+            [Box::new(Rng), Box::new(block), Box::new(Vsock::new(3, Sockets::new(Vec::new())))];
         let mut events = EventManager::<Box<dyn MutEventSubscriber + Send>>::new().unwrap();
         let mut transports = Vec::new();
         for device in devices {

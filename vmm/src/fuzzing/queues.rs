@@ -350,7 +350,9 @@ pub fn block_queue(bytes: &[u8]) {
         let file = TempFile::new().unwrap();
         file.as_file().set_len(SECTORS * SECTOR_BYTES).unwrap();
         let disk = Disk::open(file.as_path(), DiskOptions::default()).unwrap();
-        BlockSubject { block: Block::new(disk, "disk", None).unwrap(), file }
+        let (block, work) = Block::new(disk, "disk", None).unwrap();
+        work.map(std::thread::spawn);
+        BlockSubject { block, file }
     });
     // It is kept for the next run; only its content differs then, which no run depends on.
     DISK.set(MEMORY.with(|memory| {

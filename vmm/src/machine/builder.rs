@@ -1,15 +1,17 @@
 //! From open files to a machine that is ready to run.
 //!
 //! ```text
-//!   main thread            memory ──▶ kernel, initramfs, tables ───────────┐
-//!                             └─▶ thread: VM, irqchip, slots, vCPUs, fds ──┴─▶ registers ──▶ Machine
+//!   main thread            memory ──▶ jail ──▶ kernel, initramfs, tables ──┐
+//!                             ├─▶ thread: VM, irqchip, slots, vCPUs, fds ──┴─▶ registers ──▶ Machine
+//!                             └─▶ threads of vCPUs, which wait for theirs
 //! ```
 //! The two sides are independent, and KVM's is mostly waiting: KVM_CREATE_VM alone waits some 10 ms for the host's RCU.
+//! So the jail is closed meanwhile, and all threads are made before it is.
 
 use std::{
     fs::File,
     io,
-    os::unix::net::UnixListener,
+    os::{fd::OwnedFd, unix::net::UnixListener},
     path::PathBuf,
     sync::{Arc, Mutex, atomic::AtomicUsize},
     thread,
@@ -26,7 +28,7 @@ use super::{
     open::Opened,
     report::Reporter,
     requests::Subject,
-    vcpu::{Endings, Shared},
+    vcpu::{self, Endings, Shared, VcpuThread},
 };
 use crate::{
     backends::socket::Sockets,
@@ -45,6 +47,8 @@ use crate::{
     },
     event::Mark,
     guest_memory::{self, GuestMemory, MapError},
+    jail::{Jail, JailError, ThreadKind},
+    syscalls,
     virtio::{
         balloon::Balloon,
         block::Block,
@@ -64,16 +68,21 @@ use crate::{
 /// Further devices share them, which the lines' pulses allow: each pulse makes the driver look at all its devices.
 const VIRTIO_LINES: [u32; 17] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
 
+/// A disk's thread needs no more: it moves no data itself.
+const DISK_STACK_BYTES: usize = 64 * 1024;
+
 /// A machine that has not run yet.
 pub struct Machine {
     /// Holds irqfds and ioeventfds; closed last.
     pub vm: Arc<VmFd>,
-    /// vCPUs by index.
-    pub vcpus: Vec<VcpuFd>,
+    /// vCPUs by index, and the threads that wait for them.
+    pub vcpus: Vec<(VcpuFd, VcpuThread)>,
     /// Devices for the event loop.
     pub workers: Vec<Worker>,
     /// Signalled when the machine ends.
     pub end: EventFd,
+    /// Readable when SIGTERM has come.
+    pub terminate: OwnedFd,
     /// Signalled when the last vCPU parks.
     pub all_parked: EventFd,
     /// Where clients of the control socket connect.
@@ -145,17 +154,23 @@ pub enum BuildError {
     /// Guest memory's content.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// The process could not be locked in.
+    #[error(transparent)]
+    Jail(#[from] JailError),
 }
 
-/// Builds the machine; the console log stays with the caller.
+/// Builds the machine and closes the jail; the console log stays with the caller.
 pub fn build(
     config: &VmConfig,
     opened: Opened,
+    jail: &mut Jail,
     console: Arc<Mutex<Console>>,
     reporter: Arc<Reporter>,
 ) -> Result<Machine, BuildError> {
+    let limits = opened.limits(config.vcpus);
     let Opened {
         kvm,
+        ports,
         mut kernel,
         initramfs,
         disks,
@@ -170,10 +185,11 @@ pub fn build(
     let resources = |what| move |source| BuildError::Resources { what, source };
 
     let mut devices = Devices::new(&memory);
+    let mut disk_work = Vec::new();
     for (disk, its) in disks.into_iter().zip(&config.disks) {
-        Block::new(disk, &its.id, its.limit)
-            .and_then(|block| devices.add(Box::new(block)))
-            .map_err(resources("a block device"))?;
+        let (block, work) = Block::new(disk, &its.id, its.limit).map_err(resources("a block device"))?;
+        devices.add(Box::new(block)).map_err(resources("a block device"))?;
+        disk_work.extend(work);
     }
     for (link, net) in links.into_iter().zip(&config.nets) {
         let limiter = |limit| Limiter::new(limit).map_err(resources("a network device"));
@@ -190,7 +206,7 @@ pub fn build(
     }
     let mut last_words = None;
     if let Some(vsock) = &config.vsock {
-        let device = Vsock::new(vsock.guest_cid, Sockets::new(&vsock.socket_prefix).listening(host_programs));
+        let device = Vsock::new(vsock.guest_cid, Sockets::new(ports).listening(host_programs));
         let buffered = device.buffered();
         let doorbell = devices.add(Box::new(device)).map_err(resources("the socket device"))?;
         last_words = Some(LastWords { doorbell, buffered });
@@ -206,39 +222,59 @@ pub fn build(
     let serial_interrupt = serial_line.try_clone().map_err(resources("the serial port"))?;
     devices.wiring.interrupts.push((serial_line, serial::INTERRUPT_LINE));
 
-    let wiring = &devices.wiring;
-    let (created, loaded) = thread::scope(|scope| {
-        let creating = thread::Builder::new().name("kvm-setup".into()).spawn_scoped(scope, || {
-            let created = create(&kvm, &memory, config.vcpus, wiring);
-            reporter.mark(Mark::KvmReady);
-            created
-        });
-        let loaded = load(config, &memory, &mut kernel, initramfs, &devices);
-        reporter.mark(Mark::KernelLoaded);
-        (creating.map(thread::ScopedJoinHandle::join), loaded)
-    });
-    let start = loaded?;
-    let created = created.map_err(resources("a thread"))?;
-    let (vm, vcpus) = created
-        .map_err(|_| io::Error::other("it panicked"))
-        .map_err(resources("the virtual machine in a thread"))??;
-    if let Some(boot_vcpu) = vcpus.first() {
-        cpu::set_registers(boot_vcpu, start.entry, start.page_tables)
-            .map_err(|source| CreateError { call: "setting the boot vCPU's registers", source })?;
-    }
-
+    let Devices { workers, transports, counters, lines, wiring, .. } = devices;
     let end = EventFd::new(EFD_NONBLOCK).map_err(resources("the event loop"))?;
     let wake = end.try_clone().map_err(resources("the event loop"))?;
     let all_parked = EventFd::new(EFD_NONBLOCK).map_err(resources("the event loop"))?;
     let parked = all_parked.try_clone().map_err(resources("the event loop"))?;
     let gate = Gate::new(config.vcpus.into(), parked);
-    let Devices { workers, transports, counters, .. } = devices;
     let bus = Bus::new(SerialPort::new(Box::new(IrqFd(serial_interrupt)), console.clone()), transports);
-    let shared = Arc::new(Shared::new(bus, Endings::new(wake), reporter, gate, config.vcpus));
+    let shared = Arc::new(Shared::new(bus, Endings::new(wake), reporter.clone(), gate, config.vcpus));
+    // Before there are other threads: it blocks the signal for those to come.
+    let terminate = syscalls::sigterm_fd().map_err(resources("SIGTERM"))?;
+    kvm_memory::install_kick_handler().map_err(resources("the signal of vCPU threads"))?;
+
+    let ((vm, vcpus), threads, start) = thread::scope(|scope| {
+        let setting_up = jail.confined(ThreadKind::KvmSetup, || {
+            let created = create(&kvm, &memory, config.vcpus, &wiring);
+            reporter.mark(Mark::KvmReady);
+            created
+        });
+        let setting_up = thread::Builder::new()
+            .name("kvm-setup".into())
+            .spawn_scoped(scope, setting_up)
+            .map_err(resources("a thread"))?;
+        let load_jailed = || {
+            jail.leave_host()?;
+            for work in disk_work {
+                let work = jail.confined(ThreadKind::Disk, work);
+                let disk = thread::Builder::new().name("disk".into()).stack_size(DISK_STACK_BYTES);
+                disk.spawn(work).map_err(resources("a disk's thread"))?;
+            }
+            let threads = (0..config.vcpus).map(|index| vcpu::spawn(index, jail, &shared));
+            let threads: Vec<_> = threads.collect::<Result<_, _>>().map_err(resources("a vCPU's thread"))?;
+            jail.close(limits)?;
+            let start = load(config, &memory, &mut kernel, initramfs, &lines, &wiring)?;
+            reporter.mark(Mark::KernelLoaded);
+            Ok::<_, BuildError>((threads, start))
+        };
+        let loaded = load_jailed();
+        // In any case: a thread whose result nobody takes would have to close it, and has no right to.
+        let created = setting_up.join().ok().flatten();
+        let (threads, start) = loaded?;
+        // A thread without its filter has made `close` fail.
+        let created = created.ok_or_else(|| io::Error::other("its thread panicked"));
+        Ok::<_, BuildError>((created.map_err(resources("the virtual machine"))??, threads, start))
+    })?;
+    if let Some(boot_vcpu) = vcpus.first() {
+        cpu::set_registers(boot_vcpu, start.entry, start.page_tables)
+            .map_err(|source| CreateError { call: "setting the boot vCPU's registers", source })?;
+    }
+    let vcpus = vcpus.into_iter().zip(threads).collect();
     let kvm = kvm_memory::vm_statistics(&vm);
     let vm = Arc::new(vm);
     let subject = Subject { shared, console, memory, balloon, devices: counters, kvm, vm: vm.clone() };
-    Ok(Machine { vm, vcpus, workers, end, all_parked, listener: control, subject, last_words })
+    Ok(Machine { vm, vcpus, workers, end, terminate, all_parked, listener: control, subject, last_words })
 }
 
 /// An interrupt line that KVM pulses when the eventfd is signalled.
@@ -352,17 +388,18 @@ fn load(
     memory: &GuestMemory,
     kernel: &mut File,
     initramfs: Vec<Part>,
-    devices: &Devices<'_>,
+    lines: &[u32],
+    wiring: &Wiring,
 ) -> Result<Start, LoadError> {
     let regions = layout::memory_regions(config.memory_bytes());
     let low_memory_bytes = regions.first().map_or(0, |(_, bytes)| *bytes);
     let usable = layout::usable_ranges(&regions);
-    let line = cmdline::build(config.vcpus, &devices.lines, &config.cmdline_extra)?;
+    let line = cmdline::build(config.vcpus, lines, &config.cmdline_extra)?;
     let kernel = kernel::load(memory, kernel, low_memory_bytes)
         .map_err(|source| LoadError::Kernel { path: config.kernel.clone(), source })?;
     let initramfs = initramfs::load(memory, initramfs, kernel.end, kernel.initramfs_limit)?;
     boot::write_cmdline(memory, &line)?;
-    mp_table::write(memory, config.vcpus, devices.wiring.interrupts.iter().map(|(_, line)| *line))?;
+    mp_table::write(memory, config.vcpus, wiring.interrupts.iter().map(|(_, line)| *line))?;
     let page_tables = match (kernel.entry, kernel.setup_header) {
         (EntryPoint::Linux64 { .. }, Some(header)) => {
             bzimage::write_zero_page(memory, &header, &usable, initramfs)?;

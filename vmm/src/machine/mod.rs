@@ -1,10 +1,11 @@
 //! A machine from its configuration to its end.
 //!
 //! ```text
-//!  validate ──▶ open ──▶ build (create-vm ∥ load-kernel) ──▶ run ──▶ ended
-//!      └──────────┴─────────────┴───────── VmError ◀──────────┘
+//!  validate ──▶ open ──▶ build (create-vm ∥ jail, load-kernel) ──▶ run ──▶ ended
+//!      └──────────┴─────────────────┴──────────── VmError ◀────────┘
 //! ```
-//! Files are opened in `open` only; guest code runs in `run` only.
+//! Files are opened in `open` only; what a guest's maker wrote is read in the closed jail only (see [`crate::jail`]);
+//! guest code runs in `run` only.
 
 mod builder;
 mod bus;
@@ -42,6 +43,7 @@ use crate::{
     config::{ConfigError, VmConfig},
     devices::console::Console,
     event::{CONSOLE_TAIL_BYTES, Event, ExitReason, Mark, Stats},
+    jail::{Jail, JailError},
     syscalls,
 };
 
@@ -71,6 +73,9 @@ pub enum VmError {
     /// A file.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The process could not be locked in.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// The machine.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -94,6 +99,7 @@ impl VmError {
         match self {
             Self::Config(_) | Self::HostMemory { .. } => "validate",
             Self::EventsFd { .. } | Self::Open(_) => "open",
+            Self::Jail(_) | Self::Build(BuildError::Jail(_)) => "jail",
             Self::Build(BuildError::Create(_)) => "create-vm",
             Self::Build(BuildError::Load(_)) => "load-kernel",
             Self::Build(_) | Self::Resources { .. } => "build",
@@ -106,13 +112,19 @@ impl VmError {
 /// now on. SIGTERM is blocked and ends the VM; guest memory stays mapped until the process ends.
 ///
 /// Marks and the end, whichever it is, are also written to the configuration's `events_fd`.
-pub fn run(config: VmConfig, embedded_initramfs: &[u8]) -> Result<ExitReason, VmError> {
+///
+/// The process locks itself into `jail` on the way. If that is one, the process can do nothing useful afterwards but
+/// exit, and every descriptor that `config` does not name is closed.
+pub fn run(config: VmConfig, embedded_initramfs: &[u8], mut jail: Jail) -> Result<ExitReason, VmError> {
     let entered = Event::Mark { name: Mark::VmmEntry, ns: monotonic_ns() };
+    let locked_in = jail.enter(&config.inherited_fds(), config.events_fd);
     let events = config.events_fd.map(take_events_fd).transpose()?;
     let reporter = Arc::new(Reporter::new(events));
     reporter.push(entered);
     let console = Arc::new(Mutex::new(Console::default()));
-    let ran = build_and_run(&config, embedded_initramfs, &console, &reporter);
+    let ran = locked_in
+        .map_err(VmError::from)
+        .and_then(|()| build_and_run(&config, embedded_initramfs, &mut jail, &console, &reporter));
     let console_tail = console.lock().unwrap_or_else(PoisonError::into_inner).tail(CONSOLE_TAIL_BYTES);
     let (result, event, vm) = match ran {
         Ok((reason, stats, vm)) => {
@@ -138,13 +150,15 @@ fn take_events_fd(fd: i32) -> Result<OwnedFd, VmError> {
 fn build_and_run(
     config: &VmConfig,
     embedded_initramfs: &[u8],
+    jail: &mut Jail,
     console: &Arc<Mutex<Console>>,
     reporter: &Arc<Reporter>,
 ) -> Result<(ExitReason, Stats, Arc<VmFd>), VmError> {
     validate(config)?;
     let mut opened = open::open(config, embedded_initramfs)?;
     let console_log = opened.console_log.take();
-    let machine = builder::build(config, opened, console.clone(), reporter.clone())?;
+    jail.become_nobody(config.events_fd)?;
+    let machine = builder::build(config, opened, jail, console.clone(), reporter.clone())?;
     // The archive is in guest memory by now, and was the largest part of this process besides.
     let tidy = || syscalls::forget_constant(embedded_initramfs);
     let Ended { ending, stats, vm } = supervisor::run(machine, config.start_timeout_ms, tidy)?;

@@ -1,10 +1,13 @@
-//! The open phase: every file that a VM needs is opened here, before anything of the VM exists. After it, a process
-//! that locks itself in needs no path any more (the vsock device's connects excepted).
+//! The open phase: every file that a VM needs is opened here, and every descriptor that it inherited is taken, before
+//! anything of the VM exists. After it, the process needs no path any more, and the jail takes them all away.
 
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::{fd::RawFd, unix::net::UnixListener},
+    os::{
+        fd::{OwnedFd, RawFd},
+        unix::net::UnixListener,
+    },
     path::PathBuf,
 };
 
@@ -12,14 +15,16 @@ use kvm_ioctls::{Cap, Kvm};
 
 use crate::{
     backends::{
-        disk::{Disk, DiskError, DiskOptions},
+        disk::{Disk, DiskError, DiskOptions, SECTOR_BYTES},
         frame_socket::FrameSocket,
         link::Link,
         share::Channel,
         tap::{Tap, TapError},
     },
     boot::initramfs::Part,
-    config::{DiskCache, InitramfsPart, NetBackend, VmConfig},
+    config::{DiskCache, InitramfsPart, NetBackend, VmConfig, VsockPort},
+    control::api::MAX_CLIENTS,
+    jail::Limits,
     syscalls::{self, take_inherited_fd},
 };
 
@@ -40,6 +45,8 @@ const REQUIRED_CAPABILITIES: [(Cap, &str); 6] = [
 pub struct Opened<'a> {
     /// `/dev/kvm`.
     pub kvm: Kvm,
+    /// The socket device's streams, by the port that the guest connects to.
+    pub ports: Vec<(u32, OwnedFd)>,
     /// The kernel's file.
     pub kernel: File,
     /// The initramfs.
@@ -56,6 +63,27 @@ pub struct Opened<'a> {
     pub control: Option<UnixListener>,
     /// Where host programs connect that want a stream into the guest.
     pub vsock: Option<UnixListener>,
+}
+
+/// Bytes of the console that are kept and may be written to the console log.
+const CONSOLE_LOG_BYTES: u64 = 64 << 10;
+
+impl Opened<'_> {
+    /// What the devices behind these files need, while the guest of so many vCPUs runs.
+    pub fn limits(&self, vcpus: u8) -> Limits {
+        let written = self.disks.iter().filter(|disk| !disk.read_only());
+        let largest = written.map(|disk| disk.sectors() * SECTOR_BYTES).max();
+        // Host programs that reach into the guest, which the socket device bounds, and those that have not said yet
+        // where they want to.
+        const HOST_PROGRAMS: u32 = 1024;
+        let host_programs = self.vsock.as_ref().map_or(0, |_| HOST_PROGRAMS);
+        // For the VM and each vCPU its own descriptor and that of its statistics, the event loop's, clients of the
+        // control socket, and some leeway for what closes late.
+        Limits {
+            file_bytes: largest.unwrap_or(0).max(CONSOLE_LOG_BYTES),
+            more_files: 16 + 2 * u32::from(vcpus) + MAX_CLIENTS as u32 + host_programs,
+        }
+    }
 }
 
 /// Why something could not be opened.
@@ -96,6 +124,17 @@ pub enum OpenError {
         /// Its field in the configuration.
         field: &'static str,
         /// Its number.
+        fd: RawFd,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// An inherited descriptor.
+    #[error("the descriptor {fd} for vsock port {port} cannot be used")]
+    Port {
+        /// The port.
+        port: u32,
+        /// The descriptor's number.
         fd: RawFd,
         /// Why not.
         #[source]
@@ -144,7 +183,12 @@ pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opene
         };
         Disk::open(&disk.path, options).map_err(|source| OpenError::Disk { path: disk.path.clone(), source })
     });
+    let ports = config.vsock.iter().flat_map(|vsock| &vsock.ports).map(|&VsockPort { port, fd }| {
+        let taken = syscalls::take_inherited_fd(fd);
+        taken.map(|fd| (port, fd)).map_err(|source| OpenError::Port { port, fd, source })
+    });
     Ok(Opened {
+        ports: ports.collect::<Result<_, _>>()?,
         kernel: open_kernel(config)?,
         initramfs: initramfs.collect::<Result<_, _>>()?,
         disks: disks.collect::<Result<_, _>>()?,

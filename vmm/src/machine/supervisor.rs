@@ -5,7 +5,6 @@ use std::{
     os::fd::{AsRawFd, RawFd},
     rc::Rc,
     sync::{Arc, atomic::Ordering},
-    thread,
     time::Duration,
 };
 
@@ -15,12 +14,11 @@ use kvm_ioctls::VmFd;
 use super::{
     VmError,
     builder::{LastWords, Machine},
-    kvm,
     plane::{Plane, Watched},
     requests::Controls,
-    vcpu::{self, Ending, RunError, Shared},
+    vcpu::{Ending, RunError, Shared},
 };
-use crate::{event::Stats, syscalls};
+use crate::event::Stats;
 
 /// A machine that has run: no thread and no device of it is left.
 pub struct Ended {
@@ -35,13 +33,11 @@ pub struct Ended {
 /// Runs the machine until something ends it. `tidy` is called when the guest runs already.
 pub fn run(machine: Machine, start_timeout_ms: Option<u64>, tidy: impl FnOnce()) -> Result<Ended, VmError> {
     let resources = |what| move |source| VmError::Resources { what, source };
-    let Machine { vm, vcpus, workers, end, all_parked, listener, subject, last_words } = machine;
+    let Machine { vm, vcpus, workers, end, terminate, all_parked, listener, subject, last_words } = machine;
     let shared = subject.shared.clone();
-    kvm::install_kick_handler().map_err(resources("the signal of vCPU threads"))?;
     let watched = Watched {
         end,
-        // Before there are other threads: it blocks the signal for those to come.
-        terminate: syscalls::sigterm_fd().map_err(resources("SIGTERM"))?,
+        terminate,
         all_parked,
         start_timeout: start_timeout_ms.map(Duration::from_millis),
         listener,
@@ -59,19 +55,8 @@ pub fn run(machine: Machine, start_timeout_ms: Option<u64>, tidy: impl FnOnce())
         events.add_subscriber(Box::new(worker));
     }
 
-    for (index, vcpu) in (0..).zip(vcpus) {
-        let its = shared.clone();
-        let thread =
-            thread::Builder::new().name(format!("vcpu{index}")).spawn(move || vcpu::run(index, vcpu, &its));
-        match thread {
-            Ok(thread) => plane.controls().add_thread(thread),
-            Err(source) => {
-                plane.controls().stop_vcpus();
-                drop(events);
-                plane.into_controls().join();
-                return Err(VmError::Resources { what: "a vCPU's thread", source });
-            }
-        }
+    for (vcpu, thread) in vcpus {
+        plane.controls().add_thread(thread.start(vcpu));
     }
     tidy();
     let ending = loop {

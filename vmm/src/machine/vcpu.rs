@@ -1,14 +1,21 @@
 //! A vCPU's thread: run guest code until it needs this process, serve it, repeat.
 //!
+//! The thread is there before its vCPU, since the jail lets no thread be made later.
+//!
 //! ```text
 //!   KVM_RUN ──▶ exit: I/O ──▶ Bus ──▶ KVM_RUN …
 //!      │          └ exit port, reset, error ──▶ Endings, thread ends
 //!      └ kicked ──▶ Gate: sleep while paused, thread ends when told to stop
 //! ```
 
-use std::sync::{
-    Arc, Mutex, OnceLock, PoisonError,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+use std::{
+    io,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc::{SyncSender, sync_channel},
+    },
+    thread::{self, JoinHandle},
 };
 
 use cloche_protocol::machine::GuestMark;
@@ -26,6 +33,7 @@ use crate::{
     control::api::VcpuStats,
     devices::control,
     event::{Mark, Stats},
+    jail::{Jail, ThreadKind},
     syscalls::ThreadClock,
 };
 
@@ -210,8 +218,39 @@ impl Shared {
     }
 }
 
+/// A thread that waits for its vCPU.
+pub struct VcpuThread {
+    thread: JoinHandle<()>,
+    vcpu: SyncSender<VcpuFd>,
+}
+
+/// Starts the thread of vCPU `index`.
+pub fn spawn(index: u8, jail: &mut Jail, shared: &Arc<Shared>) -> io::Result<VcpuThread> {
+    let (vcpu, given) = sync_channel(1);
+    let shared = shared.clone();
+    let work = jail.confined(ThreadKind::Vcpu, move || {
+        // Without a vCPU, the machine was given up.
+        if let Ok(vcpu) = given.recv() {
+            run(index, vcpu, &shared);
+        }
+    });
+    let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+        work();
+    })?;
+    Ok(VcpuThread { thread, vcpu })
+}
+
+impl VcpuThread {
+    /// Lets the vCPU run.
+    pub fn start(self, vcpu: VcpuFd) -> JoinHandle<()> {
+        // It is waiting; nothing else has been sent to it.
+        let _ = self.vcpu.send(vcpu);
+        self.thread
+    }
+}
+
 /// Runs vCPU `index` on this thread until the machine ends.
-pub fn run(index: u8, mut vcpu: VcpuFd, shared: &Shared) {
+fn run(index: u8, mut vcpu: VcpuFd, shared: &Shared) {
     let Some(counters) = shared.vcpus.get(usize::from(index)) else { return };
     let _ = counters.clock.set(ThreadClock::own());
     if let Some(statistics) = kvm::vcpu_statistics(&vcpu) {

@@ -119,6 +119,8 @@ fn paused_machine_stands_still_and_goes_on() -> Result<(), Failed> {
     let story = |remote: Remote| {
         remote.wait_for_progress()?;
         expect(remote.state(Request::Pause)?, RunState::Paused)?;
+        // A thread that has said that it parks still has to fall asleep.
+        thread::sleep(Duration::from_millis(50));
         let before = remote.stats()?;
         thread::sleep(Duration::from_millis(100));
         let after = remote.stats()?;

@@ -8,7 +8,10 @@
 use std::{
     fs,
     io::{Read, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    os::{
+        fd::AsRawFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
@@ -20,7 +23,7 @@ use std::{
 };
 
 use cloche_vmm::{
-    VmConfig,
+    Jail, VmConfig,
     config::{DiskConfig, NetConfig, VsockConfig},
 };
 use libtest_mimic::Failed;
@@ -112,7 +115,10 @@ pub fn run(guest: &Guest, setting: &Setting) -> Result<Ended, Failed> {
     let mut disk = b"SECTOR00".to_vec();
     disk.resize(64 << 10, 0x5a);
     fs::write(folder.path().join("disk"), disk)?;
-    let listener = UnixListener::bind(folder.path().join(format!("vsock_{SERVED}")))?;
+    let (ours, theirs) = UnixStream::pair()?;
+    theirs.set_nonblocking(true)?;
+    // The VMM inherits it under the same number.
+    rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty())?;
     let cable = UnixListener::bind(folder.path().join("net"))?;
     let echoing = thread::spawn(move || echo(&cable));
     let served = Arc::new(AtomicUsize::new(0));
@@ -120,16 +126,18 @@ pub fn run(guest: &Guest, setting: &Setting) -> Result<Ended, Failed> {
     let serving = {
         let (served, host) = (served.clone(), setting.host);
         let ended = ended.clone();
-        thread::spawn(move || serve(&listener, host, &served, &ended))
+        thread::spawn(move || serve(ours, host, &served, &ended))
     };
 
     let mut child = Command::new(std::env::current_exe()?)
         .args([VMM_ARGUMENT, &setting.vcpus.to_string()])
         .arg(folder.path())
+        .arg(theirs.as_raw_fd().to_string())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
+    drop(theirs);
     let output = reader(child.stdout.take());
     let errors = reader(child.stderr.take());
     let deadline = Instant::now() + PATIENCE;
@@ -152,8 +160,6 @@ pub fn run(guest: &Guest, setting: &Setting) -> Result<Ended, Failed> {
     // It has ended, unless the VMM never came to it.
     drop(UnixStream::connect(folder.path().join("net")));
     echoing.join().map_err(|_| "the cable's other end failed")?;
-    // Wakes a server that waits for a connection.
-    drop(UnixStream::connect(folder.path().join(format!("vsock_{SERVED}"))));
     serving.join().map_err(|_| "the server failed")?;
     let report: Report =
         serde_json::from_str(&output).map_err(|error| format!("{error}: {output:?} {log}"))?;
@@ -216,7 +222,7 @@ fn echo(listener: &UnixListener) {
     }
 }
 
-fn serve(listener: &UnixListener, host: Host, served: &AtomicUsize, ended: &AtomicBool) {
+fn serve(mut stream: UnixStream, host: Host, served: &AtomicUsize, ended: &AtomicBool) {
     match host {
         Host::Listens => {
             while !ended.load(Ordering::Relaxed) {
@@ -224,22 +230,19 @@ fn serve(listener: &UnixListener, host: Host, served: &AtomicUsize, ended: &Atom
             }
         }
         Host::ReadsSlowly => {
-            let Ok((mut stream, _)) = listener.accept() else { return };
             thread::sleep(Duration::from_millis(300));
             let mut bytes = Vec::new();
             let _ = stream.read_to_end(&mut bytes);
             served.store(bytes.len(), Ordering::Relaxed);
         }
         Host::TakesAll => {
-            while !ended.load(Ordering::Relaxed) {
-                let _ = listener.accept();
-            }
+            let _ = std::io::copy(&mut stream, &mut std::io::sink());
         }
     }
 }
 
-/// The VMM process: `VCPUS FOLDER` are its arguments.
-pub fn vmm(vcpus: &str, folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
+/// The VMM process: `VCPUS FOLDER SOCKET` are its arguments.
+pub fn vmm(vcpus: &str, folder: &Path, socket: &str) -> Result<(), Box<dyn std::error::Error>> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
     // A panic in any thread is the end, and a failed test.
     let report_panic = std::panic::take_hook();
@@ -247,11 +250,11 @@ pub fn vmm(vcpus: &str, folder: &Path) -> Result<(), Box<dyn std::error::Error>>
         report_panic(panic);
         std::process::abort();
     }));
-    let config = config(vcpus.parse()?, folder);
+    let config = config(vcpus.parse()?, folder, socket.parse()?);
     let watch = Watch::new();
     let (fds_before, threads_before) = (count("fd"), count("task"));
     let before = allocator::live();
-    let ran = cloche_vmm::run(config, b"");
+    let ran = cloche_vmm::run(config, b"", Jail::none());
     let heap_growth = allocator::peak().saturating_sub(before);
     // It opens a descriptor whenever it counts them.
     let (fds_at_most, threads_at_most) = watch.stop();
@@ -278,12 +281,12 @@ pub fn vmm(vcpus: &str, folder: &Path) -> Result<(), Box<dyn std::error::Error>>
     Ok(std::io::stdout().write_all(&serde_json::to_vec(&report)?)?)
 }
 
-fn config(vcpus: u8, folder: &Path) -> VmConfig {
+fn config(vcpus: u8, folder: &Path, socket: i32) -> VmConfig {
     let mut config = VmConfig::new(vcpus, 32, folder.join("kernel"));
     // JSON, so that fields which a test does not care about may come and go.
     let disk = serde_json::json!({ "path": folder.join("disk"), "id": "disk" });
     config.disks = serde_json::from_value::<DiskConfig>(disk).into_iter().collect();
-    let vsock = serde_json::json!({ "guest_cid": 3, "socket_prefix": folder.join("vsock") });
+    let vsock = serde_json::json!({ "guest_cid": 3, "ports": [{ "port": SERVED, "fd": socket }] });
     config.vsock = serde_json::from_value::<VsockConfig>(vsock).ok();
     let net = serde_json::json!({
         "backend": { "socket-path": folder.join("net") },

@@ -18,10 +18,10 @@ use machine::End;
 
 fn main() {
     let words: Vec<String> = env::args().collect();
-    if let [_, argument, vcpus, folder] = words.as_slice()
+    if let [_, argument, vcpus, folder, socket] = words.as_slice()
         && argument == machine::VMM_ARGUMENT
     {
-        if let Err(error) = machine::vmm(vcpus, Path::new(folder)) {
+        if let Err(error) = machine::vmm(vcpus, Path::new(folder), socket) {
             eprintln!("{error}");
             std::process::exit(1);
         }

@@ -1,34 +1,32 @@
 //! VM isolation: a VMM process with a guest in it, whose agent starts the same container as on the host.
 //!
 //! ```text
-//!  monitor (this process)                    cloche vmm (child)                guest
-//!    listen on SANDBOX/vsock_{1024..1027}
-//!    spawn ──── config on stdin ───────────▶ boots ──────────────────────────▶ agent
-//!    accept ◀───────────────────── unix socket per stream ◀──────── vsock ───── dials
+//!  monitor (this process)                    cloche vmm (child, jailed)        guest
+//!    clone ──── config on stdin ───────────▶ boots ──────────────────────────▶ agent
+//!    streams ◀────────────────── one connected socket for each ◀──── vsock ───── dials
 //!    events ◀── JSON lines on its stdout ───
 //! ```
 //!
-//! The VMM is told to die with its monitor, and nothing outlives the VMM.
+//! The VMM inherits its ends of the streams. It is told to die with its monitor, and nothing outlives the VMM.
 
 mod cpio;
 pub(crate) mod dial;
 pub mod kernel;
 pub mod kvm;
+pub mod process;
 mod share;
 
 use std::{
-    fs::{self, File, Permissions},
-    io::{self, Read, Write},
+    fs::{self, Permissions},
+    io::{self, Read},
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::{
             fs::PermissionsExt,
             net::{UnixListener, UnixStream},
-            process::CommandExt,
         },
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -40,13 +38,13 @@ use cloche_protocol::{
     message::{Exit, FromGuest, ToGuest},
 };
 use cloche_vmm::{
-    config::{ConfigError, DiskConfig, InitramfsPart, ShareConfig, VmConfig, VsockConfig},
+    config::{ConfigError, DiskConfig, InitramfsPart, ShareConfig, VmConfig, VsockConfig, VsockPort},
     event::Event,
+    jail::ThreadKind,
 };
-use rustix::{
-    event::{PollFd, PollFlags},
-    io::FdFlags,
-};
+use rustix::event::{PollFd, PollFlags};
+
+use process::{FIRST_INHERITED_FD, SpawnError, Vmm};
 
 use self::{dial::VSOCK_SOCKET, share::FileServer};
 use super::{Lost, Running, Streams, observed};
@@ -70,8 +68,6 @@ const OVERHEAD_MIB: u64 = 64;
 const START_TIMEOUT_MS: u64 = 60_000;
 /// For the whole start, seen from outside: what the VMM's own watch does not see.
 const START_PATIENCE: Duration = Duration::from_millis(2 * START_TIMEOUT_MS);
-/// Bytes of events that are taken at a time, and that one has at most: a guest may have taken its VMM over.
-const MAX_UNREAD_EVENT_BYTES: usize = 256 * 1024;
 /// Between the end of the control stream and the VMM saying why.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -99,6 +95,9 @@ pub enum VmError {
     /// The host's files cannot be served.
     #[error("the file server of this VM did not start: {0}")]
     Share(String),
+    /// The VMM's process could not be started.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
     /// The VMM gave up or died.
     #[error("the VM did not start: {0}")]
     Vmm(String),
@@ -159,39 +158,39 @@ pub fn start(
     // It gets ready while the VM boots.
     let mut file_server = FileServer::start(&workload.shares).map_err(setup("start the file server"))?;
     let mut config = machine(dir, layers, request)?;
-    config.share = share_config(file_server.as_ref())?;
-    let control = listen(dir, CONTROL_SOCKET).map_err(setup("make the VM's control socket"))?;
-    config.control_fd = Some(control.as_raw_fd());
+    let control_socket = listen(dir, CONTROL_SOCKET).map_err(setup("make the VM's control socket"))?;
     let programs = listen(dir, VSOCK_SOCKET).map_err(setup("listen for host programs"))?;
-    config.vsock.iter_mut().for_each(|vsock| vsock.listen_fd = Some(programs.as_raw_fd()));
+    let (control, streams, mut theirs) = connect(&mut config, request.interactive)?;
+    let mut inherit = |fd: OwnedFd| {
+        theirs.push(fd);
+        FIRST_INHERITED_FD + theirs.len() as i32 - 1
+    };
+    config.control_fd = Some(inherit(control_socket.into()));
+    let listen_fd = inherit(programs.into());
+    config.vsock.iter_mut().for_each(|vsock| vsock.listen_fd = Some(listen_fd));
+    let socket = file_server.as_mut().and_then(FileServer::take_socket);
+    config.share = socket.map(|socket| ShareConfig { tag: SHARE_TAG.into(), socket_fd: inherit(socket) });
     config.validate()?;
-    let listeners = Listeners::bind(dir, request.interactive)?;
     write_boot_archive(id, dir, workload, &config, request.interactive)?;
-    for listener in [&control, &programs] {
-        // Only the VMM inherits it: this process starts no other meanwhile.
-        rustix::io::fcntl_setfd(listener, FdFlags::empty())
-            .map_err(|errno| setup("hand the VM its sockets")(errno.into()))?;
-    }
-    let vmm = Vmm::spawn(&config)?;
-    drop((control, programs));
+    let vmm = Vmm::spawn(&config, &theirs)?;
+    // Only then their end is seen.
+    drop(theirs);
     trace.mark(Mark::VmmSpawned);
     if let Some(server) = &mut file_server {
-        server.let_go_of_socket();
         server.wait_until_ready().map_err(setup("watch the file server"))?.map_err(VmError::Share)?;
     }
     let mut machine = Machine {
         vmm,
         file_server,
-        control: None,
+        control: Some(control),
         silent_since: None,
         decoder: Decoder::default(),
-        streams: None,
+        streams: Some(streams),
     };
-    let mut pending = Pending { listeners, ..Pending::default() };
     let mut held_back = Vec::new();
     let started = Instant::now();
     loop {
-        machine.wait(&pending, signals)?;
+        machine.wait(signals)?;
         machine.read_events(trace)?;
         while let Some(signo) = signals.take() {
             if Signals::asks_for_the_end(signo) {
@@ -203,12 +202,11 @@ pub fn start(
             let waited = START_PATIENCE.as_secs();
             return Err(VmError::Vmm(format!("the guest has not started the process within {waited} s")));
         }
-        pending.accept(&mut machine)?;
         while let Some(message) = machine.receive()? {
             match message {
                 // The guest says that it runs; whether it does so in a VM is seen from outside.
                 FromGuest::Ready { version } if version == VERSION => {
-                    let observed = observed::isolation(machine.vmm.process.id() as i32);
+                    let observed = observed::isolation(machine.vmm.pid());
                     if let Some(required) = request.require
                         && observed != Some(required)
                     {
@@ -224,12 +222,6 @@ pub fn start(
                 }
                 FromGuest::Started => {
                     trace.mark(Mark::ProcessStarted);
-                    // The agent dials its streams before it starts the process, so they are waiting here.
-                    pending.accept(&mut machine)?;
-                    machine.streams = pending.streams(request.interactive);
-                    if machine.streams.is_none() {
-                        return Err(VmError::Vmm("its agent started the process before its streams".into()));
-                    }
                     held_back.into_iter().for_each(|signo| machine.signal(signo));
                     return Ok(Box::new(machine));
                 }
@@ -248,13 +240,6 @@ fn listen(dir: &Path, name: &str) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(&path)?;
     fs::set_permissions(&path, Permissions::from_mode(0o600))?;
     Ok(listener)
-}
-
-/// What the VMM is told of the file server, whose socket it will inherit.
-fn share_config(server: Option<&FileServer>) -> Result<Option<ShareConfig>, VmError> {
-    let Some(server) = server else { return Ok(None) };
-    let socket = server.inheritable_socket().map_err(setup("pass on the file server's socket"))?;
-    Ok(socket.map(|socket_fd| ShareConfig { tag: SHARE_TAG.into(), socket_fd }))
 }
 
 /// The machine for this request.
@@ -277,13 +262,34 @@ fn machine(dir: &Path, layers: Vec<PathBuf>, request: &RunRequest) -> Result<VmC
         .enumerate()
         .map(|(index, path)| DiskConfig::new(path, format!("layer{index}")).read_only())
         .collect();
-    config.vsock =
-        Some(VsockConfig { guest_cid: GUEST_CID, listen_fd: None, socket_prefix: dir.join("vsock") });
+    config.vsock = Some(VsockConfig { guest_cid: GUEST_CID, listen_fd: None, ports: Vec::new() });
     config.rng = true;
     config.start_timeout_ms = Some(START_TIMEOUT_MS);
     // The VMM's stdout.
     config.events_fd = Some(1);
     Ok(config)
+}
+
+/// Gives the guest a port for each of its streams. Returns the control stream, the others, and what the VMM inherits.
+fn connect(config: &mut VmConfig, interactive: bool) -> Result<(UnixStream, Streams, Vec<OwnedFd>), VmError> {
+    let mut theirs = Vec::new();
+    let mut pair = |port| -> io::Result<UnixStream> {
+        let (ours, vmms) = UnixStream::pair()?;
+        for end in [&ours, &vmms] {
+            end.set_nonblocking(true)?;
+        }
+        let fd = FIRST_INHERITED_FD + theirs.len() as i32;
+        config.vsock.iter_mut().for_each(|vsock| vsock.ports.push(VsockPort { port, fd }));
+        theirs.push(vmms.into());
+        Ok(ours)
+    };
+    let mut connect = || {
+        let stdin = if interactive { Some(pair(vsock_port::STDIN)?.into()) } else { None };
+        let (stdout, stderr) = (pair(vsock_port::STDOUT)?.into(), pair(vsock_port::STDERR)?.into());
+        Ok((pair(vsock_port::CONTROL)?, Streams { stdin, stdout, stderr }))
+    };
+    let (control, streams) = connect().map_err(setup("make the guest's streams"))?;
+    Ok((control, streams, theirs))
 }
 
 /// The kernel's names for virtio disks: vda to vdz, then vdaa.
@@ -323,158 +329,6 @@ fn write_boot_archive(
     fs::write(dir.join("boot.cpio"), archive.finish()).map_err(setup("write the guest's configuration"))
 }
 
-/// The sockets that the guest's streams arrive at. Each takes one stream and is closed.
-#[derive(Default)]
-struct Listeners {
-    control: Option<UnixListener>,
-    stdin: Option<UnixListener>,
-    stdout: Option<UnixListener>,
-    stderr: Option<UnixListener>,
-}
-
-impl Listeners {
-    fn bind(dir: &Path, stdin: bool) -> Result<Self, VmError> {
-        let bind = |port: u32| {
-            let listener = UnixListener::bind(dir.join(format!("vsock_{port}")))?;
-            listener.set_nonblocking(true)?;
-            Ok(Some(listener))
-        };
-        let stdin = if stdin { bind(vsock_port::STDIN) } else { Ok(None) };
-        Ok(Self {
-            control: bind(vsock_port::CONTROL).map_err(setup("listen for the guest"))?,
-            stdin: stdin.map_err(setup("listen for the guest"))?,
-            stdout: bind(vsock_port::STDOUT).map_err(setup("listen for the guest"))?,
-            stderr: bind(vsock_port::STDERR).map_err(setup("listen for the guest"))?,
-        })
-    }
-}
-
-/// What has arrived of a VM that is starting.
-#[derive(Default)]
-struct Pending {
-    listeners: Listeners,
-    stdin: Option<OwnedFd>,
-    stdout: Option<OwnedFd>,
-    stderr: Option<OwnedFd>,
-}
-
-impl Pending {
-    fn poll_fds(&self) -> Vec<PollFd<'_>> {
-        let Listeners { control, stdin, stdout, stderr } = &self.listeners;
-        let listeners = [control, stdin, stdout, stderr].into_iter().flatten();
-        listeners.map(|listener| PollFd::new(listener, PollFlags::IN)).collect()
-    }
-
-    fn accept(&mut self, machine: &mut Machine) -> Result<(), VmError> {
-        if let Some(control) = accept(&mut self.listeners.control)? {
-            machine.control = Some(control);
-        }
-        let streams = [
-            (&mut self.stdin, &mut self.listeners.stdin),
-            (&mut self.stdout, &mut self.listeners.stdout),
-            (&mut self.stderr, &mut self.listeners.stderr),
-        ];
-        for (stream, listener) in streams {
-            if let Some(arrived) = accept(listener)? {
-                *stream = Some(arrived.into());
-            }
-        }
-        Ok(())
-    }
-
-    fn streams(self, interactive: bool) -> Option<Streams> {
-        if self.stdin.is_some() != interactive {
-            return None;
-        }
-        Some(Streams { stdin: self.stdin, stdout: self.stdout?, stderr: self.stderr? })
-    }
-}
-
-fn accept(waiting: &mut Option<UnixListener>) -> Result<Option<UnixStream>, VmError> {
-    let Some(listener) = waiting else { return Ok(None) };
-    match listener.accept() {
-        Ok((stream, _)) => {
-            stream.set_nonblocking(true).map_err(setup("set up a stream of the guest"))?;
-            *waiting = None;
-            Ok(Some(stream))
-        }
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-        Err(error) => Err(setup("accept a stream of the guest")(error)),
-    }
-}
-
-/// The VMM's process. Dropping it kills and reaps it.
-struct Vmm {
-    process: Child,
-    pidfd: OwnedFd,
-    events: File,
-    unread: Vec<u8>,
-}
-
-impl Vmm {
-    fn spawn(config: &VmConfig) -> Result<Self, VmError> {
-        let mut process = Command::new("/proc/self/exe")
-            .arg0("cloche")
-            .arg("vmm")
-            .arg(format!("--die-with={}", std::process::id()))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            // A group of its own: Ctrl-C is for the monitor, which passes it on.
-            .process_group(0)
-            .spawn()
-            .map_err(setup("start the VMM"))?;
-        let pid = rustix::process::Pid::from_child(&process);
-        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
-        let (stdin, stdout) = (process.stdin.take(), process.stdout.take());
-        let (Ok(pidfd), Some(mut stdin), Some(stdout)) = (pidfd, stdin, stdout) else {
-            let _ = process.kill();
-            let _ = process.wait();
-            return Err(setup("watch the VMM")(io::ErrorKind::NotFound.into()));
-        };
-        let events = File::from(OwnedFd::from(stdout));
-        let vmm = Self { process, pidfd, events, unread: Vec::new() };
-        rustix::io::ioctl_fionbio(&vmm.events, true).map_err(|errno| setup("watch the VMM")(errno.into()))?;
-        let json = serde_json::to_vec(config).map_err(|error| setup("configure the VMM")(error.into()))?;
-        stdin.write_all(&json).map_err(setup("configure the VMM"))?;
-        Ok(vmm)
-    }
-
-    /// The events that have arrived, and whether the VMM has closed the stream, or says what no VMM says.
-    fn events(&mut self) -> (Vec<Event>, bool) {
-        let mut chunk = [0; 4096];
-        let closed = loop {
-            if self.unread.len() >= MAX_UNREAD_EVENT_BYTES {
-                // What is left comes the next time, unless it is a line without an end.
-                break !self.unread.contains(&b'\n');
-            }
-            match self.events.read(&mut chunk) {
-                Ok(0) => break true,
-                Ok(count) => self.unread.extend_from_slice(&chunk[..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => break error.kind() != io::ErrorKind::WouldBlock,
-            }
-        };
-        let mut events = Vec::new();
-        while let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = self.unread.drain(..=end).collect();
-            events.extend(serde_json::from_slice(&line).ok());
-        }
-        (events, closed)
-    }
-
-    /// Kills the VMM and waits for its end.
-    fn end(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-impl Drop for Vmm {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
 /// A VM with a container in it.
 struct Machine {
     vmm: Vmm,
@@ -488,9 +342,8 @@ struct Machine {
 
 impl Machine {
     /// Sleeps until something happens while the VM starts, or for a while.
-    fn wait(&self, pending: &Pending, signals: &Signals) -> Result<(), VmError> {
+    fn wait(&self, signals: &Signals) -> Result<(), VmError> {
         let mut fds = self.poll_fds();
-        fds.extend(pending.poll_fds());
         fds.push(PollFd::new(signals, PollFlags::IN));
         let timeout = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
         match rustix::event::poll(&mut fds, Some(&timeout)) {
@@ -501,12 +354,15 @@ impl Machine {
 
     /// Takes in the VMM's marks; an end of the VM is an error that says why.
     fn read_events(&mut self, trace: &mut Trace) -> Result<(), VmError> {
-        let (events, closed) = self.vmm.events();
+        let (events, closed) = self.vmm.take_events();
         for event in events {
             match event {
                 Event::Mark { name, ns } => trace.mark_at(name.into(), ns),
                 Event::Exited { reason, console_tail, .. } => {
                     return Err(VmError::Vmm(with_console(reason.to_string(), &console_tail)));
+                }
+                Event::Seccomp { call, thread } => {
+                    return Err(VmError::Vmm(seccomp_kill(call, thread)));
                 }
                 Event::Failed { step, message, console_tail } => {
                     return Err(VmError::Vmm(with_console(format!("{step}: {message}"), &console_tail)));
@@ -514,12 +370,7 @@ impl Machine {
             }
         }
         if closed {
-            // One that is well is gone now. One that lives on without a word is not waited for.
-            let timeout = rustix::event::Timespec { tv_sec: LAST_WORDS.as_secs() as i64, tv_nsec: 0 };
-            let _ = rustix::event::poll(&mut [PollFd::new(&self.vmm.pidfd, PollFlags::IN)], Some(&timeout));
-            let _ = self.vmm.process.kill();
-            let status = self.vmm.process.wait().map_err(setup("wait for the VMM"))?;
-            return Err(VmError::Vmm(format!("its VMM ended unexpectedly ({status})")));
+            return Err(VmError::Vmm(format!("its VMM ended unexpectedly: {}", self.vmm.obituary())));
         }
         Ok(())
     }
@@ -527,7 +378,10 @@ impl Machine {
     /// Waits for the VMM to say why the guest fell silent, but not for ever.
     fn await_last_words(&self) {
         let timeout = rustix::event::Timespec { tv_sec: LAST_WORDS.as_secs() as i64, tv_nsec: 0 };
-        let _ = rustix::event::poll(&mut [PollFd::new(&self.vmm.events, PollFlags::IN)], Some(&timeout));
+        let _ = rustix::event::poll(
+            &mut [PollFd::from_borrowed_fd(self.vmm.events(), PollFlags::IN)],
+            Some(&timeout),
+        );
     }
 
     /// Takes in the guest's last mark. The guest wrote it before its report, but the VMM passes marks on after the
@@ -535,7 +389,7 @@ impl Machine {
     fn await_last_mark(&mut self, trace: &mut Trace) {
         let deadline = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
         while trace.get(Mark::ProcessExit).is_none() {
-            let mut events = [PollFd::new(&self.vmm.events, PollFlags::IN)];
+            let mut events = [PollFd::from_borrowed_fd(self.vmm.events(), PollFlags::IN)];
             let arrived = rustix::event::poll(&mut events, Some(&deadline)).is_ok_and(|count| count > 0);
             // A mark that does not come is missed in the trace only.
             if !arrived || self.read_events(trace).is_err() {
@@ -562,6 +416,12 @@ impl Machine {
         }
         self.decoder.take()
     }
+}
+
+/// What the VMM's seccomp filter has killed it for.
+pub(crate) fn seccomp_kill(call: u32, thread: ThreadKind) -> String {
+    let name = cloche_seccomp::syscall_table::name(call).map_or_else(|| call.to_string(), Into::into);
+    format!("seccomp: system call {name} on thread {}", thread.name())
 }
 
 /// A guest's words as a terminal may show them: on as many lines as they are, and no longer than anybody reads.
@@ -592,12 +452,14 @@ impl Running for Machine {
     }
 
     fn processes(&self) -> Option<Processes> {
-        Some(Processes { leader: ProcessId::of(self.vmm.process.id() as i32)? })
+        Some(Processes { leader: ProcessId::of(self.vmm.pid())? })
     }
 
     fn poll_fds(&self) -> Vec<PollFd<'_>> {
-        let mut fds =
-            vec![PollFd::new(&self.vmm.pidfd, PollFlags::IN), PollFd::new(&self.vmm.events, PollFlags::IN)];
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(self.vmm.pidfd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.vmm.events(), PollFlags::IN),
+        ];
         let file_server = self.file_server.as_ref().and_then(FileServer::end);
         fds.extend(file_server.map(|end| PollFd::from_borrowed_fd(end, PollFlags::IN)));
         fds.extend(

@@ -11,7 +11,7 @@ use std::{
     fs::File,
     io::{self, Read},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
     },
     process::{Child, Command, Stdio},
@@ -21,7 +21,6 @@ use std::{
 use cloche_share::{Config, READY, Shared};
 use rustix::{
     event::{PollFd, PollFlags},
-    io::FdFlags,
     net::{AddressFamily, SendFlags, SocketFlags, SocketType},
 };
 
@@ -79,16 +78,9 @@ impl FileServer {
         Ok(Some(server))
     }
 
-    /// The VMM's end of the socket, to be inherited by the next process that is started.
-    pub(super) fn inheritable_socket(&self) -> io::Result<Option<RawFd>> {
-        let Some(socket) = &self.socket else { return Ok(None) };
-        rustix::io::fcntl_setfd(socket, FdFlags::empty())?;
-        Ok(Some(socket.as_raw_fd()))
-    }
-
-    /// The VMM has its end now; with it, the socket ends.
-    pub(super) fn let_go_of_socket(&mut self) {
-        self.socket = None;
+    /// The VMM's end of the socket. With the VMM, the socket ends.
+    pub(super) fn take_socket(&mut self) -> Option<OwnedFd> {
+        self.socket.take()
     }
 
     /// Waits until it serves. The inner error is its own reason why it does not.

@@ -31,7 +31,7 @@ fn start(bed: &Bed, script: &str) -> Result<(RunningGuest, PathBuf)> {
     let path = bed.scratch().join("v.sock");
     let listener = UnixListener::bind(&path)?;
     fcntl_setfd(&listener, FdFlags::empty())?;
-    let vsock = json!({ "guest_cid": 3, "listen_fd": listener.as_raw_fd(), "socket_prefix": bed.scratch().join("v") });
+    let vsock = json!({ "guest_cid": 3, "listen_fd": listener.as_raw_fd() });
     let guest = Guest::new(bed)?.with_probes()?.with(json!({ "vsock": vsock })).start(script)?;
     Ok((guest, path))
 }

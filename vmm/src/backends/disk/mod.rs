@@ -6,9 +6,11 @@
 //!                        │              ▼
 //!                        └───────▶ IoThread ── Done ──▶ eventfd      one thread for each such disk
 //! ```
+//! Whoever builds the machine starts the threads, since the jail lets none be made later.
 //!
-//! System calls after the disk was opened: `preadv2`, `pwritev2`, `pwrite64`, `fdatasync`, `fallocate` on the event loop
-//! and on the disk's thread, which also waits by `futex` and reports by `write` to its eventfd. Nothing is opened.
+//! System calls after the disk was opened, in the jail's table: `preadv2`, `pwritev2`, `pwrite64`, `fdatasync`,
+//! `fallocate` on the event loop and on the disk's thread, which also waits by `futex` and reports by `write` to its
+//! eventfd. Nothing is opened.
 
 mod file;
 mod operation;
@@ -17,5 +19,5 @@ mod thread;
 pub use self::{
     file::{Disk, DiskError, DiskOptions, SECTOR_BYTES},
     operation::{Extent, Operation},
-    thread::IoThread,
+    thread::{IoThread, Work},
 };

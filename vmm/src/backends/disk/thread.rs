@@ -8,15 +8,14 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
-    thread::{self, JoinHandle},
 };
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{file::Disk, operation::Operation};
 
-/// The thread needs no more: it moves no data itself.
-const STACK_BYTES: usize = 64 * 1024;
+/// What a disk's thread does until its [`IoThread`] is dropped.
+pub type Work = Box<dyn FnOnce() + Send>;
 
 /// The thread's end that the event loop holds.
 pub struct IoThread {
@@ -27,7 +26,6 @@ pub struct IoThread {
     under_way: usize,
     /// What has not begun is not begun any more.
     cancel: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
 }
 
 /// An operation that has ended.
@@ -40,16 +38,16 @@ pub struct Done {
 }
 
 impl IoThread {
-    /// Starts the thread of this disk.
-    pub fn start(disk: Arc<Disk>) -> io::Result<Self> {
-        let (jobs, work) = channel::<(u16, Operation)>();
+    /// For this disk, and what a thread has to do for it.
+    pub fn new(disk: Arc<Disk>) -> io::Result<(Self, Work)> {
+        let (jobs, given) = channel::<(u16, Operation)>();
         let (report, done) = channel();
         let wake = EventFd::new(EFD_NONBLOCK)?;
         let waker = wake.try_clone()?;
         let cancel = Arc::new(AtomicBool::new(false));
         let cancelled = cancel.clone();
-        let run = move || {
-            while let Ok((token, mut operation)) = work.recv() {
+        let work = move || {
+            while let Ok((token, mut operation)) = given.recv() {
                 let result = if cancelled.load(Ordering::Acquire) {
                     Err(io::ErrorKind::Interrupted.into())
                 } else {
@@ -63,8 +61,7 @@ impl IoThread {
                 let _ = waker.write(1);
             }
         };
-        let thread = thread::Builder::new().name("disk".into()).stack_size(STACK_BYTES).spawn(run)?;
-        Ok(Self { jobs: Some(jobs), done, wake, under_way: 0, cancel, thread: Some(thread) })
+        Ok((Self { jobs: Some(jobs), done, wake, under_way: 0, cancel }, Box::new(work)))
     }
 
     /// Hands over an operation. The caller keeps their number within bounds.
@@ -111,10 +108,8 @@ impl Drop for IoThread {
         self.cancel(true);
         drop(self.jobs.take());
         // A thread without work ends by itself, and a VM's end need not wait for it.
-        if self.under_way > 0
-            && let Some(thread) = self.thread.take()
-        {
-            let _ = thread.join();
+        if self.under_way > 0 {
+            while self.done.recv().is_ok() {}
         }
     }
 }
@@ -124,6 +119,7 @@ mod tests {
     use std::{
         io::Write,
         path::Path,
+        thread,
         time::{Duration, Instant},
     };
 
@@ -132,6 +128,12 @@ mod tests {
 
     fn disk(path: &Path) -> Arc<Disk> {
         Arc::new(Disk::open(path, DiskOptions::default()).unwrap())
+    }
+
+    fn start(path: &Path) -> IoThread {
+        let (thread, work) = IoThread::new(disk(path)).unwrap();
+        thread::spawn(work);
+        thread
     }
 
     fn next(thread: &mut IoThread) -> Done {
@@ -154,7 +156,7 @@ mod tests {
     fn operations_are_done_in_order_and_told_by_the_eventfd() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&[1; 4096]).unwrap();
-        let mut thread = IoThread::start(disk(file.path())).unwrap();
+        let mut thread = start(file.path());
         for token in 0..4 {
             thread.submit(token, zeroes(u64::from(token) * 1024));
         }
@@ -172,7 +174,7 @@ mod tests {
     fn operations_after_cancel_change_nothing_and_are_reported() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&[1; 4096]).unwrap();
-        let mut thread = IoThread::start(disk(file.path())).unwrap();
+        let mut thread = start(file.path());
         thread.cancel(true);
         thread.submit(7, zeroes(0));
         let done = next(&mut thread);

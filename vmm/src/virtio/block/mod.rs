@@ -32,7 +32,7 @@ use super::{
     queue::{QueueError, VirtQueue},
 };
 use crate::{
-    backends::disk::{Disk, IoThread, Operation, SECTOR_BYTES},
+    backends::disk::{Disk, IoThread, Operation, SECTOR_BYTES, Work},
     config::{LimitConfig, MAX_DISK_ID_BYTES},
     guest_memory::{GuestMemory, transfer::GuestByte},
 };
@@ -78,22 +78,26 @@ struct Pending {
 }
 
 impl Block {
-    /// A device for this disk, which its driver knows by `id` (shortened to [`MAX_DISK_ID_BYTES`] bytes).
-    pub fn new(disk: Disk, id: &str, limit: Option<LimitConfig>) -> io::Result<Self> {
+    /// A device for this disk, which its driver knows by `id` (shortened to [`MAX_DISK_ID_BYTES`] bytes), and what a
+    /// thread has to do for it, if it needs one.
+    pub fn new(disk: Disk, id: &str, limit: Option<LimitConfig>) -> io::Result<(Self, Option<Work>)> {
         let mut padded = [0; MAX_DISK_ID_BYTES];
         for (to, from) in padded.iter_mut().zip(id.bytes()) {
             *to = from;
         }
         let disk = Arc::new(disk);
-        Ok(Self {
-            thread: if disk.never_waits() { None } else { Some(IoThread::start(disk.clone())?) },
+        let io = if disk.never_waits() { None } else { Some(IoThread::new(disk.clone())?) };
+        let (thread, work) = io.unzip();
+        let block = Self {
+            thread,
             disk,
             id: padded,
             pending: Vec::new(),
             limit: Limiter::new(limit)?,
             memory: None,
             logged_errors: 0,
-        })
+        };
+        Ok((block, work))
     }
 
     fn under_way(&self) -> usize {

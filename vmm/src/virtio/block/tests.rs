@@ -41,7 +41,8 @@ fn fixture_in(folder: &str, read_only: bool, limit: Option<LimitConfig>) -> Fixt
     let content: Vec<u8> = (0..SECTORS * SECTOR_BYTES).map(|index| (index / 7) as u8).collect();
     file.write_all(&content).unwrap();
     let disk = Disk::open(file.path(), DiskOptions { read_only, ..DiskOptions::default() }).unwrap();
-    let block = Block::new(disk, "layer-0", limit).unwrap();
+    let (block, work) = Block::new(disk, "layer-0", limit).unwrap();
+    work.map(thread::spawn);
     Fixture { queue: [driver.queue()], memory, driver, block, file, features: feature::FLUSH }
 }
 

@@ -1,8 +1,8 @@
 //! The socket device (virtio 1.2 §5.10): streams between the guest and unix sockets of the host.
 //!
-//! A guest that connects to port `P` of the host (context id 2) is connected to the unix socket `{prefix}_{P}`. A
-//! host program that connects to the listening socket which the VMM was given, and asks for a port of the guest, gets a
-//! stream to it: see `handshake`.
+//! A guest that connects to a port of the host (context id 2) gets the connected socket that the configuration has for
+//! that port, once. A host program that connects to the listening socket which the VMM was given, and asks for a port of
+//! the guest, gets a stream to it: see `handshake`.
 //!
 //! ```text
 //!   device      queues: packets out of tx buffers, packets into rx buffers        knows virtio

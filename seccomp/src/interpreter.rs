@@ -8,14 +8,17 @@ use libc::{
 
 /// A system call as a filter sees it.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Call {
-    pub(super) number: u32,
-    pub(super) architecture: u32,
-    pub(super) args: [u64; 6],
+pub struct Call {
+    /// Its number.
+    pub number: u32,
+    /// `AUDIT_ARCH_…`.
+    pub architecture: u32,
+    /// Its arguments.
+    pub args: [u64; 6],
 }
 
 /// The filter's return value and how many instructions it took.
-pub(super) fn run(program: &[sock_filter], call: &Call) -> (u32, usize) {
+pub fn run(program: &[sock_filter], call: &Call) -> (u32, usize) {
     let mut data = Vec::new();
     data.extend(call.number.to_le_bytes());
     data.extend(call.architecture.to_le_bytes());

@@ -16,12 +16,12 @@ use libc::{
 };
 
 /// The kernel's limit on the length of a program (`BPF_MAXINSNS`).
-pub(super) const MAX_INSTRUCTIONS: usize = 4096;
+pub const MAX_INSTRUCTIONS: usize = 4096;
 
 /// `AUDIT_ARCH_X86_64` of `linux/audit.h`.
-pub(super) const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+pub const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 /// Set in the number of a call made through the x32 ABI.
-pub(super) const X32_SYSCALL_BIT: u32 = 0x4000_0000;
+pub const X32_SYSCALL_BIT: u32 = 0x4000_0000;
 
 // Offsets in `struct seccomp_data`.
 const OFFSET_NUMBER: u32 = 0;
@@ -30,54 +30,71 @@ const OFFSET_ARGUMENTS: u32 = 16;
 
 /// A whole policy. Actions are the filter's return values.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Policy {
+pub struct Policy {
     /// By ascending call number.
-    pub(super) calls: Vec<(u32, Decision)>,
+    pub calls: Vec<(u32, Decision)>,
     /// For all other calls.
-    pub(super) default: u32,
+    pub default: u32,
 }
 
 /// What happens to one system call.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Decision {
+pub enum Decision {
     /// This action.
     Always(u32),
     /// The action of the first rule that matches, or else `otherwise`.
-    Match { rules: Vec<Rule>, otherwise: u32 },
+    Match {
+        /// At least one.
+        rules: Vec<Rule>,
+        /// The action if none matches.
+        otherwise: u32,
+    },
 }
 
 /// An action taken if all conditions hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Rule {
-    pub(super) conditions: Vec<Condition>,
-    pub(super) action: u32,
+pub struct Rule {
+    /// At most six.
+    pub conditions: Vec<Condition>,
+    /// The filter's return value.
+    pub action: u32,
 }
 
 /// A comparison of one argument, 0 to 5.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Condition {
-    pub(super) argument: u8,
-    pub(super) comparison: Comparison,
+pub struct Condition {
+    /// The argument's index.
+    pub argument: u8,
+    /// What it is compared with.
+    pub comparison: Comparison,
 }
 
 /// Comparisons of a whole 64-bit argument, unsigned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Comparison {
+pub enum Comparison {
+    /// This.
     Equal(u64),
+    /// Not this.
     NotEqual(u64),
+    /// Below this.
     Less(u64),
+    /// This or below.
     LessOrEqual(u64),
+    /// Above this.
     Greater(u64),
+    /// This or above.
     GreaterOrEqual(u64),
     /// Equal in the bits of the mask.
     MaskedEqual {
+        /// The bits that count.
         mask: u64,
+        /// What they must be.
         value: u64,
     },
 }
 
 /// The program of a policy. It may be longer than [`MAX_INSTRUCTIONS`].
-pub(super) fn assemble(policy: &Policy) -> Vec<sock_filter> {
+pub fn assemble(policy: &Policy) -> Vec<sock_filter> {
     let ranges = ranges(policy);
     let kills = [SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_KILL_THREAD].contains(&policy.default);
     let x32 = if kills { policy.default } else { SECCOMP_RET_ERRNO | libc::ENOSYS as u32 };

@@ -1,7 +1,7 @@
 //! Names and numbers of the x86_64 system calls (Linux 6.18, `arch/x86/entry/syscalls/syscall_64.tbl`).
 
 /// Number of the system call of this name; `None` if x86_64 has no such call.
-pub(super) fn number(name: &str) -> Option<u32> {
+pub fn number(name: &str) -> Option<u32> {
     let index = TABLE.binary_search_by_key(&name, |(name, _)| name).ok()?;
     TABLE.get(index).map(|(_, number)| u32::from(*number))
 }
@@ -90,9 +90,9 @@ static TABLE: &[(&str, u16)] = &[
     ("writev", 20),
 ];
 
-#[cfg(test)]
-pub(super) fn names() -> impl Iterator<Item = &'static str> {
-    TABLE.iter().map(|(name, _)| *name)
+/// Name of the system call of this number, for a message.
+pub fn name(number: u32) -> Option<&'static str> {
+    TABLE.iter().find(|(_, its)| u32::from(*its) == number).map(|(name, _)| *name)
 }
 
 #[cfg(test)]
@@ -122,6 +122,8 @@ mod tests {
         for (name, expected) in known {
             assert_eq!(number(name).map(i64::from), Some(expected), "{name}");
         }
+        assert_eq!(name(libc::SYS_clone3 as u32), Some("clone3"));
+        assert_eq!(name(u32::MAX), None);
         assert_eq!(number("chown32"), None);
         assert_eq!(number(""), None);
     }

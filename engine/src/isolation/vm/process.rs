@@ -1,0 +1,298 @@
+//! The VMM's process: cloned into a PID namespace of its own, configured, listened to, and ended.
+//!
+//! Its standard input is its configuration; its standard output and error are one pipe, on which events come as JSON
+//! lines and anything else is what it says before it dies. No terminal and no other descriptor of the monitor reaches
+//! it but those that it is given here.
+
+use std::{
+    collections::VecDeque,
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use cloche_runtime::{Cloned, clone3};
+use cloche_vmm::{Event, VmConfig};
+use rustix::{
+    io::fcntl_dupfd_cloexec,
+    pipe::{PipeFlags, pipe_with},
+    process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
+};
+
+use super::printable;
+use crate::syscalls;
+
+/// Descriptors that a VMM inherits are numbered from here, in the order in which they are given.
+pub const FIRST_INHERITED_FD: i32 = 3;
+
+/// Bytes of one event line at most: 4 KiB of console, each byte escaped, and what is around them.
+const MAX_LINE_BYTES: usize = 64 << 10;
+/// Reads of 4 KiB before others have their turn.
+const MAX_ROUNDS: u32 = 64;
+/// Lines that are kept of what is no event.
+const MAX_WORDS: usize = 16;
+
+/// Why there is no VMM process.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action}")]
+pub struct SpawnError {
+    action: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+fn failed<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> SpawnError {
+    move |source| SpawnError { action, source: source.into() }
+}
+
+/// The VMM's process. Dropping it kills and reaps it.
+#[derive(Debug)]
+pub struct Vmm {
+    pid: i32,
+    pidfd: OwnedFd,
+    events: File,
+    lines: Lines,
+    /// How it ended, once it is reaped.
+    status: Option<String>,
+}
+
+impl Vmm {
+    /// Starts a VMM, whose configuration must name standard output for its events. It inherits `inherited` as
+    /// descriptors [`FIRST_INHERITED_FD`] and up.
+    ///
+    /// The calling process must have one thread.
+    pub fn spawn(config: &VmConfig, inherited: &[OwnedFd]) -> Result<Self, SpawnError> {
+        let json = serde_json::to_vec(config).map_err(failed("configure the VMM"))?;
+        let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(failed("make a pipe for the VMM"));
+        let (stdin, config_writer) = pipe()?;
+        let (events, stdout) = pipe()?;
+        let Clone { pid, pidfd, in_user_namespace } = match clone()? {
+            Some(clone) => clone,
+            None => {
+                drop((config_writer, events));
+                let mut given = vec![stdin.as_fd(), stdout.as_fd(), stdout.as_fd()];
+                given.extend(inherited.iter().map(AsFd::as_fd));
+                become_vmm(&given)
+            }
+        };
+        drop((stdin, stdout));
+        let vmm = Self { pid, pidfd, events: events.into(), lines: Lines::default(), status: None };
+        if in_user_namespace {
+            map_own_user(pid).map_err(failed("map this user into the VMM's user namespace"))?;
+        }
+        rustix::io::ioctl_fionbio(&vmm.events, true).map_err(failed("listen to the VMM"))?;
+        // It waits for the end of this, and so for all that is done above.
+        File::from(config_writer).write_all(&json).map_err(failed("configure the VMM"))?;
+        Ok(vmm)
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Readable when it has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Readable when [`Vmm::take_events`] has something.
+    pub fn events(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+
+    /// The events that have arrived, and whether no more can come.
+    pub fn take_events(&mut self) -> (Vec<Event>, bool) {
+        let mut chunk = [0; 4096];
+        let mut events = Vec::new();
+        // One that sends without end must not keep its monitor from all else.
+        let mut rounds = 0..MAX_ROUNDS;
+        let closed = loop {
+            if rounds.next().is_none() {
+                break false;
+            }
+            match self.events.read(&mut chunk) {
+                Ok(0) => break true,
+                Ok(count) => self.lines.take(&chunk[..count], &mut events),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => break error.kind() != io::ErrorKind::WouldBlock,
+            }
+        };
+        (events, closed)
+    }
+
+    /// Says how it ended, and what it said last. One that is well is gone by now; one that lives on without a word is
+    /// not waited for long.
+    pub fn obituary(&mut self) -> String {
+        let timeout = rustix::event::Timespec { tv_sec: 2, tv_nsec: 0 };
+        let mut ended = [rustix::event::PollFd::from_borrowed_fd(self.pidfd(), rustix::event::PollFlags::IN)];
+        let _ = rustix::event::poll(&mut ended, Some(&timeout));
+        self.end();
+        let mut told = self.status.clone().unwrap_or_default();
+        for words in &self.lines.words {
+            told.push('\n');
+            told.push_str(words);
+        }
+        told
+    }
+
+    /// Kills it and waits for its end.
+    pub fn end(&mut self) {
+        if self.status.is_none() {
+            let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+            self.reap();
+        }
+    }
+
+    fn reap(&mut self) {
+        while self.status.is_none() {
+            let status = match waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED) {
+                Err(rustix::io::Errno::INTR) => continue,
+                Ok(Some(status)) => status,
+                _ => {
+                    self.status = Some("unknown status".into());
+                    return;
+                }
+            };
+            self.status = Some(match (status.exit_status(), status.terminating_signal()) {
+                (Some(code), _) => format!("exit status {code}"),
+                (_, Some(signo)) => format!("signal {signo}"),
+                _ => "unknown status".into(),
+            });
+        }
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// What a VMM says, line by line, within bounds: one that was taken over may send anything.
+#[derive(Debug, Default)]
+struct Lines {
+    unread: Vec<u8>,
+    /// What is no event, the last lines of it.
+    words: VecDeque<String>,
+}
+
+impl Lines {
+    fn take(&mut self, bytes: &[u8], events: &mut Vec<Event>) {
+        self.unread.extend_from_slice(bytes);
+        while let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.unread.drain(..=end).collect();
+            match serde_json::from_slice(&line) {
+                Ok(event) => events.push(event),
+                Err(_) => self.remember(&line),
+            }
+        }
+        if self.unread.len() > MAX_LINE_BYTES {
+            let line = std::mem::take(&mut self.unread);
+            self.remember(&line);
+        }
+    }
+
+    fn remember(&mut self, line: &[u8]) {
+        let words = printable(String::from_utf8_lossy(line).trim_end());
+        if words.is_empty() {
+            return;
+        }
+        if self.words.len() == MAX_WORDS {
+            self.words.pop_front();
+        }
+        self.words.push_back(words);
+    }
+}
+
+struct Clone {
+    pid: i32,
+    pidfd: OwnedFd,
+    in_user_namespace: bool,
+}
+
+/// Clones this process into a new PID namespace; `None` in the clone. A plain user needs a user namespace for that; the
+/// VMM makes all others of its namespaces by itself.
+fn clone() -> Result<Option<Clone>, SpawnError> {
+    const NEW_PID: u64 = libc::CLONE_NEWPID as u64;
+    const NEW_USER: u64 = libc::CLONE_NEWUSER as u64;
+    let (cloned, in_user_namespace) = match clone3(NEW_PID, None) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => (clone3(NEW_PID | NEW_USER, None), true),
+        cloned => (cloned, false),
+    };
+    let cloned = cloned.map_err(failed(
+        "start the VMM in a user and PID namespace of its own; this host, or the container that this runs in, forbids \
+         them: allow them (sysctl kernel.unprivileged_userns_clone=1, \
+         kernel.apparmor_restrict_unprivileged_userns=0, user.max_user_namespaces above 0), or run as root",
+    ))?;
+    Ok(match cloned {
+        Cloned::Child => None,
+        Cloned::Parent { pid, pidfd } => Some(Clone { pid, pidfd, in_user_namespace }),
+    })
+}
+
+/// In the clone: takes `given` as descriptors 0 and up, and becomes the VMM.
+fn become_vmm(given: &[BorrowedFd]) -> ! {
+    // Only exit statuses are left to tell that this failed; none is expected to.
+    const NOT_STARTED: u8 = 125;
+    let attempt = || -> io::Result<()> {
+        // No terminal, and no signal that is typed on one: the monitor passes on what is for the guest.
+        rustix::process::setsid()?;
+        let count = i32::try_from(given.len()).map_err(io::Error::other)?;
+        // Above all targets first, since sources may be among them.
+        let moved: Vec<OwnedFd> =
+            given.iter().map(|fd| fcntl_dupfd_cloexec(fd, count)).collect::<Result<_, _>>()?;
+        for (target, fd) in (0..).zip(moved) {
+            syscalls::dup_to(fd, target)?;
+        }
+        Err(syscalls::execute(c"/proc/self/exe", &[c"cloche", c"vmm"]))
+    };
+    let error = attempt().err();
+    // Standard error may be the pipe already, whose reader shows this.
+    eprintln!("cloche vmm: cannot be started: {}", error.map(|error| error.to_string()).unwrap_or_default());
+    syscalls::exit_now(NOT_STARTED)
+}
+
+/// Makes this user the root of the user namespace that the process is in.
+fn map_own_user(pid: i32) -> io::Result<()> {
+    let write = |file: &str, text: String| {
+        fs::OpenOptions::new()
+            .write(true)
+            .open(Path::new("/proc").join(pid.to_string()).join(file))?
+            .write_all(text.as_bytes())
+    };
+    write("setgroups", "deny".into())?;
+    write("uid_map", format!("0 {} 1", rustix::process::geteuid().as_raw()))?;
+    write("gid_map", format!("0 {} 1", rustix::process::getegid().as_raw()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_in_pieces_become_events_and_words() {
+        let mut lines = Lines::default();
+        let mut events = Vec::new();
+        for piece in
+            ["{\"type\":\"seccomp\",\"call\":2,", "\"thread\":\"vcpu\"}\npanicked\x1b[2J\n\n", "more"]
+        {
+            lines.take(piece.as_bytes(), &mut events);
+        }
+        assert_eq!(events, [Event::Seccomp { call: 2, thread: cloche_vmm::jail::ThreadKind::Vcpu }]);
+        assert_eq!(lines.words, ["panicked\\u{1b}[2J"]);
+    }
+
+    #[test]
+    fn lines_without_end_stay_bounded() {
+        let mut lines = Lines::default();
+        let mut events = Vec::new();
+        for _ in 0..10_000 {
+            lines.take(&[b'x'; 4096], &mut events);
+            assert!(lines.unread.len() <= MAX_LINE_BYTES && lines.words.len() <= MAX_WORDS);
+        }
+        assert!(lines.words.iter().all(|words| words.len() <= 4096));
+        assert_eq!(events, []);
+    }
+}

@@ -1,0 +1,117 @@
+//! A user of the VMM's own, and its tie to the monitor.
+
+use std::{
+    fs,
+    io::{self, Write},
+    os::fd::RawFd,
+};
+
+use rustix::{
+    process::{DumpableBehavior, Signal, geteuid, set_dumpable_behavior, set_parent_process_death_signal},
+    thread::{
+        capabilities, set_capabilities, set_keep_capabilities, set_thread_groups, set_thread_res_gid,
+        set_thread_res_uid,
+    },
+};
+
+use super::{JailError, NAMESPACES_HINT, failed, syscalls};
+
+/// User and group ids from here on, one for each process id, belong to VMMs. Nothing else is given ids of this range:
+/// those of containers end below it (systemd's `docs/UIDS-GIDS.md`), and process ids have 22 bits.
+const FIRST_ID: u32 = 0x7000_0000;
+
+/// Has the kernel kill this process when the monitor ends, and fails if that has happened already.
+pub fn die_with_parent(events: Option<RawFd>) -> Result<(), JailError> {
+    let Some(events) = events else { return Ok(()) };
+    let tie = failed("tie this process to its parent", "");
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(tie)?;
+    // A parent outside of the PID namespace has no number in it; but it alone holds the other end of this.
+    if syscalls::has_no_reader(events) {
+        return Err(failed("go on without a parent", "")(io::Error::from(io::ErrorKind::BrokenPipe)));
+    }
+    Ok(())
+}
+
+/// Becomes a user that owns nothing, in a user namespace where no other is known. If root started it, that user is
+/// nobody else's; otherwise it is the caller, who cannot become anybody else.
+pub fn become_nobody() -> Result<(), JailError> {
+    let own = own_id().map_err(failed("find out its own user", "; is /proc mounted?"))?;
+    let outer = match own {
+        Some(id) => {
+            let id = become_user(id).map_err(failed("change the user", ""))?;
+            (id, id)
+        }
+        None => (geteuid().as_raw(), rustix::process::getegid().as_raw()),
+    };
+    syscalls::unshare(libc::CLONE_NEWUSER).map_err(failed("make a user namespace", NAMESPACES_HINT))?;
+    map(outer).map_err(failed("map its user into its user namespace", NAMESPACES_HINT))?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("forbid core dumps", ""))
+}
+
+/// The id to become: `None` if this is not root, or root of a user namespace that has no other ids to give.
+fn own_id() -> io::Result<Option<u32>> {
+    if !geteuid().is_root() {
+        return Ok(None);
+    }
+    // A link to the process id in the PID namespace of the host, or of the container that all this runs in.
+    let pid = fs::read_link("/proc/self")?;
+    let pid: u32 = pid.to_str().and_then(|pid| pid.parse().ok()).ok_or(io::ErrorKind::InvalidData)?;
+    let id = FIRST_ID + pid;
+    let known = |map: &str| fs::read_to_string(map).map(|map| covers(&map, id));
+    Ok((known("/proc/self/uid_map")? && known("/proc/self/gid_map")?).then_some(id))
+}
+
+/// Whether an id is in a map of a user namespace (user_namespaces(7): first id inside, first outside, how many).
+fn covers(map: &str, id: u32) -> bool {
+    map.lines().any(|line| {
+        let mut numbers = line.split_whitespace().map(str::parse::<u64>);
+        match (numbers.next(), numbers.nth(1)) {
+            (Some(Ok(first)), Some(Ok(count))) => (first..first + count).contains(&id.into()),
+            _ => false,
+        }
+    })
+}
+
+/// Takes the id for user and group, and keeps the capabilities for making a user namespace: some hosts do not let
+/// plain users make any.
+fn become_user(id: u32) -> io::Result<u32> {
+    set_keep_capabilities(true)?;
+    set_thread_groups(&[])?;
+    let gid = rustix::process::Gid::from_raw(id);
+    set_thread_res_gid(gid, gid, gid)?;
+    let uid = rustix::process::Uid::from_raw(id);
+    set_thread_res_uid(uid, uid, uid)?;
+    let mut sets = capabilities(None)?;
+    sets.effective = sets.permitted;
+    set_capabilities(None, sets)?;
+    // The change took /proc/self from its owner, who has to write there.
+    set_dumpable_behavior(DumpableBehavior::Dumpable)?;
+    Ok(id)
+}
+
+/// Makes `(uid, gid)` known to the new user namespace, as 0. Of all ids it could be, it is the one to which the kernel
+/// gives a process's files in /proc, so that the monitor of a plain user can look at them.
+fn map((uid, gid): (u32, u32)) -> io::Result<()> {
+    write("/proc/self/setgroups", "deny")?;
+    write("/proc/self/uid_map", &format!("0 {uid} 1"))?;
+    write("/proc/self/gid_map", &format!("0 {gid} 1"))
+}
+
+fn write(path: &str, text: &str) -> io::Result<()> {
+    fs::OpenOptions::new().write(true).open(path)?.write_all(text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn map_covers_what_is_between_first_and_count() {
+        let all = "         0          0 4294967295\n";
+        assert!(covers(all, 0x7000_0001));
+        assert!(!covers("0 1000 1\n1 100000 65536\n", 0x7000_0001));
+        assert!(covers("0 1000 1\n1 100000 65536\n", 65536));
+        assert!(!covers("0 1000 1\n1 100000 65536\n", 65537));
+        assert!(!covers("", 0));
+    }
+}
