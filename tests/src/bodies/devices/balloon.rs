@@ -62,7 +62,8 @@ fn balloon_takes_memory_from_the_guest_and_gives_it_back(bed: &Bed) -> Story {
          echo given back\n\
          until [ $(total) -ge $first ]; do sleep 0.1; done\n\
          dd if=/dev/zero of=/tmp/file bs=1M count={MIB} 2>/dev/null\n\
-         echo taken again"
+         echo taken again\n\
+         while [ ! -e /tmp/never ]; do sleep 1; done"
     );
     let fields = json!({ "memory_mib": 256, "balloon": {} });
     let guest = Guest::new(bed)?.with(fields).controlled().start(&script)?;
@@ -73,9 +74,11 @@ fn balloon_takes_memory_from_the_guest_and_gives_it_back(bed: &Bed) -> Story {
     wait_for_resident(bed, &guest, "giving memory back", |now| now < MIB)?;
     guest.ask(json!({ "resize": { "memory_mib": 256 } }))?;
     wait_for_resident(bed, &guest, "taking memory again", |now| now > MIB)?;
-    let ran = guest.wait()?.passes()?;
-    ran.prints("given back")?;
-    ran.prints("taken again")
+    wait_for_console(bed, &guest, "taken again")?;
+    guest.ask(json!({ "stop": "orderly" }))?;
+    let ran = guest.wait()?;
+    ensure!(ran.reason() == "stopped", "the VM was to be stopped\n{}", ran.describe());
+    Ok(())
 }
 
 fn what_the_guest_frees_is_reported_and_the_hosts_again(bed: &Bed) -> Story {
