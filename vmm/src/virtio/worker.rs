@@ -321,6 +321,7 @@ mod tests {
     struct Slow {
         wake: EventFd,
         busy: bool,
+        told_to_stop: Arc<AtomicBool>,
     }
 
     impl Device for Slow {
@@ -345,13 +346,19 @@ mod tests {
         fn is_idle(&self) -> bool {
             !self.busy
         }
+
+        fn stop(&mut self, _: &mut dyn Poller) {
+            self.told_to_stop.store(true, Ordering::Release);
+        }
     }
 
     #[test]
     fn stop_of_busy_device_returns_when_it_is_idle() {
         let memory = memory();
         let wake = EventFd::new(EFD_NONBLOCK).unwrap();
-        let device = Slow { wake: wake.try_clone().unwrap(), busy: false };
+        let told_to_stop = Arc::new(AtomicBool::new(false));
+        let device =
+            Slow { wake: wake.try_clone().unwrap(), busy: false, told_to_stop: told_to_stop.clone() };
         let interrupt = Arc::new(InterruptStatus::new(Box::new(CountingLine::default())));
         let (worker, handle) = Worker::new(Box::new(device), memory.clone(), interrupt).unwrap();
         let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().unwrap();
@@ -363,9 +370,10 @@ mod tests {
                 handle.stop();
                 stopped.store(true, Ordering::Release);
             });
-            for _ in 0..10 {
-                events.run_with_timeout(2).unwrap();
+            while !told_to_stop.load(Ordering::Acquire) {
+                events.run_with_timeout(1).unwrap();
             }
+            thread::sleep(Duration::from_millis(20));
             assert!(!stopped.load(Ordering::Acquire), "the driver was told while its device was busy");
             wake.write(1).unwrap();
             while !stopped.load(Ordering::Acquire) {

@@ -295,7 +295,6 @@ fn requests_under_way_are_bounded_whatever_is_published() {
             fixture.turn();
         }
     }
-    assert!(most > 0 || fixture.block.thread.is_none());
     assert!(fixture.block.pending.len() <= usize::from(QUEUE_SIZE) && most <= usize::from(QUEUE_SIZE));
     while !fixture.block.is_idle() {
         fixture.turn();
