@@ -35,7 +35,12 @@ fn wait_for_resident(
         if enough(now) {
             return Ok(now);
         }
-        ensure!(Instant::now() < deadline, "{what}: the VMM still has {now} MiB");
+        ensure!(
+            Instant::now() < deadline,
+            "{what}: the VMM still has {now} MiB; {}; {}",
+            guest.ask(json!({ "console": { "bytes": 2000 } }))?,
+            guest.ask(json!("stats"))?["stats"]["memory"],
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
 }
@@ -71,6 +76,8 @@ fn balloon_takes_memory_from_the_guest_and_gives_it_back(bed: &Bed) -> Story {
     wait_for_console(bed, &guest, "memory was taken and freed")?;
     wait_for_resident(bed, &guest, "having taken memory", |now| now > MIB)?;
     guest.ask(json!({ "resize": { "memory_mib": 96 } }))?;
+    // The balloon is full by the guest's account before it is asked to shrink.
+    wait_for_console(bed, &guest, "given back")?;
     wait_for_resident(bed, &guest, "giving memory back", |now| now < MIB)?;
     guest.ask(json!({ "resize": { "memory_mib": 256 } }))?;
     wait_for_resident(bed, &guest, "taking memory again", |now| now > MIB)?;
