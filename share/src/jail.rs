@@ -194,14 +194,13 @@ fn drop_capabilities() -> Result<(), Errno> {
 }
 
 /// System calls of [`crate::run`]'s loop; any other ends the process.
-const ALLOWED: [libc::c_long; 52] = [
+const ALLOWED: [libc::c_long; 51] = [
     // The socket, and what it said on stdout before.
     libc::SYS_recvfrom,
     libc::SYS_sendto,
     libc::SYS_write,
     // Files by descriptor.
     libc::SYS_close,
-    libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_statx,
@@ -257,6 +256,13 @@ const ALLOWED: [libc::c_long; 52] = [
 fn filter() -> Result<BpfProgram, JailError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         ALLOWED.into_iter().map(|number| (number, Vec::new())).collect();
+    // Descriptors may be duplicated (and looked at, as the standard library's debug builds do). Not F_SETOWN and
+    // F_SETSIG: with root's user id they would send any signal to any process.
+    let only = |command: i32| {
+        let is = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, command as u64)?;
+        SeccompRule::new(vec![is])
+    };
+    rules.insert(libc::SYS_fcntl, vec![only(libc::F_DUPFD_CLOEXEC)?, only(libc::F_GETFD)?]);
     // Memory may be mapped, but never to be executed.
     let executable = libc::PROT_EXEC as u64;
     let never = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(executable), 0)?;

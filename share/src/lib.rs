@@ -82,6 +82,8 @@ pub enum ShareError {
 
 /// Serves what the first message on stdin asks for until stdin, a socket, ends.
 pub fn run() -> Result<(), ShareError> {
+    syscalls::close_inherited()
+        .map_err(|source| ShareError::Socket { action: "close what it inherited", source })?;
     let socket = rustix::stdio::stdin();
     let mut message = vec![0; MAX_CONFIG_BYTES];
     let (_, length) = retry(|| recv(socket, message.as_mut_slice(), RecvFlags::empty()))

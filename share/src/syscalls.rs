@@ -43,3 +43,10 @@ pub fn unshare_namespaces() -> io::Result<()> {
     // SAFETY: unshare takes no pointer.
     if unsafe { libc::unshare(flags) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
+
+/// Closes every descriptor from 3 up: what this process inherited is none of its business.
+pub fn close_inherited() -> io::Result<()> {
+    // SAFETY: this is called before this process has opened anything, so nothing in it owns these descriptors.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -9,8 +9,8 @@ use std::{
 use rustix::{
     process::{DumpableBehavior, Signal, geteuid, set_dumpable_behavior, set_parent_process_death_signal},
     thread::{
-        capabilities, set_capabilities, set_keep_capabilities, set_thread_groups, set_thread_res_gid,
-        set_thread_res_uid,
+        CapabilitySet, capabilities, set_capabilities, set_keep_capabilities, set_thread_groups,
+        set_thread_res_gid, set_thread_res_uid,
     },
 };
 
@@ -38,6 +38,14 @@ pub fn become_nobody() -> Result<(), JailError> {
     let own = own_id().map_err(failed("find out its own user", "; is /proc mounted?"))?;
     let outer = match own {
         Some(id) => {
+            // The monitor passes its capabilities on: without this one it could not kill another user's process, and
+            // neither could the kernel on its death.
+            let can_kill = capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::KILL));
+            if !can_kill {
+                let source = io::Error::from(io::ErrorKind::PermissionDenied);
+                let hint = "; root needs CAP_KILL for it, or start Cloche as a plain user";
+                return Err(failed("become a user whom its monitor can kill", hint)(source));
+            }
             let id = become_user(id).map_err(failed("change the user", ""))?;
             (id, id)
         }

@@ -188,6 +188,7 @@ pub fn start(
         streams: Some(streams),
     };
     let mut held_back = Vec::new();
+    let mut is_ready = false;
     let started = Instant::now();
     loop {
         machine.wait(signals)?;
@@ -205,7 +206,14 @@ pub fn start(
         while let Some(message) = machine.receive()? {
             match message {
                 // The guest says that it runs; whether it does so in a VM is seen from outside.
+                // Once: a guest that says it for ever would keep this from its signals and its patience.
+                FromGuest::Ready { .. } if is_ready => {
+                    return Err(VmError::Vmm(
+                        "its agent reports for the second time that it is ready".into(),
+                    ));
+                }
                 FromGuest::Ready { version } if version == VERSION => {
+                    is_ready = true;
                     let observed = observed::isolation(machine.vmm.pid());
                     if let Some(required) = request.require
                         && observed != Some(required)
@@ -387,10 +395,15 @@ impl Machine {
     /// Takes in the guest's last mark. The guest wrote it before its report, but the VMM passes marks on after the
     /// round of its loop that carried the report.
     fn await_last_mark(&mut self, trace: &mut Trace) {
-        let deadline = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
+        let deadline = Instant::now() + Duration::from_secs(1);
         while trace.get(Mark::ProcessExit).is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left =
+                rustix::event::Timespec { tv_sec: 0, tv_nsec: left.as_nanos().min(999_999_999) as i64 };
             let mut events = [PollFd::from_borrowed_fd(self.vmm.events(), PollFlags::IN)];
-            let arrived = rustix::event::poll(&mut events, Some(&deadline)).is_ok_and(|count| count > 0);
+            // With no time left it does not wait, and what talks on and on is heard once more at most.
+            let arrived = rustix::event::poll(&mut events, Some(&left)).is_ok_and(|count| count > 0);
+            let arrived = arrived && Instant::now() < deadline;
             // A mark that does not come is missed in the trace only.
             if !arrived || self.read_events(trace).is_err() {
                 return;

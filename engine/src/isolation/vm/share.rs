@@ -61,6 +61,8 @@ impl FileServer {
             .arg(format!("--die-with={}", std::process::id()))
             .stdin(theirs)
             .stdout(Stdio::piped())
+            // Nothing of the user's, a terminal least of all, for a process that a guest may take over.
+            .stderr(Stdio::null())
             .process_group(0)
             .spawn()?;
         let pid = rustix::process::Pid::from_child(&process);
