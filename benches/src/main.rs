@@ -7,6 +7,7 @@
 //! The programs measured are the ones on `PATH` (`CLOCHE_BIN`, `QEMU_BIN` and `FIRECRACKER_BIN` name others). A peer that is missing is named
 //! as missing.
 
+#[path = "../../tests/src/alone.rs"]
 mod alone;
 mod bundle;
 mod contender;

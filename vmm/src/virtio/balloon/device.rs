@@ -43,8 +43,9 @@ const FIRST_OPTIONAL: usize = 2;
 
 /// Chains of a queue before other devices have their turn: each may cost many system calls.
 const CHAINS_PER_TURN: u16 = 16;
-/// Bytes of page numbers that one chain may have: 64 MiB of pages. Linux sends a 64th of it at most.
-const MAX_NUMBERS_BYTES: usize = 64 << 10;
+/// Bytes of page numbers that one chain may have: 1,024 pages, each of which may be a system call of its own. Linux
+/// sends a quarter of it at most.
+const MAX_NUMBERS_BYTES: usize = 4 << 10;
 /// Bytes of statistics that are looked at. There are ten entries of ten bytes.
 const MAX_STATISTICS_BYTES: usize = 1 << 10;
 const STATISTIC_BYTES: usize = 10;
@@ -174,7 +175,7 @@ fn each_chain(
 fn inflate(chain: &Chain, memory: &GuestMemory) -> Result<(), QueueError> {
     let numbers: &Buffers = &chain.readable;
     if numbers.len() > MAX_NUMBERS_BYTES {
-        let problem = "it has more than 65536 bytes of page numbers";
+        let problem = "it has more than 4096 bytes of page numbers";
         return Err(QueueError::BadRequest { head: chain.head, problem });
     }
     let numbers = numbers
