@@ -7,12 +7,12 @@
 //! ```
 
 use std::{
-    collections::BTreeMap,
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
+use cloche_seccomp::bpf::{self, Comparison, Condition, Decision, Policy, Rule};
 use rustix::{
     fs::{CWD, Mode, OFlags, openat},
     io::Errno,
@@ -26,10 +26,6 @@ use rustix::{
         CapabilitiesSecureBits, CapabilitySet, CapabilitySets, remove_capability_from_bounding_set,
         set_capabilities, set_capabilities_secure_bits, set_no_new_privs, set_thread_groups,
     },
-};
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch,
 };
 
 use crate::{Shared, syscalls};
@@ -72,12 +68,6 @@ pub enum JailError {
         #[source]
         source: io::Error,
     },
-    /// The filter is not one: a defect.
-    #[error("cannot install the seccomp filter")]
-    Seccomp(#[from] seccompiler::Error),
-    /// As above.
-    #[error("cannot compile the seccomp filter")]
-    Filter(#[from] seccompiler::BackendError),
 }
 
 fn step<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> JailError {
@@ -120,8 +110,7 @@ pub fn enter() -> Result<(), JailError> {
         .map_err(step("forbid core dumps"))?;
     drop_capabilities().map_err(step("drop capabilities"))?;
     set_no_new_privs(true).map_err(step("set no_new_privs"))?;
-    seccompiler::apply_filter(&filter()?)?;
-    Ok(())
+    cloche_seccomp::install(&filter(), 0).map_err(step("install its seccomp filter"))
 }
 
 fn enter_empty_root() -> Result<(), Errno> {
@@ -253,24 +242,31 @@ const ALLOWED: [libc::c_long; 51] = [
     libc::SYS_exit_group,
 ];
 
-fn filter() -> Result<BpfProgram, JailError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        ALLOWED.into_iter().map(|number| (number, Vec::new())).collect();
+fn filter() -> Vec<libc::sock_filter> {
+    use Comparison::{Equal, MaskedEqual};
+    let allow = libc::SECCOMP_RET_ALLOW;
+    let kill = libc::SECCOMP_RET_KILL_PROCESS;
+    let only = |argument, comparisons: &[Comparison]| {
+        let rule = |comparison: &Comparison| Rule {
+            conditions: vec![Condition { argument, comparison: *comparison }],
+            action: allow,
+        };
+        Decision::Match { rules: comparisons.iter().map(rule).collect(), otherwise: kill }
+    };
+    let not_executable = [MaskedEqual { mask: libc::PROT_EXEC as u64, value: 0 }];
     // Descriptors may be duplicated (and looked at, as the standard library's debug builds do). Not F_SETOWN and
     // F_SETSIG: with root's user id they would send any signal to any process.
-    let only = |command: i32| {
-        let is = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, command as u64)?;
-        SeccompRule::new(vec![is])
-    };
-    rules.insert(libc::SYS_fcntl, vec![only(libc::F_DUPFD_CLOEXEC)?, only(libc::F_GETFD)?]);
-    // Memory may be mapped, but never to be executed.
-    let executable = libc::PROT_EXEC as u64;
-    let never = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(executable), 0)?;
-    rules.insert(libc::SYS_mmap, vec![SeccompRule::new(vec![never.clone()])?]);
-    rules.insert(libc::SYS_mprotect, vec![SeccompRule::new(vec![never])?]);
-    let filter =
-        SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?;
-    Ok(filter.try_into()?)
+    let duplicate = [Equal(libc::F_DUPFD_CLOEXEC as u64), Equal(libc::F_GETFD as u64)];
+    let mut calls: Vec<(u32, Decision)> =
+        ALLOWED.into_iter().map(|call| (call as u32, Decision::Always(allow))).collect();
+    calls.extend([
+        (libc::SYS_fcntl as u32, only(1, &duplicate)),
+        // Memory may be mapped, but never to be executed.
+        (libc::SYS_mmap as u32, only(2, &not_executable)),
+        (libc::SYS_mprotect as u32, only(2, &not_executable)),
+    ]);
+    calls.sort_by_key(|(call, _)| *call);
+    bpf::assemble(&Policy { calls, default: kill })
 }
 
 #[cfg(test)]
@@ -279,8 +275,31 @@ mod tests {
 
     #[test]
     fn filter_compiles_and_names_each_call_once() {
-        assert!(filter().unwrap().len() > ALLOWED.len());
+        assert!(filter().len() > ALLOWED.len());
         let distinct: std::collections::BTreeSet<_> = ALLOWED.into_iter().collect();
         assert_eq!(distinct.len(), ALLOWED.len());
+    }
+
+    #[test]
+    fn filter_keeps_signals_and_code_out_of_reach() {
+        use cloche_seccomp::interpreter::{Call, run};
+        const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+        let program = filter();
+        let answer = |number: libc::c_long, args| {
+            let call = Call { number: number as u32, architecture: AUDIT_ARCH_X86_64, args };
+            run(&program, &call).0
+        };
+        let fcntl = |command: i32| answer(libc::SYS_fcntl, [0, command as u64, 0, 0, 0, 0]);
+        assert_eq!(fcntl(libc::F_DUPFD_CLOEXEC), libc::SECCOMP_RET_ALLOW);
+        // linux/fcntl.h: F_SETFL, F_SETOWN, F_SETSIG, F_SETOWN_EX.
+        for command in [4, 8, 10, 15] {
+            assert_eq!(fcntl(command), libc::SECCOMP_RET_KILL_PROCESS, "{command}");
+        }
+        for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+            let map = |protection: i32| answer(call, [0, 4096, protection as u64, 0, 0, 0]);
+            assert_eq!(map(libc::PROT_READ | libc::PROT_WRITE), libc::SECCOMP_RET_ALLOW);
+            assert_eq!(map(libc::PROT_READ | libc::PROT_EXEC), libc::SECCOMP_RET_KILL_PROCESS);
+        }
+        assert_eq!(answer(libc::SYS_kill, [1, 9, 0, 0, 0, 0]), libc::SECCOMP_RET_KILL_PROCESS);
     }
 }

@@ -67,10 +67,13 @@ impl Vmm {
         let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(failed("make a pipe for the VMM"));
         let (stdin, config_writer) = pipe()?;
         let (events, stdout) = pipe()?;
+        let (gate, gate_writer) = pipe()?;
         let Clone { pid, pidfd, in_user_namespace } = match clone()? {
             Some(clone) => clone,
             None => {
-                drop((config_writer, events));
+                drop((config_writer, events, gate_writer));
+                // Until this user is mapped: an execve before that would take all capabilities away.
+                let _ = rustix::io::retry_on_intr(|| rustix::io::read(&gate, &mut [0; 1]));
                 let mut given = vec![stdin.as_fd(), stdout.as_fd(), stdout.as_fd()];
                 given.extend(inherited.iter().map(AsFd::as_fd));
                 become_vmm(&given)
@@ -81,6 +84,7 @@ impl Vmm {
         if in_user_namespace {
             map_own_user(pid).map_err(failed("map this user into the VMM's user namespace"))?;
         }
+        drop(gate_writer);
         rustix::io::ioctl_fionbio(&vmm.events, true).map_err(failed("listen to the VMM"))?;
         // It waits for the end of this, and so for all that is done above.
         File::from(config_writer).write_all(&json).map_err(failed("configure the VMM"))?;
