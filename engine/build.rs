@@ -31,10 +31,11 @@ fn main() {
     fs::write(out.join("initramfs.cpio"), archive.finish()).expect("OUT_DIR is writable");
 }
 
-/// Runs cargo with a target directory of its own: the outer cargo holds the lock of the usual one.
+/// Runs cargo with a target directory of its own: the outer cargo holds the lock of the usual one. It is shared by all
+/// profiles of the outer build, since the agent has but one: `TARGET/TRIPLE/PROFILE/build/PACKAGE/out` is `out`.
 fn build_agent(workspace: &Path, out: &Path) -> PathBuf {
     let target = env::var("TARGET").expect("set by cargo");
-    let target_dir = out.join("agent");
+    let target_dir = out.ancestors().nth(4).expect("cargo's layout").join("agent-build");
     let status = Command::new(env::var_os("CARGO").expect("set by cargo"))
         .args([
             "build",

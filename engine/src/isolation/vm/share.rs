@@ -26,6 +26,8 @@ use rustix::{
 
 /// It only opens what is shared and locks itself in, but the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// A message of 128 KiB and its header, with what the kernel counts besides.
+const SEND_BUFFER_BYTES: usize = 512 << 10;
 /// Longest reason why it does not serve.
 const MAX_REASON_BYTES: u64 = 4096;
 
@@ -55,6 +57,10 @@ impl FileServer {
         }
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        for end in [&ours, &theirs] {
+            // The longest message must fit, whatever this host's default is. The kernel caps it at net.core.wmem_max.
+            rustix::net::sockopt::set_socket_send_buffer_size(end, SEND_BUFFER_BYTES)?;
+        }
         let mut process = Command::new("/proc/self/exe")
             .arg0("cloche")
             .arg("share")
