@@ -23,7 +23,7 @@ use rustix::{
 
 use crate::{
     boot::{self, Boot, BootError},
-    chain, syscalls,
+    chain, say, syscalls,
 };
 
 /// Why the agent cannot serve. The host learns of it by the console.
@@ -159,7 +159,7 @@ fn serve(container: &mut Container, streams: &mut Streams, mut control: &File) -
     let mut decoder = Decoder::default();
     // The container is served without it, too; the host then sees that nobody answers.
     let asked = syscalls::listen(guest_port::STATUS)
-        .inspect_err(|error| eprintln!("cloche-agent: cannot listen for questions of the host: {error}"))
+        .inspect_err(|error| say(&format!("cannot listen for questions of the host: {error}")))
         .ok();
     loop {
         let mut others = vec![
