@@ -4,18 +4,33 @@
 //! their place in the whole crate: a reader that is gone is ignored, and whatever else goes wrong on stdout (a full
 //! disk, say) is an error.
 
-use std::{fmt, io, io::Write, process};
+use std::{
+    fmt,
+    io::{self, Write},
+    process,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+/// Nobody reads stdout any more.
+static IS_UNREAD: AtomicBool = AtomicBool::new(false);
+
+/// Whether what goes to stdout still has a reader, as far as writing there has shown. What prints without end asks.
+pub fn has_reader() -> bool {
+    !IS_UNREAD.load(Ordering::Relaxed)
+}
 
 /// Writes to stdout.
 pub fn print(text: fmt::Arguments) {
     let mut stdout = io::stdout().lock();
     // Flushed at once, so that the error is not lost at the process's end.
     let written = stdout.write_fmt(text).and_then(|()| stdout.flush());
-    if let Err(error) = written
-        && error.kind() != io::ErrorKind::BrokenPipe
-    {
-        complain(format_args!("cloche: cannot write to stdout: {error}\n"));
-        process::exit(1);
+    match written {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => IS_UNREAD.store(true, Ordering::Relaxed),
+        Err(error) => {
+            complain(format_args!("cloche: cannot write to stdout: {error}\n"));
+            process::exit(1);
+        }
     }
 }
 

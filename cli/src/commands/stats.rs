@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    io::{IsTerminal, Write, stdout},
+    io::{IsTerminal, stdout},
     process::ExitCode,
     thread::sleep,
     time::Duration,
@@ -17,7 +17,7 @@ use cloche_engine::{
 use super::{home, reconciled};
 use crate::{
     arguments::{Global, Stats},
-    render,
+    output, render,
 };
 
 /// Between two samples.
@@ -50,8 +50,8 @@ pub fn stats(global: &Global, arguments: &Stats) -> anyhow::Result<ExitCode> {
             }
             print!("{}", table(&samples));
         }
-        stdout().flush()?;
-        if arguments.no_stream || samples.is_empty() && !arguments.sandboxes.is_empty() {
+        let is_over = samples.is_empty() && !arguments.sandboxes.is_empty();
+        if arguments.no_stream || is_over || !output::has_reader() {
             return Ok(ExitCode::SUCCESS);
         }
     }

@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::process::Stdio;
+use std::thread::sleep;
+use std::time::Instant;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 
 use crate::bed::Bed;
 use crate::suite::{Body, Story, body};
@@ -21,6 +23,7 @@ pub const BODIES: &[Body] = &[
     body!(help_and_completion_are_there).once(),
     body!(kernel_command_knows_its_kernel).only(Isolation::Vm),
     body!(reader_that_has_left_is_no_crash).once(),
+    body!(statistics_without_a_reader_end).once(),
     body!(output_that_cannot_be_written_is_an_error).once(),
 ];
 
@@ -168,6 +171,20 @@ fn reader_that_has_left_is_no_crash(bed: &Bed) -> Story {
     drop((child.stdout.take(), child.stderr.take()));
     let status = child.wait()?;
     ensure!(status.success(), "`cloche image ls | true` ended with {status}");
+    Ok(())
+}
+
+fn statistics_without_a_reader_end(bed: &Bed) -> Story {
+    let mut child = bed.cloche().arg("stats").stdout(Stdio::piped()).spawn()?;
+    drop(child.stdout.take());
+    while child.try_wait()?.is_none() {
+        if Instant::now() >= bed.deadline() {
+            child.kill()?;
+            child.wait()?;
+            bail!("`cloche stats | true` did not end");
+        }
+        sleep(bed.span(20));
+    }
     Ok(())
 }
 
