@@ -5,14 +5,15 @@
 //! filter is installed, works out which calls are always allowed.
 //!
 //! ```text
-//!  arch? ─no─▶ kill          ld nr; x32? ─yes─▶ ENOSYS
+//!  arch? ─no─▶ kill          ld nr; x32? ─yes─▶ ENOSYS, or what ends the process
 //!  nr ≥ 200? ─┬─ nr ≥ 90? ─ … ─▶ return action
 //!             └─ nr ≥ 320? ─ … ─▶ compare arguments ─▶ return action
 //! ```
 
 use libc::{
     BPF_ABS, BPF_ALU, BPF_AND, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JGT, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W,
-    SECCOMP_RET_ERRNO, SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_KILL_THREAD, sock_filter,
+    SECCOMP_RET_ACTION_FULL, SECCOMP_RET_ERRNO, SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_KILL_THREAD,
+    SECCOMP_RET_TRAP, sock_filter,
 };
 
 /// The kernel's limit on the length of a program (`BPF_MAXINSNS`).
@@ -96,8 +97,12 @@ pub enum Comparison {
 /// The program of a policy. It may be longer than [`MAX_INSTRUCTIONS`].
 pub fn assemble(policy: &Policy) -> Vec<sock_filter> {
     let ranges = ranges(policy);
-    let kills = [SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_KILL_THREAD].contains(&policy.default);
-    let x32 = if kills { policy.default } else { SECCOMP_RET_ERRNO | libc::ENOSYS as u32 };
+    // No policy lists x32 calls. One that ends whoever calls what is not listed ends these callers, too; under others
+    // they see what a kernel without x32 answers.
+    let x32 = match policy.default & SECCOMP_RET_ACTION_FULL {
+        SECCOMP_RET_KILL_PROCESS | SECCOMP_RET_KILL_THREAD | SECCOMP_RET_TRAP => policy.default,
+        _ => SECCOMP_RET_ERRNO | libc::ENOSYS as u32,
+    };
     let mut program = vec![
         load(OFFSET_ARCHITECTURE),
         jump(BPF_JEQ, AUDIT_ARCH_X86_64, 1, 0),

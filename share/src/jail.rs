@@ -301,5 +301,8 @@ mod tests {
             assert_eq!(map(libc::PROT_READ | libc::PROT_EXEC), libc::SECCOMP_RET_KILL_PROCESS);
         }
         assert_eq!(answer(libc::SYS_kill, [1, 9, 0, 0, 0, 0]), libc::SECCOMP_RET_KILL_PROCESS);
+        // Through the x32 ABI, even a call that is allowed otherwise.
+        let x32 = libc::SYS_fstat | i64::from(bpf::X32_SYSCALL_BIT);
+        assert_eq!(answer(x32, [0; 6]), libc::SECCOMP_RET_KILL_PROCESS);
     }
 }

@@ -9,7 +9,7 @@
 //! allow. That is also how the kernel combines filters (seccomp(2)).
 //!
 //! Only x86_64 calls get through: a 32-bit (i386) call kills the process, and an x32 call fails with ENOSYS
-//! unless the default action kills. Other architectures that the policy lists are therefore never let in, and
+//! unless the default action kills or traps. Other architectures that the policy lists are therefore never let in, and
 //! listing them asks for nothing that could be lost but their use.
 
 use std::io;

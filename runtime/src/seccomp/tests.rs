@@ -64,9 +64,12 @@ fn call_of_another_abi_never_gets_through() {
     );
     assert_eq!(answer(&policy, &Call { number: X32_SYSCALL_BIT, ..native }), ENOSYS);
     assert_eq!(answer(&policy, &Call { number: u32::MAX, ..native }), ENOSYS);
-    let killing = self::policy(KillProcess, vec![]);
     let x32 = Call { number: X32_SYSCALL_BIT, ..native };
-    assert_eq!(answer(&killing, &x32), libc::SECCOMP_RET_KILL_PROCESS);
+    for (default, action) in
+        [(KillProcess, libc::SECCOMP_RET_KILL_PROCESS), (Trap, libc::SECCOMP_RET_TRAP), (Errno, ENOSYS)]
+    {
+        assert_eq!(answer(&self::policy(default, vec![]), &x32), action);
+    }
 }
 
 #[test]

@@ -35,6 +35,10 @@ use crate::control::{
 
 /// Events that are taken at once.
 const EVENTS_AT_ONCE: usize = 32;
+/// New clients before others have their turn.
+const CLIENTS_PER_TURN: usize = 2 * MAX_CLIENTS;
+/// A client that cannot be taken in must not make the listener readable for ever: it is told of once.
+const NEW_CLIENTS: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 /// Requests of one client before others have their turn.
 const REQUESTS_PER_TURN: usize = 4;
 
@@ -116,9 +120,11 @@ impl Plane {
             controls,
             shared,
         };
-        let fds = [plane.end.as_raw_fd(), plane.terminate.as_raw_fd(), plane.all_parked.as_raw_fd()];
-        for fd in fds.into_iter().chain(plane.listener.as_ref().map(AsRawFd::as_raw_fd)) {
+        for fd in [plane.end.as_raw_fd(), plane.terminate.as_raw_fd(), plane.all_parked.as_raw_fd()] {
             plane.watch(ControlOperation::Add, fd, EventSet::IN)?;
+        }
+        if let Some(listener) = &plane.listener {
+            plane.watch(ControlOperation::Add, listener.as_raw_fd(), NEW_CLIENTS)?;
         }
         if let Some(timeout) = start_timeout {
             let mut timer = TimerFd::new().map_err(from_errno)?;
@@ -207,24 +213,44 @@ impl Plane {
         }
     }
 
+    /// Takes in all who have connected.
     fn accept(&mut self) {
-        let Some(listener) = &self.listener else { return };
-        let accepted = listener.accept().and_then(|(stream, _)| {
-            stream.set_nonblocking(true)?;
-            Ok(stream)
-        });
-        // A client that is gone again, or no descriptor left: the next one may be luckier.
-        let Ok(stream) = accepted else { return };
+        for _ in 0..CLIENTS_PER_TURN {
+            let Some(listener) = &self.listener else { return };
+            match listener.accept() {
+                Ok((stream, _)) => self.add_client(stream),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // No descriptor or no memory left for one more. One who is idle makes room; if there is nobody, this one
+                // waits until the next comes.
+                Err(error) if lacks_room(&error) && self.clients.is_empty() => return,
+                Err(error) if lacks_room(&error) => self.drop_idlest_client(),
+                // It is gone again.
+                Err(_) => {}
+            }
+        }
+        if let Some(fd) = self.listener.as_ref().map(AsRawFd::as_raw_fd) {
+            // To be told once more of those who are left.
+            let _ = self.watch(ControlOperation::Modify, fd, NEW_CLIENTS);
+        }
+    }
+
+    fn add_client(&mut self, stream: UnixStream) {
+        if stream.set_nonblocking(true).is_err() {
+            return;
+        }
         if self.clients.len() >= MAX_CLIENTS {
-            let idle =
-                (0..self.clients.len()).min_by_key(|index| self.clients.get(*index).map(|c| c.last_use));
-            idle.into_iter().for_each(|index| self.drop_client(index));
+            self.drop_idlest_client();
         }
         if self.watch(ControlOperation::Add, stream.as_raw_fd(), EventSet::IN).is_ok() {
             self.uses += 1;
             let session = Session::new(stream);
             self.clients.push(Client { session, interest: Interest::Readable, last_use: self.uses });
         }
+    }
+
+    fn drop_idlest_client(&mut self) {
+        let idlest = (0..self.clients.len()).min_by_key(|index| self.clients.get(*index).map(|c| c.last_use));
+        idlest.into_iter().for_each(|index| self.drop_client(index));
     }
 
     fn client_ready(&mut self, index: usize, set: EventSet) {
@@ -302,6 +328,11 @@ impl Plane {
         let client = self.clients.swap_remove(index);
         let _ = self.watch(ControlOperation::Delete, client.fd(), EventSet::empty());
     }
+}
+
+/// accept(2): too many descriptors of the process or the host, too little memory.
+fn lacks_room(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }
 
 fn from_errno(error: vmm_sys_util::errno::Error) -> io::Error {

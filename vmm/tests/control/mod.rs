@@ -14,6 +14,12 @@ use cloche_vmm::control::{
     client::{ClientError, ask},
 };
 
+use rustix::{
+    net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+    time::{ClockId, clock_gettime},
+};
+
 use super::*;
 
 pub const TESTS: &[(&str, Test)] = &[
@@ -25,6 +31,7 @@ pub const TESTS: &[(&str, Test)] = &[
     ("what_cannot_be_resized_is_refused_by_name", what_cannot_be_resized_is_refused_by_name),
     ("dirty_pages_are_counted_while_that_is_asked_for", dirty_pages_are_counted_while_that_is_asked_for),
     ("hostile_clients_disturb_nobody", hostile_clients_disturb_nobody),
+    ("client_without_a_descriptor_for_it_costs_nothing", client_without_a_descriptor_for_it_costs_nothing),
 ];
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -275,4 +282,46 @@ fn hostile_clients_disturb_nobody() -> Result<(), Failed> {
         stopped(&remote)
     };
     told(BUSY, |_, _| (), story).map(drop)
+}
+
+/// Whoever runs this program must not run tests side by side: the limit is the whole process's.
+fn client_without_a_descriptor_for_it_costs_nothing() -> Result<(), Failed> {
+    let story = |remote: Remote| {
+        stopped_after(&remote, || {
+            // It runs.
+            remote.info()?;
+            let address = SocketAddrUnix::new(&remote.socket)?;
+            let limit = getrlimit(Resource::Nofile);
+            let client = socket(AddressFamily::UNIX, SocketType::STREAM, None)?;
+            // Nothing can be opened any more.
+            setrlimit(Resource::Nofile, Rlimit { current: Some(0), ..limit })?;
+            let used = cpu_time();
+            let connected = connect(&client, &address);
+            thread::sleep(Duration::from_millis(500));
+            let used = cpu_time().saturating_sub(used);
+            setrlimit(Resource::Nofile, limit)?;
+            connected?;
+            if used > Duration::from_millis(200) {
+                return Err(format!("it took {used:?} of CPU time in 500 ms").into());
+            }
+            // Both the next one and the one that waited are served.
+            remote.info()?;
+            let mut waiting = UnixStream::from(client);
+            waiting.write_all(b"{\"version\":1,\"request\":\"resume\"}\n")?;
+            waiting.set_read_timeout(Some(PATIENCE))?;
+            expect(waiting.read(&mut [0; 100])? > 0, true)
+        })
+    };
+    told(HALT, |config, _| config.start_timeout_ms = Some(60_000), story).map(drop)
+}
+
+fn stopped_after(remote: &Remote, work: impl FnOnce() -> Result<(), Failed>) -> Result<(), Failed> {
+    let worked = work();
+    stopped(remote)?;
+    worked
+}
+
+fn cpu_time() -> Duration {
+    let used = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(used.tv_sec as u64, used.tv_nsec as u32)
 }

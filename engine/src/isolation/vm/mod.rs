@@ -433,7 +433,10 @@ impl Machine {
 
 /// What the VMM's seccomp filter has killed it for.
 pub(crate) fn seccomp_kill(call: u32, thread: ThreadKind) -> String {
-    let name = cloche_seccomp::syscall_table::name(call).map_or_else(|| call.to_string(), Into::into);
+    use cloche_seccomp::{bpf::X32_SYSCALL_BIT, syscall_table::name};
+    let known = |number| name(number).map(str::to_owned);
+    let of_x32 = || Some(format!("{} (x32)", known(call.checked_sub(X32_SYSCALL_BIT)?)?));
+    let name = known(call).or_else(of_x32).unwrap_or_else(|| call.to_string());
     format!("seccomp: system call {name} on thread {}", thread.name())
 }
 
@@ -537,6 +540,15 @@ mod tests {
     fn disk_devices_are_named_as_linux_does() {
         let names: Vec<_> = [0, 25, 26, 51, 52].map(disk_device).into();
         assert_eq!(names, ["/dev/vda", "/dev/vdz", "/dev/vdaa", "/dev/vdaz", "/dev/vdba"]);
+    }
+
+    #[test]
+    fn seccomp_kill_names_the_call_of_either_abi() {
+        let told = |call| seccomp_kill(call, ThreadKind::Vcpu);
+        assert_eq!(told(257), "seccomp: system call openat on thread vcpu");
+        assert_eq!(told(0x4000_0000 | 257), "seccomp: system call openat (x32) on thread vcpu");
+        assert_eq!(told(1000), "seccomp: system call 1000 on thread vcpu");
+        assert_eq!(told(u32::MAX), "seccomp: system call 4294967295 on thread vcpu");
     }
 
     #[test]
