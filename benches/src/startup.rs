@@ -11,7 +11,7 @@ use crate::contender::{Contender, find_program};
 use crate::guest_cost;
 use crate::report::{Phase, Report, Row};
 use crate::statistics::Summary;
-use crate::stopwatch::{Lap, time};
+use crate::stopwatch::{Lap, settle, time};
 use crate::surroundings::Surroundings;
 use crate::vm_start::{VmLap, Vmm};
 
@@ -72,10 +72,12 @@ pub fn measure(runs: u32, warm_up: u32, with_vm: bool) -> Result<Report> {
     for round in 1..=runs {
         eprintln!("cloche-bench: round {round} of {runs}");
         for entrant in &mut entrants {
+            settle(round);
             let lap = time(&mut entrant.contender.next_command());
             entrant.laps.push(lap.with_context(|| format!("measure {}", entrant.contender.name))?);
         }
         for (vmm, laps) in &mut vmms {
+            settle(round);
             laps.push(vmm.time().with_context(|| format!("measure {}", vmm.name()))?);
         }
     }

@@ -5,6 +5,7 @@
 
 use std::io::Read;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::time::{ClockId, clock_gettime};
@@ -26,6 +27,18 @@ pub struct Lap {
 pub fn now_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// Waits between two runs: what the first has left to the kernel to end in the background must not weigh on the second,
+/// and no run may begin at a moment of the host's timer tick that the one before it has set. A start and an end wait
+/// for ticks, so their times depend on it.
+pub fn settle(run: u32) {
+    /// One tick at 250 Hz.
+    const TICK_NS: f64 = 4e6;
+    /// Multiples of it spread evenly over a tick, however many there are.
+    const GOLDEN_RATIO: f64 = 0.618_033_988_749_895;
+    let phase_ns = (f64::from(run) * GOLDEN_RATIO).fract() * TICK_NS;
+    std::thread::sleep(Duration::from_millis(40) + Duration::from_nanos(phase_ns as u64));
 }
 
 /// Runs a command to its end; one that fails is an error with what it said.
