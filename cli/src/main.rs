@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     let mut words = std::env::args_os();
     match words.nth(1) {
         Some(word) if word == "vmm" => return commands::vmm::main(words),
-        Some(word) if word == "share" => return commands::share::main(words),
+        Some(word) if word == "share" => return commands::share::main(),
         _ => {}
     }
     let started = cloche_engine::trace::now_ns();

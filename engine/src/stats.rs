@@ -56,7 +56,7 @@ pub struct Sample {
     pub cpu_ns: Known<u64>,
     /// Of one host CPU, since the sample before; unknown in the first.
     pub cpu_percent: Known<f64>,
-    /// Memory of the host in bytes: of the container without idle file cache, or of the VMM with its guest.
+    /// Memory of the host in bytes, without idle file cache: of the container, or of the VM's processes with the guest.
     pub memory_bytes: Known<u64>,
     /// What it may use at most, in bytes: the limit or all of the host's, or the guest's memory.
     pub memory_limit_bytes: Known<u64>,
@@ -122,10 +122,12 @@ impl Sample {
 
     fn of_vm(sandbox: &Steered, stats: MachineStats) -> Self {
         let record = &sandbox.record;
-        let resident = match &record.state {
-            State::Running(processes) => resident_bytes(processes.leader.pid),
-            _ => None,
+        let resident = || match &record.state {
+            State::Running(processes) => resident_bytes(processes.leader.pid).ok_or("its VMM has ended"),
+            _ => Err("it is not running"),
         };
+        // Without a cgroup of its own, the VMM's share of it is all that can be told.
+        let memory = sandbox.measured_cgroup().ok().and_then(|cgroup| cgroup.usage().memory_bytes.ok());
         let status = sandbox.activity();
         let pids = match status {
             Activity::Paused => Err("only the guest's own kernel knows, and it is paused".to_owned()),
@@ -144,7 +146,7 @@ impl Sample {
             at_ns: trace::now_ns(),
             cpu_ns: Known::Value(stats.cpu_ns),
             cpu_percent: Known::Unknown(String::new()),
-            memory_bytes: resident.ok_or("its VMM has ended").into(),
+            memory_bytes: memory.map_or_else(resident, Ok).into(),
             memory_limit_bytes: Known::Value(stats.memory.size_bytes),
             net_received_bytes: Known::Value(received),
             net_sent_bytes: Known::Value(sent),

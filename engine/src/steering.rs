@@ -5,7 +5,7 @@
 //!               container                        VM
 //!   pause       cgroup freezer                   control socket: vCPUs and devices stand still
 //!   signal      queued to the monitor, which passes it on to the process in the sandbox
-//!   stats       cgroup                           control socket, /proc of the VMM
+//!   stats       cgroup                           control socket, cgroup
 //! ```
 
 use std::{
@@ -316,7 +316,7 @@ impl Steered {
         }
     }
 
-    /// Its cgroup, if it is no VM.
+    /// Its cgroup.
     pub(crate) fn measured_cgroup(&self) -> Result<Cgroup, SteeringError> {
         self.cgroup("measure")
     }

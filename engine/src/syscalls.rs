@@ -59,13 +59,6 @@ pub fn queue_signal(pidfd: &OwnedFd, signo: i32, value: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Has the kernel kill the calling process when its parent ends (prctl(2), PR_SET_PDEATHSIG).
-pub fn die_with_parent() -> io::Result<()> {
-    // SAFETY: this prctl takes a number and no pointer.
-    let result = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 /// Makes descriptor `target` the same as `fd`, kept at `execve`.
 pub(crate) fn dup_to(fd: OwnedFd, target: RawFd) -> io::Result<()> {
     // SAFETY: `target` is replaced in a process that is about to become another program, where nothing owns it.

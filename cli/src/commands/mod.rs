@@ -12,29 +12,10 @@ pub mod steer;
 pub mod vmm;
 pub mod volume;
 
-use std::ffi::OsString;
-
-use anyhow::Context;
 use clap::CommandFactory;
 use cloche_engine::{home::Home, sandboxes::Sandboxes};
 
 use crate::arguments::{Arguments, Global};
-
-/// Ties a process that the engine has started to its parent, as its only argument, `--die-with=PID`, asks for.
-fn tie_to_parent(words: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
-    for word in words {
-        let word = word.to_string_lossy().into_owned();
-        let parent = word.strip_prefix("--die-with=").and_then(|pid| pid.parse::<u32>().ok());
-        let parent = parent.with_context(|| format!("unknown argument `{word}`; it takes --die-with=PID"))?;
-        cloche_engine::syscalls::die_with_parent().context("cannot tie this process to its parent")?;
-        // It may have died before the line above.
-        anyhow::ensure!(
-            std::os::unix::process::parent_id() == parent,
-            "process {parent}, its parent, is gone"
-        );
-    }
-    Ok(())
-}
 
 /// Prints completions.
 pub fn completion(shell: clap_complete::Shell) {

@@ -1,15 +1,14 @@
 //! `cloche share`: the process that serves files of the host to one VM. Its socket is stdin; what it has to say, to the
 //! engine only, goes to stdout.
 
-use std::{ffi::OsString, process::ExitCode};
+use std::process::ExitCode;
 
-/// Serves to the end of the socket. `words` are the arguments after `share`.
-pub fn main(words: impl Iterator<Item = OsString>) -> ExitCode {
-    let served = super::tie_to_parent(words).and_then(|()| Ok(cloche_share::run()?));
-    match served {
+/// Serves to the end of the socket.
+pub fn main() -> ExitCode {
+    match cloche_share::run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            println!("{error:#}");
+            println!("{:#}", anyhow::Error::from(error));
             ExitCode::FAILURE
         }
     }

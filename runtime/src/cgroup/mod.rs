@@ -259,7 +259,7 @@ impl Cgroup {
     }
 
     /// The v2 directory, for `CLONE_INTO_CGROUP`.
-    pub(crate) fn clone_target(&self) -> Result<Option<OwnedFd>, CgroupError> {
+    pub fn clone_target(&self) -> Result<Option<OwnedFd>, CgroupError> {
         self.unified.as_deref().map(files::open_directory).transpose()
     }
 
@@ -268,8 +268,8 @@ impl Cgroup {
         !self.v1.is_empty()
     }
 
-    /// Moves a process into the v1 directories.
-    pub(crate) fn attach(&self, pid: i32) -> Result<(), CgroupError> {
+    /// Moves a process, or the caller as 0, into the v1 directories.
+    pub fn attach(&self, pid: i32) -> Result<(), CgroupError> {
         self.v1.iter().try_for_each(|v1| files::write(v1.path(), "cgroup.procs", &pid.to_string()))
     }
 

@@ -1,7 +1,7 @@
 //! `kill -9` of each process of a running sandbox: the next command reports it and nothing is left.
 
 use anyhow::{Context as _, Result, ensure};
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bed::Bed;
 use crate::process::Running;
@@ -15,6 +15,7 @@ pub const BODIES: &[Body] = &[
     body!(killed_vmm_is_reported_and_cleaned_up).only(Isolation::Vm),
     body!(killed_container_init_is_reported).only(Isolation::Container),
     body!(everything_killed_at_once_is_cleaned_up),
+    body!(file_server_ends_with_whoever_is_killed).only(Isolation::Vm),
     body!(next_run_cleans_up_by_itself),
     body!(damaged_record_does_not_stop_other_commands),
 ];
@@ -46,6 +47,11 @@ fn next_command_reports_and_cleans(bed: &Bed) -> Story {
 /// The VMM below this process.
 pub fn vmm_below(ancestor: Pid) -> Option<Process> {
     descendants_of(ancestor).into_iter().find(Process::is_vmm)
+}
+
+/// The file server below this process.
+pub fn file_server_below(ancestor: Pid) -> Option<Process> {
+    descendants_of(ancestor).into_iter().find(Process::is_share)
 }
 
 /// The container's first process below this one.
@@ -96,6 +102,36 @@ fn everything_killed_at_once_is_cleaned_up(bed: &Bed) -> Story {
     below.iter().for_each(Process::kill);
     running.wait()?.exits_with(137)?;
     next_command_reports_and_cleans(bed)
+}
+
+/// Even one that cannot see that its socket has ended, and that has changed its user, which makes the kernel forget whose
+/// death it is to die of. Nobody but the kernel ends it: no command runs.
+fn file_server_ends_with_whoever_is_killed(bed: &Bed) -> Story {
+    let dir = bed.scratch().join("shared");
+    std::fs::create_dir(&dir)?;
+    std::fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
+    for (kills_monitor, kills_vmm) in [(true, false), (false, true), (true, true)] {
+        let script = "echo x > /data/file; echo up; sleep 100000";
+        let volume = format!("{}:/data", dir.display());
+        let mut running = bed.busybox().with("-v", &volume).with("-u", "1000:1000").sh(script).start()?;
+        running.wait_for_stdout("up\n")?;
+        let vmm = running.wait_for("a VMM process", vmm_below)?;
+        let server = running.wait_for("the file server", file_server_below)?;
+        kill_process(server.pid, Signal::STOP)?;
+        if kills_monitor {
+            running.signal(Signal::KILL)?;
+        }
+        if kills_vmm {
+            vmm.kill();
+        }
+        running.wait_for_end()?;
+        let left: Vec<String> =
+            bed.leftovers().into_iter().filter(|left| left.starts_with("process")).collect();
+        ensure!(left.is_empty(), "monitor killed: {kills_monitor}, VMM killed: {kills_vmm}: {left:?}");
+        running.wait()?.exits_with(137)?;
+    }
+    bed.run(&["ps"])?.succeeds()?;
+    Ok(())
 }
 
 fn next_run_cleans_up_by_itself(bed: &Bed) -> Story {

@@ -1,7 +1,10 @@
 //! Memory, process and processor limits.
 
+use std::path::Path;
+
 use anyhow::{Context as _, ensure};
 
+use super::crash::{file_server_below, vmm_below};
 use crate::bed::Bed;
 use crate::suite::{Body, Story, body};
 use crate::world::Isolation;
@@ -13,6 +16,7 @@ pub const BODIES: &[Body] = &[
     body!(memory_below_the_limit_is_usable),
     body!(pids_limit_stops_a_fork_bomb),
     body!(cpu_limit_is_visible_inside_or_acts),
+    body!(processes_of_a_vm_are_in_a_cgroup_that_its_size_limits).only(Isolation::Vm),
     body!(mistaken_memory_sizes_are_refused),
     body!(mistaken_processor_and_pids_values_are_refused),
 ];
@@ -84,6 +88,39 @@ fn cpu_limit_is_visible_inside_or_acts(bed: &Bed) -> Story {
             ensure!(limited > free * 2, "a tenth of a processor took {limited:?}, a whole one {free:?}");
         }
     }
+    Ok(())
+}
+
+fn processes_of_a_vm_are_in_a_cgroup_that_its_size_limits(bed: &Bed) -> Story {
+    bed.keeps_records();
+    let volume = format!("{}:/data", bed.scratch().display());
+    let sandbox = bed.busybox().kept("limited").with("--memory", "96m").with("-v", &volume).held_input();
+    let mut running = sandbox.sh("echo up; cat").start()?;
+    running.wait_for_stdout("up\n")?;
+    let id = bed.record("limited")?.context("it runs")?.id;
+    let vmm = running.wait_for("a VMM process", vmm_below)?;
+    let server = running.wait_for("the file server", file_server_below)?;
+    for process in [&vmm, &server] {
+        let cgroups = std::fs::read_to_string(format!("/proc/{}/cgroup", process.pid.as_raw_nonzero()))?;
+        let path = format!("/cloche-{id}");
+        let of_memory = cgroups.lines().find(|line| line.starts_with("0::/c") || line.contains(":memory:"));
+        ensure!(of_memory.is_some_and(|line| line.ends_with(&path)), "{process} is in\n{cgroups}");
+    }
+    let mount = Path::new("/sys/fs/cgroup");
+    let first = |files: [String; 2]| {
+        let found = files.iter().find_map(|file| std::fs::read_to_string(mount.join(file)).ok());
+        found.and_then(|text| text.trim().parse::<u64>().ok()).with_context(|| format!("none of {files:?}"))
+    };
+    let memory =
+        first([format!("cloche-{id}/memory.max"), format!("memory/cloche-{id}/memory.limit_in_bytes")])?
+            >> 20;
+    // The guest has 96 MiB, what its kernel takes of that, and 64 more; a file server may have many files open.
+    ensure!((96 + 64 + 64..1200).contains(&memory), "its limit is {memory} MiB");
+    let pids = first([format!("cloche-{id}/pids.max"), format!("pids/cloche-{id}/pids.max")])?;
+    ensure!((3..100).contains(&pids), "it may have {pids} processes");
+    running.close_input();
+    running.wait()?.succeeds()?;
+    ensure!(!mount.join(format!("cloche-{id}")).exists(), "its cgroup is left");
     Ok(())
 }
 

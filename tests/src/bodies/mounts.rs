@@ -8,11 +8,12 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use sha2::{Digest as _, Sha256};
 
+use super::crash::file_server_below;
 use super::rootfs::base;
 use crate::bed::Bed;
 use crate::image::Image;
 use crate::noise::Noise;
-use crate::procfs::{Process, descendants_of};
+
 use crate::suite::{Body, Story, body};
 use crate::world::Isolation;
 
@@ -393,8 +394,7 @@ fn killed_share_is_an_error_and_no_hang(bed: &Bed) -> Story {
         ls /data; echo survived";
     let mut running = bed.busybox().with("-v", &volume(&dir, "/data")).held_input().sh(script).start()?;
     running.wait_for_stdout("up\n")?;
-    let share = |ancestor| descendants_of(ancestor).into_iter().find(Process::is_share);
-    running.wait_for("the file server", share)?.kill();
+    running.wait_for("the file server", file_server_below)?.kill();
     running.write(b"\n")?;
     let finished = running.wait()?.succeeds()?;
     ensure!(finished.out().ends_with("up\nsurvived\n"), "files are still there\n{finished}");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 
-use super::crash::{init_below, vmm_below};
+use super::crash::{file_server_below, init_below, vmm_below};
 use crate::bed::Bed;
 use crate::noise::Noise;
 use crate::process::Running;
@@ -17,6 +17,7 @@ use crate::world::Isolation;
 pub const BODIES: &[Body] = &[
     body!(command_line_killed_at_any_moment_leaves_nothing),
     body!(vmm_killed_at_any_moment_leaves_nothing).only(Isolation::Vm),
+    body!(file_server_killed_at_any_moment_leaves_nothing).only(Isolation::Vm),
     body!(container_init_killed_at_any_moment_leaves_nothing).only(Isolation::Container),
     body!(load_killed_at_any_moment_leaves_a_sound_store).once(),
 ];
@@ -29,7 +30,9 @@ fn moments(bed: &Bed) -> Vec<Duration> {
 }
 
 fn start<'a>(bed: &'a Bed<'a>) -> Result<Running> {
-    bed.busybox().kept("victim").sh("echo up; sleep 1; exit 3").start()
+    // With a mount, a VM has a file server.
+    let volume = format!("{}:/data", bed.scratch().display());
+    bed.busybox().kept("victim").with("-v", &volume).sh("echo up; sleep 1; exit 3").start()
 }
 
 /// If the victim got as far as a record, it is one of an ended sandbox. Nothing else is left.
@@ -74,6 +77,10 @@ fn killed_at_any_moment(bed: &Bed, what: &str, find: fn(rustix::process::Pid) ->
 
 fn vmm_killed_at_any_moment_leaves_nothing(bed: &Bed) -> Story {
     killed_at_any_moment(bed, "a VMM process", vmm_below)
+}
+
+fn file_server_killed_at_any_moment_leaves_nothing(bed: &Bed) -> Story {
+    killed_at_any_moment(bed, "the file server", file_server_below)
 }
 
 fn container_init_killed_at_any_moment_leaves_nothing(bed: &Bed) -> Story {

@@ -7,8 +7,10 @@
 //!    events ◀── JSON lines on its stdout ───
 //! ```
 //!
-//! The VMM inherits its ends of the streams. It is told to die with its monitor, and nothing outlives the VMM.
+//! The VMM inherits its ends of the streams. It is told to die with its monitor, and nothing outlives the VMM. Both it
+//! and its file server are in the sandbox's cgroup.
 
+mod cgroup;
 mod cpio;
 pub(crate) mod dial;
 pub mod kernel;
@@ -37,6 +39,7 @@ use cloche_protocol::{
     machine::{GUEST_CID, vsock_port},
     message::{Exit, FromGuest, ToGuest},
 };
+use cloche_runtime::cgroup::CgroupError;
 use cloche_vmm::{
     config::{ConfigError, DiskConfig, InitramfsPart, ShareConfig, VmConfig, VsockConfig, VsockPort},
     event::Event,
@@ -46,7 +49,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use process::{FIRST_INHERITED_FD, SpawnError, Vmm};
 
-use self::{dial::VSOCK_SOCKET, share::FileServer};
+use self::{cgroup::VmCgroup, dial::VSOCK_SOCKET, share::FileServer};
 use super::{Lost, Running, Streams, observed};
 use crate::{
     record::{ProcessId, Processes},
@@ -95,6 +98,9 @@ pub enum VmError {
     /// The host's files cannot be served.
     #[error("the file server of this VM did not start: {0}")]
     Share(String),
+    /// Its cgroup could not be made.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The VMM's process could not be started.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
@@ -155,8 +161,7 @@ pub fn start(
     trace: &mut Trace,
 ) -> Result<Box<dyn Running>, VmError> {
     kvm::check()?;
-    // It gets ready while the VM boots.
-    let mut file_server = FileServer::start(&workload.shares).map_err(setup("start the file server"))?;
+    let mut file_server = FileServer::new(&workload.shares).map_err(setup("start the file server"))?;
     let mut config = machine(dir, layers, request)?;
     let control_socket = listen(dir, CONTROL_SOCKET).map_err(setup("make the VM's control socket"))?;
     let programs = listen(dir, VSOCK_SOCKET).map_err(setup("listen for host programs"))?;
@@ -172,13 +177,12 @@ pub fn start(
     config.share = socket.map(|socket| ShareConfig { tag: SHARE_TAG.into(), socket_fd: inherit(socket) });
     config.validate()?;
     write_boot_archive(id, dir, workload, &config, request.interactive)?;
-    let vmm = Vmm::spawn(&config, &theirs)?;
+    // It gets ready while the VM boots.
+    let companion = file_server.as_mut().and_then(FileServer::take_process);
+    let vmm = Vmm::spawn_in(VmCgroup::create(id, &config)?, &config, &theirs, companion)?;
     // Only then their end is seen.
     drop(theirs);
     trace.mark(Mark::VmmSpawned);
-    if let Some(server) = &mut file_server {
-        server.wait_until_ready().map_err(setup("watch the file server"))?.map_err(VmError::Share)?;
-    }
     let mut machine = Machine {
         vmm,
         file_server,
@@ -187,6 +191,7 @@ pub fn start(
         decoder: Decoder::default(),
         streams: Some(streams),
     };
+    machine.await_file_server(trace)?;
     let mut held_back = Vec::new();
     let mut is_ready = false;
     let started = Instant::now();
@@ -360,6 +365,16 @@ impl Machine {
         }
     }
 
+    fn await_file_server(&mut self, trace: &mut Trace) -> Result<(), VmError> {
+        let Some(server) = &mut self.file_server else { return Ok(()) };
+        let ready = server.wait_until_ready().map_err(setup("watch the file server"))?;
+        ready.or_else(|reason| {
+            // It ends with the VMM, which knows better why.
+            self.read_events(trace)?;
+            Err(VmError::Share(reason))
+        })
+    }
+
     /// Takes in the VMM's marks; an end of the VM is an error that says why.
     fn read_events(&mut self, trace: &mut Trace) -> Result<(), VmError> {
         let (events, closed) = self.vmm.take_events();
@@ -485,10 +500,6 @@ impl Running for Machine {
     }
 
     fn advance(&mut self, trace: &mut Trace) -> Result<Option<Exit>, Lost> {
-        if let Some(end) = self.file_server.as_mut().and_then(FileServer::take_end) {
-            // The sandbox goes on; only its user can tell what that is worth.
-            eprintln!("cloche: {end}");
-        }
         match self.receive() {
             Ok(Some(FromGuest::Exited(exit))) => {
                 self.await_last_mark(trace);
@@ -508,6 +519,11 @@ impl Running for Machine {
             VmError::Vmm(reason) => Lost(format!("the VM ended under the process: {reason}")),
             other => Lost(other.to_string()),
         })?;
+        // After the VMM's own end, which is the server's, too.
+        if let Some(end) = self.file_server.as_mut().and_then(FileServer::take_end) {
+            // The sandbox goes on; only its user can tell what that is worth.
+            eprintln!("cloche: {end}");
+        }
         match self.silent_since {
             Some(since) if since.elapsed() >= LAST_WORDS => {
                 Err(Lost("the guest agent closed its control stream under the process".into()))
@@ -523,12 +539,8 @@ impl Running for Machine {
         }
     }
 
-    fn teardown(mut self: Box<Self>) -> Result<(), Lost> {
-        self.vmm.end();
-        if let Some(server) = &mut self.file_server {
-            server.stop();
-        }
-        Ok(())
+    fn teardown(self: Box<Self>) -> Result<(), Lost> {
+        self.vmm.remove().map_err(|error| Lost(error.to_string()))
     }
 }
 

@@ -1,4 +1,11 @@
-//! The VMM's process: cloned into a PID namespace of its own, configured, listened to, and ended.
+//! The VMM's process: cloned into a PID namespace and a cgroup of its own, configured, listened to, and ended.
+//!
+//! ```text
+//!  this process ── clone3 ──▶ PID 1 of the namespace ──────────── execve ──▶ cloche vmm
+//!                                  └── clone3, if there is a file server ──▶ cloche share
+//! ```
+//! When the first process of a PID namespace ends, the kernel ends all others in it, and the first one is not waited
+//! for successfully before they are gone. So nothing can outlive the VMM, whatever was killed.
 //!
 //! Its standard input is its configuration; its standard output and error are one pipe, on which events come as JSON
 //! lines and anything else is what it says before it dies. No terminal and no other descriptor of the monitor reaches
@@ -6,13 +13,14 @@
 
 use std::{
     collections::VecDeque,
+    ffi::CStr,
     fs::{self, File},
     io::{self, Read, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
-use cloche_runtime::{Cloned, clone3};
+use cloche_runtime::{Cloned, cgroup::CgroupError, clone3};
 use cloche_vmm::{Event, VmConfig};
 use rustix::{
     io::fcntl_dupfd_cloexec,
@@ -20,7 +28,7 @@ use rustix::{
     process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
 };
 
-use super::printable;
+use super::{cgroup::VmCgroup, printable};
 use crate::syscalls;
 
 /// Descriptors that a VMM inherits are numbered from here, in the order in which they are given.
@@ -46,11 +54,20 @@ fn failed<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> SpawnEr
     move |source| SpawnError { action, source: source.into() }
 }
 
-/// The VMM's process. Dropping it kills and reaps it.
+/// Another process in the VMM's PID namespace: this program, with these words, input and output.
+#[derive(Debug)]
+pub(super) struct Companion {
+    pub(super) words: &'static [&'static CStr],
+    pub(super) stdin: OwnedFd,
+    pub(super) stdout: OwnedFd,
+}
+
+/// The VMM's process. Dropping it kills and reaps it, and whatever else is in its PID namespace and its cgroup.
 #[derive(Debug)]
 pub struct Vmm {
     pid: i32,
     pidfd: OwnedFd,
+    cgroup: VmCgroup,
     events: File,
     lines: Lines,
     /// How it ended, once it is reaped.
@@ -63,12 +80,22 @@ impl Vmm {
     ///
     /// The calling process must have one thread.
     pub fn spawn(config: &VmConfig, inherited: &[OwnedFd]) -> Result<Self, SpawnError> {
+        Self::spawn_in(VmCgroup::none(), config, inherited, None)
+    }
+
+    /// As [`Vmm::spawn`], in this cgroup and with this companion.
+    pub(super) fn spawn_in(
+        cgroup: VmCgroup,
+        config: &VmConfig,
+        inherited: &[OwnedFd],
+        companion: Option<Companion>,
+    ) -> Result<Self, SpawnError> {
         let json = serde_json::to_vec(config).map_err(failed("configure the VMM"))?;
         let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(failed("make a pipe for the VMM"));
         let (stdin, config_writer) = pipe()?;
         let (events, stdout) = pipe()?;
         let (gate, gate_writer) = pipe()?;
-        let Clone { pid, pidfd, in_user_namespace } = match clone()? {
+        let Clone { pid, pidfd, in_user_namespace } = match clone(&cgroup)? {
             Some(clone) => clone,
             None => {
                 drop((config_writer, events, gate_writer));
@@ -76,11 +103,11 @@ impl Vmm {
                 let _ = rustix::io::retry_on_intr(|| rustix::io::read(&gate, &mut [0; 1]));
                 let mut given = vec![stdin.as_fd(), stdout.as_fd(), stdout.as_fd()];
                 given.extend(inherited.iter().map(AsFd::as_fd));
-                become_vmm(&given)
+                become_vmm(&cgroup, &given, companion.as_ref())
             }
         };
-        drop((stdin, stdout));
-        let vmm = Self { pid, pidfd, events: events.into(), lines: Lines::default(), status: None };
+        drop((stdin, stdout, companion));
+        let vmm = Self { pid, pidfd, cgroup, events: events.into(), lines: Lines::default(), status: None };
         if in_user_namespace {
             map_own_user(pid).map_err(failed("map this user into the VMM's user namespace"))?;
         }
@@ -134,11 +161,20 @@ impl Vmm {
         let _ = rustix::event::poll(&mut ended, Some(&timeout));
         self.end();
         let mut told = self.status.clone().unwrap_or_default();
+        if let Some(limit) = self.cgroup.exceeded() {
+            told.push_str(&limit);
+        }
         for words in &self.lines.words {
             told.push('\n');
             told.push_str(words);
         }
         told
+    }
+
+    /// As [`Vmm::end`], and removes its cgroup.
+    pub(super) fn remove(mut self) -> Result<(), CgroupError> {
+        self.end();
+        std::mem::take(&mut self.cgroup).remove()
     }
 
     /// Kills it and waits for its end.
@@ -220,13 +256,16 @@ struct Clone {
     in_user_namespace: bool,
 }
 
-/// Clones this process into a new PID namespace; `None` in the clone. A plain user needs a user namespace for that; the
-/// VMM makes all others of its namespaces by itself.
-fn clone() -> Result<Option<Clone>, SpawnError> {
+/// Clones this process into a new PID namespace and, on v2, into the cgroup; `None` in the clone. A plain user needs a
+/// user namespace for that; the VMM makes all others of its namespaces by itself.
+fn clone(cgroup: &VmCgroup) -> Result<Option<Clone>, SpawnError> {
     const NEW_PID: u64 = libc::CLONE_NEWPID as u64;
     const NEW_USER: u64 = libc::CLONE_NEWUSER as u64;
-    let (cloned, in_user_namespace) = match clone3(NEW_PID, None) {
-        Err(error) if error.raw_os_error() == Some(libc::EPERM) => (clone3(NEW_PID | NEW_USER, None), true),
+    let target =
+        cgroup.clone_target().map_err(|error| failed("enter the VM's cgroup")(io::Error::other(error)))?;
+    let target = target.as_ref().map(AsFd::as_fd);
+    let (cloned, in_user_namespace) = match clone3(NEW_PID, target) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => (clone3(NEW_PID | NEW_USER, target), true),
         cloned => (cloned, false),
     };
     let cloned = cloned.map_err(failed(
@@ -240,10 +279,36 @@ fn clone() -> Result<Option<Clone>, SpawnError> {
     })
 }
 
-/// In the clone: takes `given` as descriptors 0 and up, and becomes the VMM.
-fn become_vmm(given: &[BorrowedFd]) -> ! {
-    // Only exit statuses are left to tell that this failed; none is expected to.
-    const NOT_STARTED: u8 = 125;
+/// In the clone: enters what is left of the cgroup, starts the companion, and becomes the VMM with `given` as descriptors
+/// 0 and up.
+fn become_vmm(cgroup: &VmCgroup, given: &[BorrowedFd], companion: Option<&Companion>) -> ! {
+    let prepare = || -> io::Result<()> {
+        cgroup.enter().map_err(io::Error::other)?;
+        if let Some(companion) = companion {
+            start(companion)?;
+        }
+        Ok(())
+    };
+    match prepare() {
+        Ok(()) => execute(given, &[c"cloche", c"vmm"]),
+        Err(error) => give_up(&error),
+    }
+}
+
+/// Clones this process once more, into the companion.
+fn start(companion: &Companion) -> io::Result<()> {
+    // Nothing of the user's, a terminal least of all, for a process that a guest may take over.
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    match clone3(0, None)? {
+        Cloned::Parent { .. } => Ok(()),
+        Cloned::Child => {
+            execute(&[companion.stdin.as_fd(), companion.stdout.as_fd(), null.as_fd()], companion.words)
+        }
+    }
+}
+
+/// Replaces this process by its own program, with these words and `given` as descriptors 0 and up.
+fn execute(given: &[BorrowedFd], words: &[&CStr]) -> ! {
     let attempt = || -> io::Result<()> {
         // No terminal, and no signal that is typed on one: the monitor passes on what is for the guest.
         rustix::process::setsid()?;
@@ -254,11 +319,16 @@ fn become_vmm(given: &[BorrowedFd]) -> ! {
         for (target, fd) in (0..).zip(moved) {
             syscalls::dup_to(fd, target)?;
         }
-        Err(syscalls::execute(c"/proc/self/exe", &[c"cloche", c"vmm"]))
+        Err(syscalls::execute(c"/proc/self/exe", words))
     };
-    let error = attempt().err();
+    give_up(&attempt().err().unwrap_or_else(|| io::ErrorKind::Other.into()))
+}
+
+fn give_up(error: &io::Error) -> ! {
+    // Only exit statuses are left to tell that this failed; none is expected to.
+    const NOT_STARTED: u8 = 125;
     // Standard error may be the pipe already, whose reader shows this.
-    eprintln!("cloche vmm: cannot be started: {}", error.map(|error| error.to_string()).unwrap_or_default());
+    eprintln!("cloche vmm: cannot be started: {error}");
     syscalls::exit_now(NOT_STARTED)
 }
 

@@ -1,8 +1,8 @@
-//! The file server of a VM that mounts files of the host: a process of its own, `cloche share`, that ends with the
-//! VMM or with this process, whichever is first.
+//! The file server of a VM that mounts files of the host: a process of its own, `cloche share`, in the PID namespace
+//! whose first process is the VMM. So it ends with the VMM at the latest, whatever it or its guest wants.
 //!
 //! ```text
-//!  this process ── Config ──▶ cloche share ── "ready" ──▶ this process
+//!  this process ── Config ──▶ cloche share ── "ready", last words ──▶ this process
 //!                                  ▲
 //!                cloche vmm ───────┘ the other end of the same socket, from here on
 //! ```
@@ -10,11 +10,7 @@
 use std::{
     fs::File,
     io::{self, Read},
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::process::CommandExt,
-    },
-    process::{Child, Command, Stdio},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -22,29 +18,32 @@ use cloche_share::{Config, READY, Shared};
 use rustix::{
     event::{PollFd, PollFlags},
     net::{AddressFamily, SendFlags, SocketFlags, SocketType},
+    pipe::{PipeFlags, pipe_with},
 };
+
+use super::{printable, process::Companion};
 
 /// It only opens what is shared and locks itself in, but the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// A message of 128 KiB and its header, with what the kernel counts besides.
 const SEND_BUFFER_BYTES: usize = 512 << 10;
 /// Longest reason why it does not serve.
-const MAX_REASON_BYTES: u64 = 4096;
+const MAX_REASON_BYTES: usize = 4096;
 
-/// The process. Dropping it kills and reaps it.
+/// The process, as this one sees it: by what it says.
 #[derive(Debug)]
 pub(super) struct FileServer {
-    process: Child,
-    pidfd: OwnedFd,
     status: File,
-    /// The VMM's end, until the VMM has it.
+    /// The VMM's end of the socket, until the VMM has it.
     socket: Option<OwnedFd>,
+    /// What the process is started with, until it is.
+    process: Option<Companion>,
     reported: bool,
 }
 
 impl FileServer {
-    /// Starts a server for these files of the host; `None` if there are none.
-    pub(super) fn start(shares: &[Shared]) -> io::Result<Option<Self>> {
+    /// A server for these files of the host, to be started with the VMM; `None` if there are none.
+    pub(super) fn new(shares: &[Shared]) -> io::Result<Option<Self>> {
         if shares.is_empty() {
             return Ok(None);
         }
@@ -61,29 +60,16 @@ impl FileServer {
             // The longest message must fit, whatever this host's default is. The kernel caps it at net.core.wmem_max.
             rustix::net::sockopt::set_socket_send_buffer_size(end, SEND_BUFFER_BYTES)?;
         }
-        let mut process = Command::new("/proc/self/exe")
-            .arg0("cloche")
-            .arg("share")
-            .arg(format!("--die-with={}", std::process::id()))
-            .stdin(theirs)
-            .stdout(Stdio::piped())
-            // Nothing of the user's, a terminal least of all, for a process that a guest may take over.
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()?;
-        let pid = rustix::process::Pid::from_child(&process);
-        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
-        let (Ok(pidfd), Some(status)) = (pidfd, process.stdout.take()) else {
-            let _ = process.kill();
-            let _ = process.wait();
-            return Err(io::ErrorKind::NotFound.into());
-        };
-        let status = File::from(OwnedFd::from(status));
-        let server = Self { process, pidfd, status, socket: Some(ours), reported: false };
-        if let Some(socket) = &server.socket {
-            rustix::net::send(socket, &config, SendFlags::NOSIGNAL)?;
-        }
-        Ok(Some(server))
+        // It waits there for the process.
+        rustix::net::send(&ours, &config, SendFlags::NOSIGNAL)?;
+        let (status, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
+        let process = Companion { words: &[c"cloche", c"share"], stdin: theirs, stdout };
+        Ok(Some(Self { status: status.into(), socket: Some(ours), process: Some(process), reported: false }))
+    }
+
+    /// How to start it.
+    pub(super) fn take_process(&mut self) -> Option<Companion> {
+        self.process.take()
     }
 
     /// The VMM's end of the socket. With the VMM, the socket ends.
@@ -95,7 +81,7 @@ impl FileServer {
     pub(super) fn wait_until_ready(&mut self) -> io::Result<Result<(), String>> {
         let started = Instant::now();
         let mut said = Vec::new();
-        while !said.ends_with(b"\n") && (said.len() as u64) < MAX_REASON_BYTES {
+        while !said.ends_with(b"\n") && said.len() < MAX_REASON_BYTES {
             let left = PATIENCE.saturating_sub(started.elapsed());
             let timeout = rustix::event::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: 0 };
             let mut fds = [PollFd::new(&self.status, PollFlags::IN)];
@@ -121,28 +107,21 @@ impl FileServer {
 
     /// Readable once it has ended, if nobody has been told yet.
     pub(super) fn end(&self) -> Option<BorrowedFd<'_>> {
-        (!self.reported).then(|| self.pidfd.as_fd())
+        (!self.reported).then(|| self.status.as_fd())
     }
 
-    /// How it ended, once.
+    /// That it has ended, once.
     pub(super) fn take_end(&mut self) -> Option<String> {
-        if self.reported {
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut fds = [PollFd::new(&self.status, PollFlags::IN)];
+        if self.reported || !matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(1..)) {
             return None;
         }
-        let status = self.process.try_wait().ok().flatten()?;
         self.reported = true;
-        Some(format!("its file server has ended ({status}); what it mounts of the host gives I/O errors"))
-    }
-
-    /// Kills it and waits for its end.
-    pub(super) fn stop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-impl Drop for FileServer {
-    fn drop(&mut self) {
-        self.stop();
+        let mut words = [0; MAX_REASON_BYTES];
+        let count = self.status.read(&mut words).unwrap_or_default();
+        let words = printable(String::from_utf8_lossy(words.get(..count).unwrap_or_default()).trim_end());
+        let words = if words.is_empty() { words } else { format!(" ({words})") };
+        Some(format!("its file server has ended{words}; what it mounts of the host gives I/O errors"))
     }
 }
