@@ -74,6 +74,7 @@ pub fn examine() -> Report {
         Err(error) => Finding::bad("KVM", Verdict::Missing, error.to_string(), KVM_REMEDY),
     }];
     vm.push(jail());
+    vm.push(vm_cgroups());
     vm.extend(linux_guest());
     let works = |findings: &[Finding]| findings.iter().all(|finding| finding.verdict != Verdict::Missing);
     let (container_works, vm_works) = (works(&container), works(&vm));
@@ -201,6 +202,21 @@ fn jail() -> Finding {
             Finding::bad(subject, Verdict::Missing, detail, format!("`sysctl {good}`, or run as root"))
         }
         None => Finding::good(subject, "seccomp filters and user namespaces are there"),
+    }
+}
+
+/// Whether VMs get cgroups (`isolation/vm/cgroup.rs`).
+fn vm_cgroups() -> Finding {
+    let subject = "VMM's cgroup";
+    match vm::probe_cgroup() {
+        Ok(true) => Finding::good(subject, "each VM's processes get one, with limits"),
+        Ok(false) => Finding::bad(
+            subject,
+            Verdict::Slow,
+            "none: this user may make no cgroups with limits here, so that a VM is bounded by its guest's size only",
+            "run as root, on a host whose /sys/fs/cgroup is writable and has the memory controller",
+        ),
+        Err(error) => Finding::bad(subject, Verdict::Missing, explain(&error), "see the `cgroups` finding"),
     }
 }
 

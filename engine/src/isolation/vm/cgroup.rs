@@ -56,6 +56,11 @@ impl VmCgroup {
         }
     }
 
+    /// Whether there is one, and what is in it can take no more than its limits.
+    pub(super) fn is_limited(&self) -> bool {
+        self.limit.is_some()
+    }
+
     /// Where `clone3` is to put the VMM.
     pub(super) fn clone_target(&self) -> Result<Option<OwnedFd>, CgroupError> {
         self.cgroup.as_ref().map_or(Ok(None), Cgroup::clone_target)

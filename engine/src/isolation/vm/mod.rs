@@ -246,6 +246,14 @@ pub fn start(
     }
 }
 
+/// Whether a VM started now would have a cgroup with limits; makes one and removes it.
+pub(crate) fn probe_cgroup() -> Result<bool, CgroupError> {
+    let id = format!("doctor-{}", std::process::id());
+    let made = VmCgroup::create(&id, &VmConfig::new(1, 128, ""))?;
+    let limited = made.is_limited();
+    made.remove().map(|()| limited)
+}
+
 /// A socket for other programs of this user: to ask the VM (`cloche_vmm::control`), or to reach into it (`dial`). The
 /// sandbox's directory keeps everybody else out, too.
 fn listen(dir: &Path, name: &str) -> io::Result<UnixListener> {
