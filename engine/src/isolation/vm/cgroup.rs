@@ -30,8 +30,14 @@ const OTHER_TASKS: u64 = 32;
 #[derive(Debug, Default)]
 pub struct VmCgroup {
     cgroup: Option<Cgroup>,
-    /// Bytes of memory.
-    limit: Option<u64>,
+    limits: Option<Limits>,
+    limited: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Limits {
+    memory_bytes: u64,
+    tasks: u64,
 }
 
 impl VmCgroup {
@@ -40,25 +46,35 @@ impl VmCgroup {
         Self::default()
     }
 
-    /// Makes it and sets its limits, if this user may.
+    /// Makes it, if this user may.
     pub(super) fn create(id: &str, config: &VmConfig) -> Result<Self, CgroupError> {
-        let limit = memory_limit_bytes(config);
-        let limited = Cgroup::create(&cgroup_path(id), Some(&resources(limit, tasks(config))));
-        match limited {
-            Ok(cgroup) => Ok(Self { cgroup: Some(cgroup), limit: Some(limit) }),
-            // Without limits, it still tells whose these processes are. `cloche doctor` says what is missing.
-            Err(CgroupError::NoController { .. }) => {
-                let bare = Cgroup::create(&cgroup_path(id), None);
-                bare.map(|cgroup| Self { cgroup: Some(cgroup), limit: None })
+        match Cgroup::create(&cgroup_path(id), None) {
+            Ok(cgroup) => {
+                let limits = Some(Limits::of(config));
+                Ok(Self { cgroup: Some(cgroup), limits, limited: false })
             }
             Err(error) if is_forbidden(&error) => Ok(Self::none()),
             Err(error) => Err(error),
         }
     }
 
+    /// Sets its limits, as far as there are controllers for them: without, it still tells whose these processes are, and
+    /// `cloche doctor` says what is missing.
+    pub(super) fn limit(&mut self) -> Result<(), CgroupError> {
+        let (Some(cgroup), Some(limits)) = (&self.cgroup, self.limits) else { return Ok(()) };
+        self.limited = true;
+        for resources in limits.resources() {
+            match cgroup.apply(&resources) {
+                Err(error) if is_without_controller(&error) => self.limited = false,
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+
     /// Whether there is one, and what is in it can take no more than its limits.
     pub(super) fn is_limited(&self) -> bool {
-        self.limit.is_some()
+        self.limited
     }
 
     /// Where `clone3` is to put the VMM.
@@ -75,7 +91,7 @@ impl VmCgroup {
     /// Says that the memory limit has killed a process, if it has.
     pub(super) fn exceeded(&self) -> Option<String> {
         let killed = self.cgroup.as_ref().is_some_and(|cgroup| cgroup.oom_kills() > 0);
-        let limit = self.limit.filter(|_| killed)? >> 20;
+        let limit = self.limits.filter(|_| killed)?.memory_bytes >> 20;
         Some(format!(
             "; its processes together took more than their limit of {limit} MiB of the host's memory"
         ))
@@ -98,28 +114,29 @@ fn kill_and_delete(cgroup: Cgroup) -> Result<(), CgroupError> {
     cgroup.kill_all().and(cgroup.delete())
 }
 
-/// Bytes of the host's memory that the processes of this VM may take together.
-fn memory_limit_bytes(config: &VmConfig) -> u64 {
-    let guest = config.memory_bytes();
-    let threads = u64::from(config.vcpus) + config.disks.len() as u64;
-    let file_server = if config.share.is_some() { FILE_SERVER_BYTES } else { 0 };
-    guest + guest / TABLES_FRACTION + VMM_BYTES + threads * THREAD_BYTES + file_server
-}
+impl Limits {
+    fn of(config: &VmConfig) -> Self {
+        let guest = config.memory_bytes();
+        let threads = u64::from(config.vcpus) + config.disks.len() as u64;
+        let file_server = if config.share.is_some() { FILE_SERVER_BYTES } else { 0 };
+        Self {
+            memory_bytes: guest + guest / TABLES_FRACTION + VMM_BYTES + threads * THREAD_BYTES + file_server,
+            tasks: threads + OTHER_TASKS,
+        }
+    }
 
-/// Processes and threads of this VM.
-fn tasks(config: &VmConfig) -> u64 {
-    u64::from(config.vcpus) + config.disks.len() as u64 + OTHER_TASKS
-}
-
-fn resources(memory_bytes: u64, tasks: u64) -> LinuxResources {
-    let signed = |number| i64::try_from(number).unwrap_or(i64::MAX);
-    let mut memory = LinuxMemory::default();
-    memory.set_limit(Some(signed(memory_bytes)));
-    let mut pids = LinuxPids::default();
-    pids.set_limit(signed(tasks));
-    let mut resources = LinuxResources::default();
-    resources.set_memory(Some(memory)).set_pids(Some(pids));
-    resources
+    /// One for each controller.
+    fn resources(self) -> [LinuxResources; 2] {
+        let signed = |number| i64::try_from(number).unwrap_or(i64::MAX);
+        let mut memory = LinuxMemory::default();
+        memory.set_limit(Some(signed(self.memory_bytes)));
+        let mut pids = LinuxPids::default();
+        pids.set_limit(signed(self.tasks));
+        let [mut of_memory, mut of_pids] = [LinuxResources::default(), LinuxResources::default()];
+        of_memory.set_memory(Some(memory));
+        of_pids.set_pids(Some(pids));
+        [of_memory, of_pids]
+    }
 }
 
 /// Whether this user, or the container that all this runs in, may make no cgroups here.
@@ -129,6 +146,15 @@ fn is_forbidden(error: &CgroupError) -> bool {
         CgroupError::Io { source, .. } => {
             matches!(source.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
         }
+        _ => false,
+    }
+}
+
+/// The file of a limit is there only with its controller.
+fn is_without_controller(error: &CgroupError) -> bool {
+    match error {
+        CgroupError::NoController { .. } => true,
+        CgroupError::Io { source, .. } => source.kind() == io::ErrorKind::NotFound,
         _ => false,
     }
 }
@@ -143,10 +169,9 @@ mod tests {
     fn limit_follows_from_the_guests_memory_and_what_serves_it() {
         const MIB: u64 = 1 << 20;
         let mut config = VmConfig::new(2, 1024, "/kernel");
-        assert_eq!(memory_limit_bytes(&config), (1024 + 16 + 64 + 2) * MIB);
-        assert_eq!(tasks(&config), 34);
+        assert_eq!(Limits::of(&config), Limits { memory_bytes: (1024 + 16 + 64 + 2) * MIB, tasks: 34 });
         config.share = Some(ShareConfig { tag: "share".into(), socket_fd: 3 });
-        assert_eq!(memory_limit_bytes(&config), (1024 + 16 + 64 + 2 + 768) * MIB);
+        assert_eq!(Limits::of(&config).memory_bytes, (1024 + 16 + 64 + 2 + 768) * MIB);
     }
 
     #[test]

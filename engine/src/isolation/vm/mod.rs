@@ -249,7 +249,8 @@ pub fn start(
 /// Whether a VM started now would have a cgroup with limits; makes one and removes it.
 pub(crate) fn probe_cgroup() -> Result<bool, CgroupError> {
     let id = format!("doctor-{}", std::process::id());
-    let made = VmCgroup::create(&id, &VmConfig::new(1, 128, ""))?;
+    let mut made = VmCgroup::create(&id, &VmConfig::new(1, 128, ""))?;
+    made.limit()?;
     let limited = made.is_limited();
     made.remove().map(|()| limited)
 }

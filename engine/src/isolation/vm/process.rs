@@ -107,7 +107,8 @@ impl Vmm {
             }
         };
         drop((stdin, stdout, companion));
-        let vmm = Self { pid, pidfd, cgroup, events: events.into(), lines: Lines::default(), status: None };
+        let mut vmm =
+            Self { pid, pidfd, cgroup, events: events.into(), lines: Lines::default(), status: None };
         if in_user_namespace {
             map_own_user(pid).map_err(failed("map this user into the VMM's user namespace"))?;
         }
@@ -115,6 +116,9 @@ impl Vmm {
         rustix::io::ioctl_fionbio(&vmm.events, true).map_err(failed("listen to the VMM"))?;
         // It waits for the end of this, and so for all that is done above.
         File::from(config_writer).write_all(&json).map_err(failed("configure the VMM"))?;
+        // Before the guest runs, which takes a VMM milliseconds, but not before the VMM: that would make starts longer.
+        let limited = vmm.cgroup.limit();
+        limited.map_err(|error| failed("limit the VM's processes")(io::Error::other(error)))?;
         Ok(vmm)
     }
 
