@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cloche_engine::{
-    home::Home,
     mounts::MountRequest,
     request::{Bytes, Isolation},
 };
@@ -29,14 +28,12 @@ Examples:
 
 #[derive(Debug, Args)]
 pub struct Global {
-    /// Directory of the image store
-    #[arg(long, global = true, env = "CLOCHE_ROOT", value_name = "DIR", default_value = Home::DEFAULT_ROOT,
-        hide_env_values = true)]
-    pub root: PathBuf,
-    /// Directory of what is running
-    #[arg(long, global = true, env = "CLOCHE_STATE", value_name = "DIR", default_value = Home::DEFAULT_STATE,
-        hide_env_values = true)]
-    pub state: PathBuf,
+    /// Directory of the image store [default: /var/lib/cloche, or ~/.local/share/cloche]
+    #[arg(long, global = true, env = "CLOCHE_ROOT", value_name = "DIR", hide_env_values = true)]
+    pub root: Option<PathBuf>,
+    /// Directory of what is running [default: /run/cloche, or $XDG_RUNTIME_DIR/cloche]
+    #[arg(long, global = true, env = "CLOCHE_STATE", value_name = "DIR", hide_env_values = true)]
+    pub state: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

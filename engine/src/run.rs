@@ -30,6 +30,12 @@ pub enum RunError {
     /// The request cannot be carried out anywhere.
     #[error(transparent)]
     Request(#[from] RequestError),
+    /// Only root makes containers yet.
+    #[error(
+        "{0} isolation needs CAP_SYS_ADMIN, which this user lacks; run as root, or use --isolation vm, which any user \
+         with access to /dev/kvm can"
+    )]
+    Unprivileged(Isolation),
     /// The image store is unusable.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -90,6 +96,9 @@ pub struct Outcome {
 /// Runs a sandbox in the foreground: this process is its monitor, and its stdio is this process's.
 pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outcome, RunError> {
     request.validate()?;
+    if request.isolation != Isolation::Vm && !has_sys_admin() {
+        return Err(RunError::Unprivileged(request.isolation));
+    }
     let store = Store::open(home.images())?;
     // Until the layers are open, nobody may delete them.
     let hold = store.hold()?;
@@ -148,6 +157,12 @@ pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outco
             Err(error)
         }
     }
+}
+
+fn has_sys_admin() -> bool {
+    use rustix::thread::{CapabilitySet, capabilities};
+    // Where they cannot be read, the start itself tells.
+    capabilities(None).map_or(true, |sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))
 }
 
 /// What an image's author wants to be stopped by (OCI image-spec: config.md `StopSignal`); SIGTERM if it is no signal.

@@ -154,7 +154,11 @@ fn limit_files() -> Result<(), Errno> {
 }
 
 fn drop_capabilities() -> Result<(), Errno> {
-    set_thread_groups(&[])?;
+    match set_thread_groups(&[]) {
+        // A plain user's namespace has no say in groups (user_namespaces(7)). They stay, and so do their rights.
+        Err(Errno::PERM) => {}
+        result => result?,
+    }
     // With a change of user, capabilities stay as they are: see `operations::as_caller`.
     set_capabilities_secure_bits(
         CapabilitiesSecureBits::NO_SETUID_FIXUP

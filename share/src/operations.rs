@@ -389,10 +389,12 @@ fn as_caller<T>(request: &Request<'_>, act: impl FnOnce() -> Result<T, Errno>) -
     if (uid, gid) == (0, 0) {
         return act();
     }
-    set_thread_res_gid(Gid::ROOT, Gid::from_raw(gid), Gid::ROOT)?;
+    // In a plain user's namespace there are no others, and no file of theirs can be made.
+    let absent = |errno| if errno == Errno::INVAL { Errno::PERM } else { errno };
+    set_thread_res_gid(Gid::ROOT, Gid::from_raw(gid), Gid::ROOT).map_err(absent)?;
     let made = match set_thread_res_uid(Uid::ROOT, Uid::from_raw(uid), Uid::ROOT) {
         Ok(()) => act(),
-        Err(errno) => Err(errno),
+        Err(errno) => Err(absent(errno)),
     };
     let restored = set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT)
         .and_then(|()| set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT));

@@ -28,6 +28,7 @@ mod lan;
 mod leftovers;
 mod mapping;
 mod noise;
+mod plain_user;
 mod probe;
 mod process;
 mod procfs;
@@ -46,6 +47,11 @@ fn main() -> ExitCode {
         && command == "probe"
     {
         return probe::main(rest);
+    }
+    if let [_, command, rest @ ..] = arguments.as_slice()
+        && command == "plain-user"
+    {
+        return plain_user::main(rest);
     }
     match suite::run(arguments) {
         Ok(code) => code,

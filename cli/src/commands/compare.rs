@@ -17,10 +17,11 @@ use crate::{
 
 /// Compares, with a progress bar on a terminal.
 pub fn compare(global: &Global, arguments: &Compare) -> anyhow::Result<ExitCode> {
-    reconciled(&home(global))?;
+    let home = home(global)?;
+    reconciled(&home)?;
     let directory = |option: &str, path: &std::path::Path| format!("{option}={}", path.display());
     let plan = Plan {
-        global_arguments: vec![directory("--root", &global.root), directory("--state", &global.state)],
+        global_arguments: vec![directory("--root", home.images()), directory("--state", home.state())],
         kernel: arguments.kernel.clone(),
         memory: arguments.memory.clone(),
         image_and_command: [std::slice::from_ref(&arguments.image), &arguments.command].concat(),

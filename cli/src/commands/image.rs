@@ -20,7 +20,7 @@ use crate::{
 
 /// Carries out the verb.
 pub fn image(global: &Global, verb: Image) -> anyhow::Result<ExitCode> {
-    let store = Store::open(&global.root)?;
+    let store = Store::open(super::home(global)?.images())?;
     match verb {
         Image::Load { file, name, quiet } => load(&store, &file, name.as_deref(), quiet),
         Image::Ls { json, quiet } => list(&store, json, quiet),

@@ -13,7 +13,10 @@ pub mod vmm;
 pub mod volume;
 
 use clap::CommandFactory;
-use cloche_engine::{home::Home, sandboxes::Sandboxes};
+use cloche_engine::{
+    home::{Home, HomeError},
+    sandboxes::Sandboxes,
+};
 
 use crate::arguments::{Arguments, Global};
 
@@ -22,7 +25,7 @@ pub fn completion(shell: clap_complete::Shell) {
     clap_complete::generate(shell, &mut Arguments::command(), "cloche", &mut std::io::stdout());
 }
 
-fn home(global: &Global) -> Home {
+fn home(global: &Global) -> Result<Home, HomeError> {
     Home::new(global.root.clone(), global.state.clone())
 }
 

@@ -22,7 +22,7 @@ const KILLED: u8 = 137;
 pub fn run(global: &Global, arguments: Run, started_ns: u64) -> anyhow::Result<ExitCode> {
     let format = arguments.trace;
     let request = request(arguments);
-    let home = home(global);
+    let home = home(global)?;
     let mut trace = Trace::default();
     trace.mark_at(Mark::CliExec, started_ns);
     reconciled(&home)?;

@@ -75,7 +75,7 @@ impl Line {
 
 /// Lists sandboxes.
 pub fn ps(global: &Global, arguments: &Ps) -> anyhow::Result<ExitCode> {
-    let sandboxes = reconciled(&home(global))?;
+    let sandboxes = reconciled(&home(global)?)?;
     let entries = sandboxes.entries()?.into_iter();
     let lines: Vec<Line> = entries
         .map(|entry| Line::of(&sandboxes, entry))
@@ -112,7 +112,7 @@ fn row(line: &Line) -> Vec<String> {
 
 /// Removes sandboxes; goes on after one that cannot be.
 pub fn rm(global: &Global, arguments: &Rm) -> anyhow::Result<ExitCode> {
-    let sandboxes = reconciled(&home(global))?;
+    let sandboxes = reconciled(&home(global)?)?;
     let mut code = ExitCode::SUCCESS;
     for reference in &arguments.sandboxes {
         match sandboxes.remove(reference, arguments.force) {

@@ -27,7 +27,7 @@ const CLEAR: &str = "\x1b[H\x1b[2J";
 
 /// Shows what running sandboxes use, again and again until it is interrupted or none is left, or once.
 pub fn stats(global: &Global, arguments: &Stats) -> anyhow::Result<ExitCode> {
-    let sandboxes = reconciled(&home(global))?;
+    let sandboxes = reconciled(&home(global)?)?;
     // A named sandbox must be there, at first.
     for reference in &arguments.sandboxes {
         sandboxes.steer(reference)?;

@@ -14,7 +14,7 @@ fn each(
     references: &[String],
     act: impl Fn(&Sandboxes, &str) -> Result<(), SteeringError>,
 ) -> anyhow::Result<ExitCode> {
-    let sandboxes = reconciled(&home(global))?;
+    let sandboxes = reconciled(&home(global)?)?;
     let mut code = ExitCode::SUCCESS;
     for reference in references {
         match act(&sandboxes, reference) {
@@ -55,7 +55,7 @@ pub fn kill(global: &Global, arguments: &Kill) -> anyhow::Result<ExitCode> {
 
 /// Prints the end of a VM's console.
 pub fn console(global: &Global, arguments: &ConsoleArguments) -> anyhow::Result<ExitCode> {
-    let steered = reconciled(&home(global))?.steer(&arguments.sandbox)?;
+    let steered = reconciled(&home(global)?)?.steer(&arguments.sandbox)?;
     let text = steered.console(arguments.bytes).context("only a VM has a console")?;
     print!("{text}");
     if !text.is_empty() && !text.ends_with('\n') {

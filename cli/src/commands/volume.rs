@@ -12,7 +12,7 @@ use crate::{
 
 /// Carries out one of its verbs.
 pub fn volume(global: &Global, verb: Volume) -> anyhow::Result<ExitCode> {
-    let volumes = Volumes::new(home(global).volumes());
+    let volumes = Volumes::new(home(global)?.volumes());
     match verb {
         Volume::Create { names } => {
             for name in names {

@@ -13,6 +13,7 @@ mod limits;
 mod mounts;
 mod random_kills;
 mod rootfs;
+mod rootless;
 mod signals;
 mod stdio;
 mod steering;
@@ -41,6 +42,7 @@ pub fn all() -> Vec<Body> {
         bad_archives::BODIES,
         steering::BODIES,
         crash::BODIES,
+        rootless::BODIES,
         random_kills::BODIES,
         workloads::BODIES,
     ];

@@ -1,0 +1,166 @@
+//! A user without any rights but to open `/dev/kvm`: from an image's archive to what runs in a VM.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Signal};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::crash::vmm_below;
+use super::rootfs::base;
+use crate::bed::Bed;
+use crate::finished::Finished;
+use crate::image::Image;
+use crate::plain_user::{self, ID};
+use crate::process::{Input, Running};
+use crate::suite::{Body, Story, body};
+use crate::world::Isolation;
+
+pub const BODIES: &[Body] = &[
+    body!(plain_user_runs_vms_from_directories_of_its_own).only(Isolation::Vm),
+    body!(plain_user_s_sandbox_is_cleaned_up_after_a_kill).only(Isolation::Vm),
+    body!(plain_user_s_files_are_shared_as_its_own).only(Isolation::Vm),
+    body!(plain_user_is_told_that_containers_need_root).only(Isolation::Vm),
+];
+
+/// The user, with a home and a copy of `cloche` and its kernel.
+struct User<'a> {
+    bed: &'a Bed<'a>,
+    home: TempDir,
+    runtime_dir: bool,
+}
+
+impl<'a> User<'a> {
+    fn new(bed: &'a Bed<'a>) -> Result<Self> {
+        // Not in the bed, which only root can enter.
+        let home = tempfile::Builder::new().prefix("cloche-user.").tempdir()?;
+        let user = Self { bed, home, runtime_dir: true };
+        let kernel = bed.run(&["kernel", "path"])?.succeeds()?.out();
+        let kernels = user.path("home/.cache/cloche/kernels/default");
+        for directory in ["device", "run"] {
+            fs::create_dir(user.path(directory))?;
+        }
+        fs::create_dir_all(&kernels)?;
+        fs::copy(kernel.trim(), kernels.join("vmlinux")).context("copy the kernel")?;
+        let program = Command::new("sh").args(["-c", "command -v \"$0\""]).arg(&bed.world().cloche).output();
+        let found = program.ok().map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+        let found = found.filter(|path| !path.is_empty()).map_or(bed.world().cloche.clone(), PathBuf::from);
+        fs::copy(&found, user.path("cloche")).with_context(|| format!("copy {}", found.display()))?;
+        let archive = Image::new(vec![base(bed)?.to_layer()]).to_docker_archive("busybox");
+        fs::write(user.path("busybox.tar"), archive)?;
+        fs::set_permissions(user.path(""), Permissions::from_mode(0o755))?;
+        for own in ["home", "home/.cache", "home/.cache/cloche", "run"] {
+            chown(user.path(own), Some(ID), Some(ID))?;
+        }
+        let archive = user.path("busybox.tar").display().to_string();
+        user.run(&["image", "load", "--name", "busybox", &archive])?.succeeds()?;
+        Ok(user)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    fn start(&self, words: &[&str]) -> Result<Running> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(plain_user::words(&self.path("device"), &self.path("cloche"))).args(words);
+        command.env_clear().env("HOME", self.path("home"));
+        if self.runtime_dir {
+            command.env("XDG_RUNTIME_DIR", self.path("run"));
+        }
+        Running::start(command, &Input::Null, self.bed.deadline())
+    }
+
+    fn run(&self, words: &[&str]) -> Result<Finished> {
+        self.start(words)?.wait()
+    }
+
+    fn records(&self) -> Result<Value> {
+        let printed = self.run(&["ps", "-a", "--json"])?.succeeds()?;
+        Ok(serde_json::from_slice(&printed.stdout)?)
+    }
+}
+
+fn owner(path: &Path) -> Result<(u32, u32)> {
+    let metadata = fs::metadata(path).with_context(|| format!("look at {}", path.display()))?;
+    Ok((metadata.uid(), metadata.gid()))
+}
+
+fn plain_user_runs_vms_from_directories_of_its_own(bed: &Bed) -> Story {
+    let mut user = User::new(bed)?;
+    let script = "id -u; echo told >&2; exit 3";
+    let words = ["run", "--require", "vm", "--name", "kept", "busybox", "sh", "-c", script];
+    user.run(&words)?.exits_with(3)?.prints("0\n")?.says("told")?;
+    for (place, mode) in [("home/.local/share/cloche", 0o700), ("run/cloche/sandboxes", 0o700)] {
+        ensure!(owner(&user.path(place))? == (ID, ID), "{place} is somebody else's");
+        let open = fs::metadata(user.path(place))?.mode() & 0o777 & !mode;
+        ensure!(place.starts_with("home") || open == 0, "{place} is open to others: {open:o}");
+    }
+    let records = user.records()?;
+    ensure!(records[0]["exit_code"] == 3 && records[0]["name"] == "kept", "{records}");
+    user.run(&["rm", "kept"])?.succeeds()?;
+    // Without a runtime directory, also after `su`, which leaves another user's.
+    user.runtime_dir = false;
+    user.run(&["run", "--rm", "busybox", "sh", "-c", "true"])?.succeeds()?;
+    ensure!(user.path("home/.local/state/cloche/sandboxes").is_dir(), "the state is elsewhere");
+    Ok(())
+}
+
+fn plain_user_s_sandbox_is_cleaned_up_after_a_kill(bed: &Bed) -> Story {
+    let user = User::new(bed)?;
+    let words = ["run", "--name", "victim", "busybox", "sh", "-c", "echo up; sleep 100000"];
+    let mut running = user.start(&words)?;
+    running.wait_for_stdout("up\n")?;
+    let vmm = running.wait_for("a VMM process", vmm_below)?;
+    ensure!(owner(&process_directory(vmm.pid))?.0 == ID, "its VMM is another user's");
+    let records = user.records()?;
+    ensure!(records[0]["status"] == "running" && records[0]["isolation"] == "vm", "{records}");
+    user.run(&["pause", "victim"])?.succeeds()?;
+    ensure!(user.records()?[0]["status"] == "paused", "it cannot be paused");
+    running.signal(Signal::KILL)?;
+    running.wait_for_end()?;
+    let records = user.records()?;
+    ensure!(records[0]["status"] == "exited" && records[0]["exit_code"] == 137, "{records}");
+    running.wait()?.exits_with(137)?;
+    user.run(&["rm", "victim"])?.succeeds()?;
+    bed.is_clean()
+}
+
+fn process_directory(pid: Pid) -> PathBuf {
+    format!("/proc/{}", pid.as_raw_nonzero()).into()
+}
+
+fn plain_user_s_files_are_shared_as_its_own(bed: &Bed) -> Story {
+    let user = User::new(bed)?;
+    let shared = user.path("home/shared");
+    fs::create_dir(&shared)?;
+    fs::write(shared.join("of-root"), "root's\n")?;
+    fs::set_permissions(shared.join("of-root"), Permissions::from_mode(0o600))?;
+    fs::write(shared.join("own"), "own\n")?;
+    for own in [&shared, &shared.join("own")] {
+        chown(own, Some(ID), Some(ID))?;
+    }
+    let volume = format!("{}:/data", shared.display());
+    let script =
+        "cat /data/own; echo new > /data/new; cat /data/of-root || echo refused; stat -c %u /data/own";
+    let words = ["run", "--rm", "-v", &volume, "busybox", "sh", "-c", script];
+    user.run(&words)?.succeeds()?.prints("own\nrefused\n0\n")?;
+    ensure!(owner(&shared.join("new"))? == (ID, ID), "the new file is somebody else's");
+    // There is no other user whom a file could belong to.
+    let words = ["run", "--rm", "-u", "1000", "-v", &volume, "busybox", "touch", "/data/others"];
+    let finished = user.run(&words)?;
+    ensure!(finished.code() != 0 && !shared.join("others").exists(), "a file of nobody's\n{finished}");
+    Ok(())
+}
+
+fn plain_user_is_told_that_containers_need_root(bed: &Bed) -> Story {
+    let user = User::new(bed)?;
+    let finished = user.run(&["run", "--rm", "--isolation", "container", "busybox", "true"])?;
+    finished.refused_with(125)?.says("CAP_SYS_ADMIN")?.says("--isolation vm")?;
+    ensure!(user.records()? == Value::Array(vec![]), "something is left");
+    Ok(())
+}
