@@ -1,4 +1,4 @@
-//! What a running VM costs besides time: KVM's exit counts and the VMM's memory, taken at the guest's first output.
+//! What a running VM costs besides time: KVM's exit counts, and the memory of its VMM.
 
 use std::fs;
 use std::io::Read as _;
@@ -22,7 +22,7 @@ const SHOWN: &[&str] = &[
     "pf_taken",
 ];
 
-/// Costs of one VM from its start to its first output.
+/// Costs of one VM from its start to a moment.
 #[derive(Debug, Clone, Serialize)]
 pub struct GuestCost {
     /// KVM's counters by name; empty if the kernel does not show them.
@@ -33,10 +33,42 @@ pub struct GuestCost {
     pub vmm_resident_kib: u64,
 }
 
+/// KVM's counters as they were at a moment. A VM's counts leave the sum when it ends.
+pub struct Counters {
+    _debugfs: DebugFs,
+    before: Vec<(String, u64)>,
+}
+
+impl Counters {
+    /// As they are now. They can be read as long as this lives.
+    pub fn open() -> Self {
+        let debugfs = DebugFs::mount_if_missing();
+        Self { _debugfs: debugfs, before: counters() }
+    }
+
+    /// How much each has grown since.
+    pub fn grown(&self) -> Vec<(String, u64)> {
+        let grown =
+            |((name, now), (_, before)): ((String, u64), &(String, u64))| (name, now.saturating_sub(*before));
+        counters().into_iter().zip(&self.before).map(grown).collect()
+    }
+
+    /// What a VM has cost that has been the only one since then, and whose VMM is this process.
+    pub fn look_at(&self, vmm: u32) -> Result<GuestCost> {
+        let kvm_counters = self.grown();
+        let (guest_resident_kib, vmm_resident_kib) = resident_kib(vmm)?;
+        Ok(GuestCost { kvm_counters, guest_resident_kib, vmm_resident_kib })
+    }
+}
+
+/// All exits of all VMs that run, if the kernel tells.
+pub fn kvm_exits() -> Option<u64> {
+    fs::read_to_string(format!("{COUNTERS}/exits")).ok()?.trim().parse().ok()
+}
+
 /// Starts a VM that prints a line and then waits, and looks at it.
 pub fn take(cloche: &Path) -> Result<GuestCost> {
-    let debugfs = DebugFs::mount_if_missing();
-    let before = counters();
+    let counters = Counters::open();
     let mut child = Command::new(cloche)
         .args(["run", "--isolation", "vm", "--rm", "-i", "busybox", "sh", "-c", "echo hi; read line"])
         .stdin(Stdio::piped())
@@ -44,25 +76,18 @@ pub fn take(cloche: &Path) -> Result<GuestCost> {
         .stderr(Stdio::inherit())
         .spawn()
         .context("start a VM to look at")?;
-    let cost = look_at(&mut child, &before);
+    let cost = look_below(&mut child, &counters);
     drop(child.stdin.take());
     let _ = child.wait();
-    drop(debugfs);
     cost
 }
 
-fn look_at(child: &mut Child, before: &[(String, u64)]) -> Result<GuestCost> {
+fn look_below(child: &mut Child, counters: &Counters) -> Result<GuestCost> {
     let mut byte = [0];
     let stdout = child.stdout.as_mut().context("stdout is piped")?;
     ensure!(stdout.read(&mut byte)? == 1, "the VM to look at printed nothing");
-    let kvm_counters = counters()
-        .into_iter()
-        .zip(before)
-        .map(|((name, now), (_, before))| (name, now.saturating_sub(*before)))
-        .collect();
     let vmm = vmm_below(child.id()).context("the VMM's process is not to be found")?;
-    let (guest_resident_kib, vmm_resident_kib) = resident_kib(vmm)?;
-    Ok(GuestCost { kvm_counters, guest_resident_kib, vmm_resident_kib })
+    counters.look_at(vmm)
 }
 
 fn counters() -> Vec<(String, u64)> {

@@ -4,8 +4,8 @@
 //! scripts/kvm-host --icount --in target/…/cloche-bench -- ./cloche-bench startup
 //! ```
 //!
-//! The programs measured are the ones on `PATH` (`CLOCHE_BIN`, `QEMU_BIN` and `FIRECRACKER_BIN` name others). A peer that is missing is named
-//! as missing.
+//! The programs measured are the ones on `PATH` (`CLOCHE_BIN`, `QEMU_BIN` and `FIRECRACKER_BIN` name others). A peer
+//! that is missing is named as missing.
 
 #[path = "../../tests/src/alone.rs"]
 mod alone;
@@ -14,19 +14,25 @@ mod contender;
 /// The suite's writer of initramfs archives.
 #[path = "../../tests/src/cpio.rs"]
 mod cpio;
-mod disk;
 mod guest_cost;
 mod report;
 mod startup;
 mod statistics;
 mod stopwatch;
 mod surroundings;
+mod throughput;
 mod vm_start;
+mod vmms;
+/// AF_VSOCK.
+#[path = "../../tests/src/vsock.rs"]
+mod vsock;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use crate::startup::Scope;
 
 /// Measures Cloche next to its peers.
 #[derive(Debug, Parser)]
@@ -40,16 +46,30 @@ struct Arguments {
 enum Command {
     /// From the start of a command to its first byte of output and to its exit
     Startup(StartupArguments),
-    /// Reads of a VM's disk: 4 KiB at random and 1 MiB in order
-    Disk(DiskArguments),
+    /// A VM's disk, network and sockets: operations and bytes a second, exits for each
+    Throughput(ThroughputArguments),
+    /// The work of `throughput` in this process, at its request
+    #[command(hide = true)]
+    Worker {
+        /// The disk
+        disk: PathBuf,
+        /// Where to listen
+        sockets: PathBuf,
+    },
 }
 
-/// What `disk` is told.
+/// What `throughput` is told.
 #[derive(Debug, clap::Args)]
-struct DiskArguments {
-    /// Rounds
+struct ThroughputArguments {
+    /// Runs of each contender
     #[arg(short = 'n', long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
+    /// Only the process of the host
+    #[arg(long)]
+    no_vm: bool,
+    /// Also write every figure to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
 }
 
 /// What `startup` is told.
@@ -61,35 +81,48 @@ struct StartupArguments {
     /// Runs of each contender before the first measured one
     #[arg(long, default_value_t = 2)]
     warm_up: u32,
-    /// Leave the VM out
+    /// Leave VMs out
     #[arg(long)]
     no_vm: bool,
+    /// Only VMMs, with a guest that does nothing
+    #[arg(long, conflicts_with = "no_vm")]
+    vmms: bool,
     /// Also write every figure to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
-    if disk::is_guest() {
-        disk::guest();
+    if throughput::is_guest() {
+        throughput::guest();
         return ExitCode::FAILURE;
     }
-    let result = match Arguments::parse().command {
-        Command::Startup(arguments) => startup::measure(arguments.runs, arguments.warm_up, !arguments.no_vm)
-            .and_then(|report| {
-                print!("{report}");
-                match &arguments.json {
-                    Some(file) => report.write_json(file),
-                    None => Ok(()),
-                }
-            }),
-        Command::Disk(arguments) => disk::measure(arguments.runs).map(|report| print!("{report}")),
-    };
-    match result {
+    match run(Arguments::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("cloche-bench: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Startup(StartupArguments { runs, warm_up, no_vm, vmms, json }) => {
+            let scope = match (no_vm, vmms) {
+                (true, _) => Scope::WithoutVms,
+                (_, true) => Scope::Vmms,
+                _ => Scope::All,
+            };
+            let report = startup::measure(runs, warm_up, scope)?;
+            print!("{report}");
+            json.map_or(Ok(()), |file| report.write_json(&file))
+        }
+        Command::Throughput(ThroughputArguments { runs, no_vm, json }) => {
+            let report = throughput::measure(runs, no_vm)?;
+            print!("{report}");
+            json.map_or(Ok(()), |file| report.write_json(&file))
+        }
+        Command::Worker { disk, sockets } => throughput::process(&disk, &sockets),
     }
 }

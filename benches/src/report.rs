@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::guest_cost::GuestCost;
 use crate::statistics::Summary;
 use crate::surroundings::{Clock, Surroundings};
+use crate::vm_start::VmmCost;
 
 /// Targets in milliseconds, for an emulated host under icount.
 const TARGETS: &[(&str, &str, u64)] =
@@ -26,8 +27,8 @@ pub struct Report {
     pub surroundings: Surroundings,
     /// From the spawn to a moment, seen from outside.
     pub rows: Vec<Row>,
-    /// KVM exits of a VM whose `/init` does nothing, from start to end, if it was measured.
-    pub vmm_exits: Option<u64>,
+    /// What each VMM costs besides time at its guest's `/init`.
+    pub vmm_costs: Vec<VmmCost>,
     /// Steps of a start, by isolation.
     pub phases: Vec<(&'static str, Vec<Phase>)>,
     /// What a VM costs besides time.
@@ -110,11 +111,21 @@ impl Report {
     }
 
     fn write_guest_cost(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(exits) = self.vmm_exits {
-            writeln!(f, "\ncloche vmm with an /init that does nothing: {exits} KVM exits from start to end")?;
+        let mib = |kib: u64| kib as f64 / 1024.0;
+        if !self.vmm_costs.is_empty() {
+            writeln!(
+                f,
+                "\n{:<16} {:>10} {:>12} {:>12}  MiB of the VMM's without the guest's memory, and that",
+                "at /init", "KVM exits", "VMM", "guest"
+            )?;
+        }
+        for VmmCost { contender, cost } in &self.vmm_costs {
+            let exits = cost.kvm_counters.iter().find(|(name, _)| name == "exits");
+            let exits = exits.map_or("?".to_owned(), |(_, count)| count.to_string());
+            let (vmm, guest) = (mib(cost.vmm_resident_kib), mib(cost.guest_resident_kib));
+            writeln!(f, "{contender:<16} {exits:>10} {vmm:>12.1} {guest:>12.1}")?;
         }
         let Some(cost) = &self.guest_cost else { return Ok(()) };
-        let mib = |kib: u64| kib as f64 / 1024.0;
         writeln!(
             f,
             "\nvm at its first output: guest memory resident {:.1} MiB, VMM besides {:.1} MiB",
@@ -159,7 +170,7 @@ impl Report {
             "     crun and runc: an unpacked directory as root, no overlay; Docker's capabilities, masks and"
         )?;
         writeln!(f, "     mounts, a short seccomp policy; process: the same busybox, spawned")?;
-        if self.vmm_exits.is_some() {
+        if !self.vmm_costs.is_empty() {
             writeln!(
                 f,
                 "     VMMs: one kernel, 1 vCPU, 128 MiB, an /init that reports and resets the machine"

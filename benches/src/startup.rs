@@ -13,7 +13,8 @@ use crate::report::{Phase, Report, Row};
 use crate::statistics::Summary;
 use crate::stopwatch::{Lap, settle, time};
 use crate::surroundings::Surroundings;
-use crate::vm_start::{VmLap, Vmm};
+use crate::vm_start::{Guests, VmLap};
+use crate::vmms::{self, Kind, Vmm};
 
 /// A contender with its laps.
 struct Entrant {
@@ -21,39 +22,49 @@ struct Entrant {
     laps: Vec<Lap>,
 }
 
-/// Measures everything.
-pub fn measure(runs: u32, warm_up: u32, with_vm: bool) -> Result<Report> {
-    let cloche = match std::env::var_os("CLOCHE_BIN") {
-        Some(path) => PathBuf::from(path),
-        None => find_program("cloche").context("cloche is not on PATH; set CLOCHE_BIN")?,
-    };
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// Everything.
+    All,
+    /// All but VMs.
+    WithoutVms,
+    /// The VMMs alone, with a guest that does nothing.
+    Vmms,
+}
+
+/// Measures it.
+pub fn measure(runs: u32, warm_up: u32, scope: Scope) -> Result<Report> {
+    let cloche = vmms::cloche()?;
     let scratch = tempfile::Builder::new().prefix("cloche-bench.").tempdir().context("make a directory")?;
-    let bundle = Bundle::make(&cloche, scratch.path().join("bundle"))?;
     let mut missing = Vec::new();
-    let mut contenders = own_contenders(&cloche, with_vm);
+    let mut contenders = Vec::new();
     let mut programs = vec![cloche.clone()];
-    for name in ["crun", "runc"] {
-        match find_program(name) {
-            Some(program) => {
-                let state = scratch.path().join(name);
-                contenders.push(Contender::peer(name, &program, &bundle, &state));
-                programs.push(program);
-            }
-            None => missing.push(format!("{name}: not found on this machine")),
-        }
+    if scope != Scope::Vmms {
+        contenders = commands(&cloche, scope, scratch.path(), &mut programs, &mut missing)?;
     }
-    contenders.push(Contender::process("process", &bundle));
+    let guests = Guests::write(scratch.path())?;
     let mut vmms: Vec<(Vmm, Vec<VmLap>)> = Vec::new();
-    if with_vm {
-        let (found, lacking) = Vmm::all(&cloche, scratch.path())?;
+    let mut vmm_costs = Vec::new();
+    if scope != Scope::WithoutVms {
+        let (found, lacking) = vmms::all(&cloche)?;
         missing.extend(lacking);
         for vmm in found {
-            match (0..warm_up.max(1)).try_for_each(|_| vmm.time().map(drop)) {
-                Ok(()) => vmms.push((vmm, Vec::new())),
-                Err(error) if !matches!(vmm, Vmm::Cloche { .. }) => {
-                    missing.push(format!("{}: does not run here: {error:#}", vmm.name()));
+            let tried = (0..warm_up.max(1))
+                .try_for_each(|_| guests.time(&vmm).map(drop))
+                .and_then(|()| guests.look(&vmm));
+            match tried {
+                Ok(cost) => {
+                    if vmm.kind != Kind::Cloche {
+                        programs.push(vmm.program().to_owned());
+                    }
+                    vmm_costs.push(cost);
+                    vmms.push((vmm, Vec::new()));
                 }
-                Err(error) => return Err(error.context(format!("warm up {}", vmm.name()))),
+                Err(error) if vmm.kind != Kind::Cloche => {
+                    missing.push(format!("{}: does not run here: {error:#}", vmm.kind.name()));
+                }
+                Err(error) => return Err(error.context(format!("warm up {}", vmm.kind.name()))),
             }
         }
     }
@@ -78,7 +89,7 @@ pub fn measure(runs: u32, warm_up: u32, with_vm: bool) -> Result<Report> {
         }
         for (vmm, laps) in &mut vmms {
             settle(round);
-            laps.push(vmm.time().with_context(|| format!("measure {}", vmm.name()))?);
+            laps.push(guests.time(vmm).with_context(|| format!("measure {}", vmm.kind.name()))?);
         }
     }
     let programs: Vec<&Path> = programs.iter().map(PathBuf::as_path).collect();
@@ -92,11 +103,34 @@ pub fn measure(runs: u32, warm_up: u32, with_vm: bool) -> Result<Report> {
             .flat_map(rows)
             .chain(vmms.iter().flat_map(vmm_rows))
             .collect(),
-        vmm_exits: vmms.iter().find_map(|(_, laps)| laps.last()?.exits),
+        vmm_costs,
         phases: entrants.iter().filter(|entrant| is_traced(entrant)).map(phases).collect::<Result<_>>()?,
-        guest_cost: if with_vm { Some(guest_cost::take(&cloche)?) } else { None },
+        guest_cost: if scope == Scope::All { Some(guest_cost::take(&cloche)?) } else { None },
         missing,
     })
+}
+
+/// Cloche and other runtimes, as commands.
+fn commands(
+    cloche: &Path,
+    scope: Scope,
+    scratch: &Path,
+    programs: &mut Vec<PathBuf>,
+    missing: &mut Vec<String>,
+) -> Result<Vec<Contender>> {
+    let bundle = Bundle::make(cloche, scratch.join("bundle"))?;
+    let mut contenders = own_contenders(cloche, scope == Scope::All);
+    for name in ["crun", "runc"] {
+        match find_program(name) {
+            Some(program) => {
+                contenders.push(Contender::peer(name, &program, &bundle, &scratch.join(name)));
+                programs.push(program);
+            }
+            None => missing.push(format!("{name}: not found on this machine")),
+        }
+    }
+    contenders.push(Contender::process("process", &bundle));
+    Ok(contenders)
 }
 
 fn own_contenders(cloche: &Path, with_vm: bool) -> Vec<Contender> {
@@ -143,7 +177,7 @@ fn rows(entrant: &Entrant) -> Vec<Row> {
 fn vmm_rows((vmm, laps): &(Vmm, Vec<VmLap>)) -> Vec<Row> {
     let row = |until: &'static str, to: fn(&VmLap) -> u64| {
         let series_ns: Vec<u64> = laps.iter().map(to).collect();
-        Summary::of(&series_ns).map(|summary| Row { contender: vmm.name(), until, summary, series_ns })
+        Summary::of(&series_ns).map(|summary| Row { contender: vmm.kind.name(), until, summary, series_ns })
     };
     let to_init = row("/init", |lap| lap.init_ns.saturating_sub(lap.start_ns));
     let to_end = row("/init → reaped", |lap| lap.end_ns.saturating_sub(lap.init_ns));
