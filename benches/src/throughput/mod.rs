@@ -301,7 +301,8 @@ fn serve<S: std::io::Read + Write>(stream: &mut S, work: &Work, buffer: &mut [u8
 fn dial(sockets: &Path) -> Result<UnixStream> {
     let mut stream = UnixStream::connect(sockets).context("connect to the VMM's socket")?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    writeln!(stream, "CONNECT {GUEST_PORT}")?;
+    // At once: Firecracker takes a line only whole.
+    stream.write_all(format!("CONNECT {GUEST_PORT}\n").as_bytes())?;
     let mut answer = Vec::new();
     let mut byte = [0];
     // Not a byte more than the line.
