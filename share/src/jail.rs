@@ -79,6 +79,11 @@ pub fn open(shares: &[Shared]) -> Result<Vec<OwnedFd>, JailError> {
     syscalls::unshare_namespaces().map_err(step("make namespaces"))?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .map_err(step("cut its mounts off from the host's"))?;
+    open_trees(shares)
+}
+
+/// Clones what is shared. Where it is attached, in this mount namespace, plays no part any more.
+pub(crate) fn open_trees(shares: &[Shared]) -> Result<Vec<OwnedFd>, JailError> {
     let trees = shares.iter().map(|share| {
         let failed = |source| JailError::Open { path: share.path.clone(), source };
         let tree = clone_tree(&share.path, true).map_err(|errno| failed(errno.into()))?;

@@ -11,6 +11,7 @@ fn main() -> io::Result<()> {
     fs::create_dir_all(&folder)?;
     let mut seeds = cloche_vmm::fuzzing::seeds(&target);
     seeds.extend(cloche_images::fuzzing::seeds(&target));
+    seeds.extend(cloche_share::fuzzing::seeds(&target));
     seeds.extend(text(&target));
     for (index, seed) in seeds.iter().enumerate() {
         fs::write(folder.join(format!("seed-{index}")), seed)?;

@@ -22,12 +22,12 @@ pub use boot::kernel_file;
 pub use bus::mmio_bus;
 pub use control::control_session;
 pub use net::net_queue;
-pub use queues::{block_queue, rng_queue, vsock_queue};
+pub use queues::{balloon_queue, block_queue, rng_queue, vsock_queue};
 
 /// Inputs from which a fuzzer should start, for the target of this name.
 pub fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
-        "block_queue" | "net_queue" | "rng_queue" | "vsock_queue" => queues::seeds(target),
+        "balloon_queue" | "block_queue" | "net_queue" | "rng_queue" | "vsock_queue" => queues::seeds(target),
         "mmio_bus" => bus::seeds(),
         "kernel_file" => boot::seeds(),
         "control_session" => control::seeds(),
@@ -74,6 +74,11 @@ mod tests {
     #[test]
     fn block_queue_survives_seeds_and_noise() {
         exercise("block_queue", block_queue, 300);
+    }
+
+    #[test]
+    fn balloon_queue_survives_seeds_and_noise() {
+        exercise("balloon_queue", balloon_queue, 300);
     }
 
     #[test]

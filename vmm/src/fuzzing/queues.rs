@@ -1,7 +1,7 @@
 //! A device driven by a driver that does anything: the fuzzer's bytes are a program of descriptors, ring indices,
 //! doorbells, restarts, and what the host's side does.
 
-use std::{cell::RefCell, os::fd::RawFd, thread};
+use std::{cell::RefCell, num::NonZeroU32, os::fd::RawFd, thread};
 
 use cloche_protocol::machine::HOST_CID;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -10,8 +10,10 @@ use vmm_sys_util::tempfile::TempFile;
 use super::input::Input;
 use crate::{
     backends::disk::{Disk, DiskOptions, SECTOR_BYTES},
+    config::BalloonConfig,
     guest_memory::{self, GuestMemory},
     virtio::{
+        balloon::{Balloon, BalloonHandle},
         block::Block,
         device::{Device, Progress, Readiness, Running},
         driver_model::Watched,
@@ -295,6 +297,8 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "block_queue" => &[1, 2, 0],
         "vsock_queue" => &[0, 1, 5, 0, 200],
         "net_queue" => &[5, 0, 3],
+        // Four page numbers.
+        "balloon_queue" => &[4, 0, 9, 0, 0, 0, 0, 10, 0, 0, 0, 0, 1, 0, 0, 0, 0, 255, 255, 255, 255],
         _ => &[],
     };
     // The guest's sending queue is the second of a socket or network device, the only one of the others.
@@ -404,6 +408,67 @@ impl Subject for RngSubject {
 
     fn request(&self, input: &mut Input) -> Vec<u8> {
         input.bytes(16).to_vec()
+    }
+}
+
+const BALLOON_MEMORY_MIB: u32 = 64;
+const BALLOON_LEAST_MIB: u32 = 32;
+
+struct BalloonSubject {
+    balloon: Balloon,
+    handle: BalloonHandle,
+}
+
+/// The balloon: inflated, deflated, free pages, statistics, and an operator who changes the target.
+pub fn balloon_queue(bytes: &[u8]) {
+    let config = BalloonConfig {
+        target_mib: 8,
+        deflate_on_oom: true,
+        free_page_reporting: true,
+        statistics_interval_s: NonZeroU32::new(1),
+    };
+    let balloon = Balloon::new(&config, BALLOON_MEMORY_MIB, BALLOON_LEAST_MIB).unwrap();
+    let handle = balloon.handle();
+    run(BalloonSubject { balloon, handle }, bytes);
+}
+
+impl Subject for BalloonSubject {
+    type Device = Balloon;
+
+    fn device(&mut self) -> &mut Balloon {
+        &mut self.balloon
+    }
+
+    /// Page numbers, or statistics.
+    fn request(&self, input: &mut Input) -> Vec<u8> {
+        let count = input.u8();
+        let mut bytes = Vec::new();
+        for _ in 0..count % 64 {
+            if count < 128 {
+                let usual = input.u8() < 0xe0;
+                let number = input.u32();
+                bytes.extend(if usual { number % 48 } else { number }.to_le_bytes());
+            } else {
+                bytes.extend(u16::from(input.u8() % 12).to_le_bytes());
+                bytes.extend(input.u64().to_le_bytes());
+            }
+        }
+        bytes
+    }
+
+    fn host(&mut self, input: &mut Input) {
+        self.handle.set_target_mib(u32::from(input.u16()));
+    }
+
+    fn fd(&self, _input: &mut Input) -> RawFd {
+        // Its timer is the only one; a device with one descriptor does not look which it is.
+        0
+    }
+
+    fn check(&self, watched: &Watched) {
+        let told = self.handle.statistics();
+        assert!(told.target_mib <= BALLOON_MEMORY_MIB - BALLOON_LEAST_MIB);
+        assert!(told.guest.len() <= 10 && watched.fds.len() <= 1, "{told:?} {:?}", watched.fds);
     }
 }
 
