@@ -10,11 +10,15 @@ use serde::{Deserialize, Serialize};
 
 mod balloon;
 mod limit;
+mod memory;
 mod net;
+mod pmem;
 
 pub use balloon::BalloonConfig;
 pub use limit::{BucketConfig, LimitConfig};
+pub use memory::{MEMORY_BLOCK_MIB, MEMORY_CHUNK_MIB, MemoryDeviceConfig};
 pub use net::{BadMacAddress, MAX_NETS, MIN_MTU, MacAddress, NetBackend, NetConfig};
+pub use pmem::{MAX_PMEMS, PmemConfig};
 
 /// vCPUs that a VM can have at most: an MP table names a CPU by an 8-bit APIC id, and more than this was never
 /// tried.
@@ -48,12 +52,18 @@ pub struct VmConfig {
     /// Disks in the order in which the guest names them: `vda`, `vdb`, …
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// Persistent memory in the order in which the guest names it: `pmem0`, `pmem1`, …
+    #[serde(default)]
+    pub pmems: Vec<PmemConfig>,
     /// Network devices in the order in which the guest names them.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
     /// The memory balloon, if the guest gets one.
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
+    /// Memory that can be added while the guest runs, if there is to be any.
+    #[serde(default)]
+    pub memory_device: Option<MemoryDeviceConfig>,
     /// The socket device, if the guest gets one.
     #[serde(default)]
     pub vsock: Option<VsockConfig>,
@@ -203,8 +213,10 @@ impl VmConfig {
             cmdline_extra: String::new(),
             initramfs: Vec::new(),
             disks: Vec::new(),
+            pmems: Vec::new(),
             nets: Vec::new(),
             balloon: None,
+            memory_device: None,
             vsock: None,
             share: None,
             rng: false,
@@ -267,9 +279,11 @@ impl VmConfig {
             }
         }
         self.validate_disks()?;
+        self.validate_pmems()?;
         self.validate_nets()?;
         self.validate_share()?;
         self.validate_balloon()?;
+        self.validate_memory_device()?;
         self.validate_vsock()
     }
 

@@ -4,21 +4,25 @@
 //! vm-memory's volatile slices, or, here, through raw pointers handed to the kernel.
 #![allow(unsafe_code)]
 
+mod region;
 pub mod transfer;
 
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd},
     ptr,
+    sync::Arc,
 };
 
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollection, GuestRegionMmap, MmapRegion,
     VolatileSlice,
 };
 
+pub use self::region::{Backing, CHUNK_BYTES, Part, Region};
+
 /// All memory regions of a guest. Cloning shares the mapping.
-pub type GuestMemory = GuestMemoryMmap<()>;
+pub type GuestMemory = GuestRegionCollection<Region>;
 
 /// Size of the pages that the host is asked to use. A mapping is aligned to it, because KVM can map a huge page only
 /// if guest physical and host virtual address agree below it.
@@ -54,15 +58,72 @@ pub enum MapError {
 pub fn map(regions: &[(GuestAddress, u64)]) -> Result<GuestMemory, MapError> {
     let mut mapped = Vec::with_capacity(regions.len());
     for (start, bytes) in regions {
-        let layout = || MapError::Layout { start: start.0, bytes: *bytes };
-        let size = usize::try_from(*bytes).map_err(|_| layout())?;
-        let region = map_aligned(size).map_err(|source| MapError::Map { bytes: *bytes, source })?;
-        mapped.push(GuestRegionMmap::new(region, *start).ok_or_else(layout)?);
+        mapped.push(Region::fixed(map_region(*start, *bytes)?));
     }
     GuestMemory::from_regions(mapped).map_err(|_| {
         let (start, bytes) = regions.first().copied().unwrap_or_default();
         MapError::Layout { start: start.0, bytes }
     })
+}
+
+/// As [`map`], for memory that is plugged in chunk by chunk: whole chunks of [`CHUNK_BYTES`], none of them there yet.
+pub fn map_pluggable(start: GuestAddress, bytes: u64) -> Result<Arc<Region>, MapError> {
+    Ok(Arc::new(Region::pluggable(map_region(start, bytes)?)))
+}
+
+/// `memory` with one more region.
+pub fn with_region(memory: &GuestMemory, region: Arc<Region>) -> Result<GuestMemory, MapError> {
+    let (start, bytes) = (region.start_addr().0, region.len());
+    memory.insert_region(region).map_err(|_| MapError::Layout { start, bytes })
+}
+
+/// Maps a file of `bytes` for the guest, in a region of `region_bytes` at `start`, of which what is beyond the file reads
+/// as zeros. What is written to a file that may be written is in the file.
+pub fn map_file(
+    start: GuestAddress,
+    file: BorrowedFd,
+    bytes: u64,
+    region_bytes: u64,
+    read_only: bool,
+) -> Result<Arc<Region>, MapError> {
+    let layout = || MapError::Layout { start: start.0, bytes };
+    let region = map_region(start, region_bytes)?;
+    if bytes > region_bytes {
+        return Err(layout());
+    }
+    // Nobody writes to a read-only file's mapping (`buffer`, KVM). If somebody did, it would be a private page of this
+    // process, and neither the file nor a fault.
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_FIXED | if read_only { libc::MAP_PRIVATE } else { libc::MAP_SHARED };
+    let size = usize::try_from(bytes).map_err(|_| layout())?;
+    // SAFETY: [start, start + size) lies in the mapping that `map_region` has just made, which nobody knows yet.
+    let mapped = unsafe { libc::mmap(region.as_ptr().cast(), size, prot, flags, file.as_raw_fd(), 0) };
+    if mapped == libc::MAP_FAILED {
+        return Err(MapError::Map { bytes, source: io::Error::last_os_error() });
+    }
+    Ok(Arc::new(Region::file(region, read_only)))
+}
+
+/// A buffer of the guest that a device reads or, if `write`, writes; `None` if it is not, or not all, in memory where
+/// that is allowed.
+pub fn buffer(
+    memory: &GuestMemory,
+    address: GuestAddress,
+    bytes: usize,
+    write: bool,
+) -> Option<VolatileSlice<'_>> {
+    let (region, offset) = memory.to_region_addr(address)?;
+    if write && region.is_read_only() {
+        return None;
+    }
+    region.get_slice(offset, bytes).ok()
+}
+
+fn map_region(start: GuestAddress, bytes: u64) -> Result<GuestRegionMmap<()>, MapError> {
+    let layout = || MapError::Layout { start: start.0, bytes };
+    let size = usize::try_from(bytes).map_err(|_| layout())?;
+    let region = map_aligned(size).map_err(|source| MapError::Map { bytes, source })?;
+    GuestRegionMmap::new(region, start).ok_or_else(layout)
 }
 
 fn map_aligned(size: usize) -> io::Result<MmapRegion> {
@@ -143,23 +204,27 @@ pub fn discard(slice: &VolatileSlice) {
     }
 }
 
-/// Bytes of guest memory.
+/// Bytes of guest memory that is there from the start, files left out.
 pub fn size_bytes(memory: &GuestMemory) -> u64 {
-    memory.iter().map(|region| region.size() as u64).sum()
+    let fixed = memory.iter().filter(|region| !region.is_pluggable() && region.backing() == Backing::Memory);
+    fixed.map(|region| region.size() as u64).sum()
 }
 
-/// Bytes of guest memory that take memory of the host.
+/// Bytes of guest memory that take memory of the host, files left out: their pages are the host's page cache.
 pub fn resident_bytes(memory: &GuestMemory) -> u64 {
     const PAGE_BYTES: usize = 4096;
     /// 256 MiB at a time.
     const PAGES_AT_ONCE: usize = 64 * 1024;
     let mut present = vec![0u8; PAGES_AT_ONCE];
     let mut pages = 0u64;
-    for region in memory.iter() {
-        let (start, size) = (region.as_ptr(), region.size());
-        for offset in (0..size).step_by(PAGES_AT_ONCE * PAGE_BYTES) {
-            let bytes = (size - offset).min(PAGES_AT_ONCE * PAGE_BYTES);
-            // SAFETY: `offset` is below the region's size.
+    let regions = memory.iter().filter(|region| region.backing() == Backing::Memory);
+    let present_parts = regions.flat_map(|region| {
+        region.parts().filter(|part| part.present).map(|part| (region.as_ptr(), part.offset, part.bytes))
+    });
+    for (start, first, size) in present_parts {
+        for offset in (first..first + size).step_by(PAGES_AT_ONCE * PAGE_BYTES) {
+            let bytes = (first + size - offset).min(PAGES_AT_ONCE * PAGE_BYTES);
+            // SAFETY: `offset` is below the end of the part, and that is inside the region's mapping.
             let address = unsafe { start.byte_add(offset) };
             // SAFETY: [address, address + bytes) is inside the region, which stays mapped until the process ends, and
             // `present` has a byte for each of its pages.

@@ -254,6 +254,20 @@ pub struct MemoryStats {
     /// The balloon; none if the machine has none.
     #[serde(default)]
     pub balloon: Option<BalloonStats>,
+    /// The memory device; none if the machine has none.
+    #[serde(default)]
+    pub device: Option<MemoryDeviceStats>,
+}
+
+/// The memory device: memory that is added while the guest runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryDeviceStats {
+    /// What the guest can have of it at most, in MiB.
+    pub size_mib: u32,
+    /// What it is asked to have, in MiB.
+    pub requested_mib: u32,
+    /// What it has, in MiB.
+    pub plugged_mib: u32,
 }
 
 /// The balloon: memory that the guest gives back.

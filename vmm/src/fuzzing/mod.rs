@@ -15,19 +15,22 @@ mod boot;
 mod bus;
 mod control;
 mod input;
+mod memory;
 mod net;
 mod queues;
 
 pub use boot::kernel_file;
 pub use bus::mmio_bus;
 pub use control::control_session;
+pub use memory::{mem_queue, pmem_queue};
 pub use net::net_queue;
 pub use queues::{balloon_queue, block_queue, rng_queue, vsock_queue};
 
 /// Inputs from which a fuzzer should start, for the target of this name.
 pub fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
-        "balloon_queue" | "block_queue" | "net_queue" | "rng_queue" | "vsock_queue" => queues::seeds(target),
+        "balloon_queue" | "block_queue" | "mem_queue" | "net_queue" | "pmem_queue" | "rng_queue"
+        | "vsock_queue" => queues::seeds(target),
         "mmio_bus" => bus::seeds(),
         "kernel_file" => boot::seeds(),
         "control_session" => control::seeds(),
@@ -84,6 +87,16 @@ mod tests {
     #[test]
     fn net_queue_survives_seeds_and_noise() {
         exercise("net_queue", net_queue, 300);
+    }
+
+    #[test]
+    fn mem_queue_survives_seeds_and_noise() {
+        exercise("mem_queue", mem_queue, 300);
+    }
+
+    #[test]
+    fn pmem_queue_survives_seeds_and_noise() {
+        exercise("pmem_queue", pmem_queue, 100);
     }
 
     #[test]

@@ -54,7 +54,7 @@ pub fn memory() -> GuestMemory {
 
 /// Makes memory as it was in the beginning.
 pub fn clear(memory: &GuestMemory) {
-    for region in memory.iter() {
+    for region in memory.iter().filter(|region| !region.is_pluggable()) {
         let zeros = vec![0; region.len() as usize];
         memory.write_slice(&zeros, region.start_addr()).unwrap();
     }
@@ -284,10 +284,12 @@ fn default_setup(index: u64, size: u16) -> QueueSetup {
 }
 
 pub fn run<S: Subject>(subject: S, bytes: &[u8]) {
-    MEMORY.with(|memory| {
-        clear(memory);
-        Program::new(subject, memory).run(Input::new(bytes));
-    });
+    MEMORY.with(|memory| run_in(memory, subject, bytes));
+}
+
+pub fn run_in<S: Subject>(memory: &GuestMemory, subject: S, bytes: &[u8]) {
+    clear(memory);
+    Program::new(subject, memory).run(Input::new(bytes));
 }
 
 /// Programs that do a little of what a good driver does.
@@ -299,6 +301,9 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "net_queue" => &[5, 0, 3],
         // Four page numbers.
         "balloon_queue" => &[4, 0, 9, 0, 0, 0, 0, 10, 0, 0, 0, 0, 1, 0, 0, 0, 0, 255, 255, 255, 255],
+        // Plugs blocks.
+        "mem_queue" => &[0, 0, 20],
+        "pmem_queue" => &[0],
         _ => &[],
     };
     // The guest's sending queue is the second of a socket or network device, the only one of the others.

@@ -154,7 +154,7 @@ pub const ENTRIES: &[Entry] = &[
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x04, 0))], "KVM_GET_VCPU_MMAP_SIZE"),
     ioctl(&[KvmSetup], &[Is(1, request(READ_WRITE, 0x05, size_of::<kvm_cpuid2>()))], "KVM_GET_SUPPORTED_CPUID"),
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x41, 0))], "KVM_CREATE_VCPU"),
-    ioctl(&[KvmSetup, Main], &[Is(1, request(WRITE, 0x46, size_of::<kvm_userspace_memory_region>()))], "KVM_SET_USER_MEMORY_REGION, also to log dirty pages"),
+    ioctl(&[KvmSetup, Main], &[Is(1, request(WRITE, 0x46, size_of::<kvm_userspace_memory_region>()))], "KVM_SET_USER_MEMORY_REGION, also to log dirty pages and to add memory"),
     ioctl(&[Main], &[Is(1, request(WRITE, 0x42, size_of::<kvm_dirty_log>()))], "KVM_GET_DIRTY_LOG"),
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x47, 0))], "KVM_SET_TSS_ADDR"),
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x60, 0))], "KVM_CREATE_IRQCHIP"),

@@ -19,11 +19,13 @@ use std::{
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
     bus::Bus,
-    cpu, kvm as kvm_memory,
+    cpu,
+    kvm::{self as kvm_memory, Slots},
     lifecycle::Gate,
     open::Opened,
     report::Reporter,
@@ -31,7 +33,7 @@ use super::{
     vcpu::{self, Endings, Shared, VcpuThread},
 };
 use crate::{
-    backends::socket::Sockets,
+    backends::{disk::SECTOR_BYTES, socket::Sockets},
     boot::{
         self, EntryPoint, WriteError, bzimage,
         cmdline::{self, CmdlineTooLong},
@@ -56,8 +58,10 @@ use crate::{
         device::{Device, InterruptStatus},
         file_system::FileSystem,
         limiter::Limiter,
+        mem::MemoryDevice,
         mmio::{MmioTransport, QUEUE_NOTIFY},
         net::Net,
+        pmem::{self, Pmem},
         rng::Rng,
         vsock::Vsock,
         worker::Worker,
@@ -174,6 +178,7 @@ pub fn build(
         mut kernel,
         initramfs,
         disks,
+        pmems,
         links,
         share,
         console_log: _,
@@ -181,14 +186,37 @@ pub fn build(
         vsock: host_programs,
     } = opened;
     let regions = layout::memory_regions(config.memory_bytes());
-    let memory = guest_memory::map(&regions)?;
+    let mut memory = guest_memory::map(&regions)?;
     let resources = |what| move |source| BuildError::Resources { what, source };
+    let mut added = None;
+    if let Some(device) = &config.memory_device {
+        let start = layout::added_memory_start(&regions);
+        let region = guest_memory::map_pluggable(start, u64::from(device.size_mib) << 20)?;
+        memory = guest_memory::with_region(&memory, region.clone())?;
+        added = Some((region, device.requested_mib));
+    }
+    let mut pmem_regions = Vec::new();
+    for file in &pmems {
+        let start = layout::next_file_start(memory.last_addr().0.saturating_add(1));
+        let bytes = file.sectors() * SECTOR_BYTES;
+        let region =
+            guest_memory::map_file(start, file.as_fd(), bytes, pmem::region_bytes(bytes), file.read_only())?;
+        memory = guest_memory::with_region(&memory, region.clone())?;
+        pmem_regions.push(region);
+    }
+    let slots = Arc::new(Slots::new(memory.clone()));
 
     let mut devices = Devices::new(&memory);
     let mut disk_work = Vec::new();
     for (disk, its) in disks.into_iter().zip(&config.disks) {
         let (block, work) = Block::new(disk, &its.id, its.limit).map_err(resources("a block device"))?;
         devices.add(Box::new(block)).map_err(resources("a block device"))?;
+        disk_work.extend(work);
+    }
+    for (file, region) in pmems.into_iter().zip(&pmem_regions) {
+        let device = Pmem::new(file, region.start_addr().0, region.len());
+        let (device, work) = device.map_err(resources("persistent memory"))?;
+        devices.add(Box::new(device)).map_err(resources("persistent memory"))?;
         disk_work.extend(work);
     }
     for (link, net) in links.into_iter().zip(&config.nets) {
@@ -203,6 +231,12 @@ pub fn build(
             Balloon::new(its, config.memory_mib, MIN_MEMORY_MIB).map_err(resources("the balloon"))?;
         balloon = Some(device.handle());
         devices.add(Box::new(device)).map_err(resources("the balloon"))?;
+    }
+    let mut memory_device = None;
+    if let Some((region, requested_mib)) = added {
+        let device = MemoryDevice::new(region, Box::new(slots.clone()), requested_mib);
+        memory_device = Some(device.handle());
+        devices.add(Box::new(device)).map_err(resources("the memory device"))?;
     }
     let mut last_words = None;
     if let Some(vsock) = &config.vsock {
@@ -236,7 +270,7 @@ pub fn build(
 
     let ((vm, vcpus), threads, start) = thread::scope(|scope| {
         let setting_up = jail.confined(ThreadKind::KvmSetup, || {
-            let created = create(&kvm, &memory, config.vcpus, &wiring);
+            let created = create(&kvm, &slots, config.vcpus, &wiring);
             reporter.mark(Mark::KvmReady);
             created
         });
@@ -273,7 +307,8 @@ pub fn build(
     let vcpus = vcpus.into_iter().zip(threads).collect();
     let kvm = kvm_memory::vm_statistics(&vm);
     let vm = Arc::new(vm);
-    let subject = Subject { shared, console, memory, balloon, devices: counters, kvm, vm: vm.clone() };
+    slots.attach(vm.clone());
+    let subject = Subject { shared, console, memory, balloon, memory_device, devices: counters, kvm, slots };
     Ok(Machine { vm, vcpus, workers, end, terminate, all_parked, listener: control, subject, last_words })
 }
 
@@ -336,15 +371,10 @@ impl<'a> Devices<'a> {
 }
 
 /// KVM's side: everything but the boot vCPU's registers.
-fn create(
-    kvm: &Kvm,
-    memory: &GuestMemory,
-    vcpus: u8,
-    wiring: &Wiring,
-) -> Result<(VmFd, Vec<VcpuFd>), CreateError> {
+fn create(kvm: &Kvm, slots: &Slots, vcpus: u8, wiring: &Wiring) -> Result<(VmFd, Vec<VcpuFd>), CreateError> {
     let failed = |call| move |source| CreateError { call, source };
     let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
-    kvm_memory::set_memory(&vm, memory).map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+    slots.fill(&vm).map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
     if kvm.check_extension(Cap::SetTssAddr) {
         vm.set_tss_address(layout::KVM_TSS).map_err(failed("KVM_SET_TSS_ADDR"))?;
     }

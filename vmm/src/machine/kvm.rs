@@ -8,53 +8,142 @@ use std::{
     io,
     os::fd::{AsRawFd, FromRawFd, RawFd},
     ptr,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_run, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_run, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::kvm_statistics::KvmStatistics;
-use crate::guest_memory::GuestMemory;
+use crate::{
+    guest_memory::{GuestMemory, Part},
+    virtio::mem::ChunkSlots,
+};
 
-/// Makes all of `memory` the guest's, one slot for each region.
-pub fn set_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), kvm_ioctls::Error> {
-    set_slots(vm, memory, 0)
+/// Guest memory in KVM: a slot for each part of it, whether that is there or not, in the order of their addresses.
+pub struct Slots {
+    memory: GuestMemory,
+    vm: OnceLock<Arc<VmFd>>,
+    logs_dirty_pages: AtomicBool,
 }
 
-/// Has KVM note which pages the guest writes to, or not any more; a guest may run meanwhile (Linux
-/// `Documentation/virt/kvm/api.rst` §4.35: flags can be changed).
-pub fn log_dirty_pages(vm: &VmFd, memory: &GuestMemory, enabled: bool) -> Result<(), kvm_ioctls::Error> {
-    set_slots(vm, memory, if enabled { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
-}
-
-/// Pages that the guest has written to since the last call, while they are noted.
-pub fn take_dirty_pages(vm: &VmFd, memory: &GuestMemory) -> Result<u64, kvm_ioctls::Error> {
-    let mut pages = 0;
-    for (slot, region) in (0..).zip(memory.iter()) {
-        let size = usize::try_from(region.len()).unwrap_or(usize::MAX);
-        let bitmap = vm.get_dirty_log(slot, size)?;
-        pages += bitmap.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+impl Slots {
+    /// No machine has the memory yet.
+    pub fn new(memory: GuestMemory) -> Self {
+        Self { memory, vm: OnceLock::new(), logs_dirty_pages: AtomicBool::new(false) }
     }
-    Ok(pages)
-}
 
-fn set_slots(vm: &VmFd, memory: &GuestMemory, flags: u32) -> Result<(), kvm_ioctls::Error> {
-    for (slot, region) in (0..).zip(memory.iter()) {
-        let Ok(host_address) = region.get_host_address(vm_memory::MemoryRegionAddress(0)) else { continue };
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags,
-            guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
-            userspace_addr: host_address as u64,
+    /// Makes all memory that is there the machine's.
+    pub fn fill(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+        self.present().try_for_each(|slot| slot.set(vm, slot.part.bytes, 0))
+    }
+
+    /// What [`Slots::fill`] was given; only the first call counts.
+    pub fn attach(&self, vm: Arc<VmFd>) {
+        let _ = self.vm.set(vm);
+    }
+
+    fn all(&self) -> impl Iterator<Item = Slot> + '_ {
+        let parts = self.memory.iter().flat_map(|region| {
+            let host_address = region.as_ptr() as u64;
+            let read_only = region.is_read_only();
+            region.parts().map(move |part| (host_address + part.offset as u64, part, read_only))
+        });
+        (0..).zip(parts).map(|(number, (host_address, part, read_only))| Slot {
+            number,
+            part,
+            host_address,
+            read_only,
+        })
+    }
+
+    fn present(&self) -> impl Iterator<Item = Slot> + '_ {
+        self.all().filter(|slot| slot.part.present)
+    }
+
+    fn vm(&self) -> Result<&VmFd, kvm_ioctls::Error> {
+        self.vm.get().map(AsRef::as_ref).ok_or(kvm_ioctls::Error::new(libc::EBADF))
+    }
+
+    fn flags(&self) -> u32 {
+        if self.logs_dirty_pages.load(Ordering::Relaxed) { KVM_MEM_LOG_DIRTY_PAGES } else { 0 }
+    }
+
+    /// Has KVM note which pages the guest writes to, or not any more; a guest may run meanwhile (Linux
+    /// `Documentation/virt/kvm/api.rst` §4.35: flags can be changed).
+    pub fn log_dirty_pages(&self, enabled: bool) -> Result<(), kvm_ioctls::Error> {
+        if self.logs_dirty_pages() != enabled {
+            let flags = if enabled { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+            let vm = self.vm()?;
+            self.present().try_for_each(|slot| slot.set(vm, slot.part.bytes, flags))?;
+            self.logs_dirty_pages.store(enabled, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Whether it does.
+    pub fn logs_dirty_pages(&self) -> bool {
+        self.logs_dirty_pages.load(Ordering::Relaxed)
+    }
+
+    /// Pages that the guest has written to since the last call, while they are noted.
+    pub fn take_dirty_pages(&self) -> Result<u64, kvm_ioctls::Error> {
+        let vm = self.vm()?;
+        let mut pages = 0;
+        for slot in self.present() {
+            let bitmap = vm.get_dirty_log(slot.number, slot.part.bytes)?;
+            pages += bitmap.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+        }
+        Ok(pages)
+    }
+
+    fn set_chunk(&self, start: GuestAddress, present: bool) -> io::Result<()> {
+        let set = || {
+            let slot = self.all().find(|slot| slot.part.start == start);
+            let slot = slot.ok_or(kvm_ioctls::Error::new(libc::EINVAL))?;
+            // A slot without a size is none (Linux `Documentation/virt/kvm/api.rst` §4.35).
+            slot.set(self.vm()?, if present { slot.part.bytes } else { 0 }, self.flags())
         };
-        // SAFETY: the region is mapped with exactly this size until the process ends, does not overlap another one
-        // (GuestMemory's invariant), and nobody in this process holds references into it.
-        unsafe { vm.set_user_memory_region(region) }?;
+        set().map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }
-    Ok(())
+}
+
+impl ChunkSlots for Slots {
+    fn insert(&self, start: GuestAddress) -> io::Result<()> {
+        self.set_chunk(start, true)
+    }
+
+    fn remove(&self, start: GuestAddress) -> io::Result<()> {
+        self.set_chunk(start, false)
+    }
+}
+
+/// One slot.
+struct Slot {
+    number: u32,
+    part: Part,
+    host_address: u64,
+    read_only: bool,
+}
+
+impl Slot {
+    fn set(&self, vm: &VmFd, bytes: usize, flags: u32) -> Result<(), kvm_ioctls::Error> {
+        let region = kvm_userspace_memory_region {
+            slot: self.number,
+            flags: flags | if self.read_only { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: self.part.start.0,
+            memory_size: bytes as u64,
+            userspace_addr: self.host_address,
+        };
+        // SAFETY: the part is mapped with at least this size until the process ends, does not overlap another one
+        // (GuestMemory's invariant), and nobody in this process holds references into it.
+        unsafe { vm.set_user_memory_region(region) }
+    }
 }
 
 thread_local! {

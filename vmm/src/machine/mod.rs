@@ -54,10 +54,13 @@ pub enum VmError {
     #[error("the VM's configuration is not valid")]
     Config(#[source] ConfigError),
     /// More memory than the host has.
-    #[error("memory_mib is {memory_mib}; this host has {host_mib} MiB in all; give the guest less memory")]
+    #[error(
+        "memory_mib, with what can be added, is {memory_mib}; this host has {host_mib} MiB in all; \
+         give the guest less memory"
+    )]
     HostMemory {
-        /// What was asked for.
-        memory_mib: u32,
+        /// What was asked for, with what can be added.
+        memory_mib: u64,
         /// What there is.
         host_mib: u64,
     },
@@ -190,8 +193,9 @@ fn or_panic(console: &Console, otherwise: ExitReason) -> ExitReason {
 fn validate(config: &VmConfig) -> Result<(), VmError> {
     config.validate().map_err(VmError::Config)?;
     let host_bytes = host::memory_bytes();
-    if config.memory_bytes() > host_bytes {
-        return Err(VmError::HostMemory { memory_mib: config.memory_mib, host_mib: host_bytes >> 20 });
+    if config.most_memory_bytes() > host_bytes {
+        let memory_mib = config.most_memory_bytes() >> 20;
+        return Err(VmError::HostMemory { memory_mib, host_mib: host_bytes >> 20 });
     }
     Ok(())
 }

@@ -22,10 +22,11 @@ use crate::{
         tap::{Tap, TapError},
     },
     boot::initramfs::Part,
-    config::{DiskCache, InitramfsPart, NetBackend, VmConfig, VsockPort},
+    config::{DiskCache, InitramfsPart, NetBackend, PmemConfig, VmConfig, VsockPort},
     control::api::MAX_CLIENTS,
     jail::Limits,
     syscalls::{self, take_inherited_fd},
+    virtio::pmem,
 };
 
 /// Version of the KVM API; it has not changed since Linux 2.6.22 (Linux `Documentation/virt/kvm/api.rst` §4.1).
@@ -53,6 +54,8 @@ pub struct Opened<'a> {
     pub initramfs: Vec<Part<'a>>,
     /// Disks in the configuration's order.
     pub disks: Vec<Disk>,
+    /// Files in the guest's memory, in the configuration's order.
+    pub pmems: Vec<Disk>,
     /// What is at the other end of each network device, in the configuration's order.
     pub links: Vec<Box<dyn Link>>,
     /// The file server of the share.
@@ -158,6 +161,14 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+    /// A file in the guest's memory.
+    #[error("the persistent memory {path:?} cannot be used: {problem}")]
+    Pmem {
+        /// Where it is.
+        path: PathBuf,
+        /// Why not.
+        problem: &'static str,
+    },
     /// A disk.
     #[error("the disk {path:?} cannot be used")]
     Disk {
@@ -192,6 +203,7 @@ pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opene
         kernel: open_kernel(config)?,
         initramfs: initramfs.collect::<Result<_, _>>()?,
         disks: disks.collect::<Result<_, _>>()?,
+        pmems: config.pmems.iter().map(open_pmem).collect::<Result<_, _>>()?,
         links: config.nets.iter().map(|net| open_link(&net.backend)).collect::<Result<_, _>>()?,
         share: config.share.as_ref().map(|share| open_share(share.socket_fd)).transpose()?,
         console_log: config
@@ -223,6 +235,30 @@ fn take_listener(field: &'static str, fd: Option<RawFd>) -> Result<Option<UnixLi
         Ok(Some(listener))
     };
     take().map_err(|source| OpenError::Listener { field, fd, source })
+}
+
+/// A file that the guest writes has all its pages, and blocks on the disk for all of them: where there is none, a write
+/// of the guest to its own memory would have nobody to be told of the failure.
+fn open_pmem(pmem: &PmemConfig) -> Result<Disk, OpenError> {
+    let PmemConfig { path, read_only } = pmem;
+    let options = DiskOptions { read_only: *read_only, ..DiskOptions::default() };
+    let disk = Disk::open(path, options).map_err(|source| OpenError::Disk { path: path.clone(), source })?;
+    let metadata = rustix::fs::fstat(disk.as_fd())
+        .map_err(|source| file_error("persistent memory", path)(source.into()))?;
+    let bytes = disk.sectors() * SECTOR_BYTES;
+    let problem = if !rustix::fs::FileType::from_raw_mode(metadata.st_mode).is_file() {
+        Some("it is no regular file")
+    } else if !*read_only && bytes != pmem::region_bytes(bytes) {
+        Some("the guest may write it, and its size is no multiple of 2 MiB from 16 MiB on")
+    } else if !*read_only && (metadata.st_blocks as u64) * SECTOR_BYTES < bytes {
+        Some("it has holes, and the guest may write it; fill them with `fallocate`")
+    } else {
+        None
+    };
+    match problem {
+        Some(problem) => Err(OpenError::Pmem { path: path.clone(), problem }),
+        None => Ok(disk),
+    }
 }
 
 fn open_link(backend: &NetBackend) -> Result<Box<dyn Link>, OpenError> {

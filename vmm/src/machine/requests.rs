@@ -5,21 +5,21 @@ use std::{
     thread::JoinHandle,
 };
 
-use kvm_ioctls::VmFd;
 use tracing::warn;
 use vmm_sys_util::signal::Killable;
 
 use super::{
-    kvm,
+    kvm::{self, Slots},
     kvm_statistics::KvmStatistics,
     lifecycle::{Effect, Lifecycle},
     report::monotonic_ns,
     vcpu::{Ending, Shared},
 };
 use crate::{
+    config::MEMORY_BLOCK_MIB,
     control::api::{
-        Answer, BalloonStats, Info, KvmStats, MachineStats, MemoryStats, Outcome, RefusalCode, Request,
-        Resize, RunState, Stop,
+        Answer, BalloonStats, Info, KvmStats, MachineStats, MemoryDeviceStats, MemoryStats, Outcome,
+        RefusalCode, Request, Resize, RunState, Stop,
     },
     devices::console::{CAPACITY, Console},
     guest_memory::{self, GuestMemory},
@@ -27,6 +27,7 @@ use crate::{
     virtio::{
         balloon::{BalloonHandle, BalloonStatistics},
         counters::DeviceCounters,
+        mem::{MemoryHandle, MemoryStatistics},
     },
 };
 
@@ -40,12 +41,22 @@ pub struct Subject {
     pub memory: GuestMemory,
     /// Its balloon.
     pub balloon: Option<BalloonHandle>,
+    /// Its memory that can be added.
+    pub memory_device: Option<MemoryHandle>,
     /// Its devices' counters, in the order of their addresses.
     pub devices: Vec<Arc<DeviceCounters>>,
     /// KVM's statistics of the machine, if it tells.
     pub kvm: Option<KvmStatistics>,
-    /// The machine in KVM.
-    pub vm: Arc<VmFd>,
+    /// Its memory in KVM.
+    pub slots: Arc<Slots>,
+}
+
+impl Subject {
+    /// What the guest has: from the start, and what it has plugged of what can be added.
+    fn memory_bytes(&self) -> u64 {
+        let added_mib = self.memory_device.as_ref().map_or(0, |device| device.statistics().plugged_mib);
+        guest_memory::size_bytes(&self.memory) + (u64::from(added_mib) << 20)
+    }
 }
 
 /// What comes of a request.
@@ -63,19 +74,12 @@ pub struct Controls {
     lifecycle: Lifecycle,
     threads: Vec<JoinHandle<()>>,
     started_ns: u64,
-    logs_dirty_pages: bool,
 }
 
 impl Controls {
     /// For a machine whose vCPUs have no threads yet.
     pub fn new(subject: Subject) -> Self {
-        Self {
-            subject,
-            lifecycle: Lifecycle::new(),
-            threads: Vec::new(),
-            started_ns: monotonic_ns(),
-            logs_dirty_pages: false,
-        }
+        Self { subject, lifecycle: Lifecycle::new(), threads: Vec::new(), started_ns: monotonic_ns() }
     }
 
     /// A vCPU has its thread.
@@ -153,15 +157,11 @@ impl Controls {
     }
 
     fn log_dirty_pages(&mut self, enabled: bool) -> Outcome {
-        let Subject { vm, memory, .. } = &self.subject;
-        if self.logs_dirty_pages != enabled {
-            if let Err(error) = kvm::log_dirty_pages(vm, memory, enabled) {
-                return Outcome::refused(
-                    RefusalCode::Host,
-                    format!("KVM_SET_USER_MEMORY_REGION failed: {error}"),
-                );
-            }
-            self.logs_dirty_pages = enabled;
+        if let Err(error) = self.subject.slots.log_dirty_pages(enabled) {
+            return Outcome::refused(
+                RefusalCode::Host,
+                format!("KVM_SET_USER_MEMORY_REGION failed: {error}"),
+            );
         }
         self.state_answer()
     }
@@ -181,19 +181,20 @@ impl Controls {
     }
 
     fn info(&self) -> Info {
-        let Subject { shared, memory, devices, .. } = &self.subject;
+        let Subject { shared, devices, .. } = &self.subject;
         Info {
             vmm_version: env!("CARGO_PKG_VERSION").into(),
             state: self.state(),
             vcpus: u8::try_from(shared.vcpus.len()).unwrap_or(u8::MAX),
-            memory_mib: u32::try_from(guest_memory::size_bytes(memory) >> 20).unwrap_or(u32::MAX),
+            memory_mib: u32::try_from(self.subject.memory_bytes() >> 20).unwrap_or(u32::MAX),
             agent_ready: shared.agent_ready.load(Ordering::Acquire),
             devices: devices.iter().map(|device| device.name().to_owned()).collect(),
         }
     }
 
     fn stats(&self) -> MachineStats {
-        let Subject { shared, memory, balloon, devices, kvm, vm, console: _ } = &self.subject;
+        let Subject { shared, memory, balloon, memory_device, devices, kvm, slots, console: _ } =
+            &self.subject;
         let now = monotonic_ns();
         let mut counted = KvmStats {
             machine: kvm.as_ref().map(KvmStatistics::values).unwrap_or_default(),
@@ -212,13 +213,17 @@ impl Controls {
             vcpus: shared.vcpus.iter().map(|vcpu| vcpu.snapshot()).collect(),
             kvm: counted,
             memory: MemoryStats {
-                size_bytes: guest_memory::size_bytes(memory),
+                size_bytes: self.subject.memory_bytes(),
                 resident_bytes: guest_memory::resident_bytes(memory),
-                dirty_pages: self.logs_dirty_pages.then(|| kvm::take_dirty_pages(vm, memory).ok()).flatten(),
+                dirty_pages: slots.logs_dirty_pages().then(|| slots.take_dirty_pages().ok()).flatten(),
                 balloon: balloon.as_ref().map(|balloon| {
                     let BalloonStatistics { target_mib, actual_mib, guest } = balloon.statistics();
                     let guest = guest.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
                     BalloonStats { target_mib, actual_mib, guest }
+                }),
+                device: memory_device.as_ref().map(|device| {
+                    let MemoryStatistics { size_mib, requested_mib, plugged_mib } = device.statistics();
+                    MemoryDeviceStats { size_mib, requested_mib, plugged_mib }
                 }),
             },
             devices: devices.iter().map(|device| device.snapshot()).collect(),
@@ -239,24 +244,37 @@ impl Controls {
         }
     }
 
-    /// The guest gives back what it is to have less than at its start, and gets no answer out of it: how far it is, the
-    /// statistics tell.
+    /// More than at the start comes of the memory device, less goes to the balloon. The guest is asked, and gets no
+    /// answer out of it: how far it is, the statistics tell.
     fn resize_memory(&self, memory_mib: u32) -> Outcome {
-        let Some(balloon) = &self.subject.balloon else {
+        let Subject { balloon, memory_device, .. } = &self.subject;
+        let start_mib = guest_memory::size_bytes(&self.subject.memory) >> 20;
+        let start_mib = u32::try_from(start_mib).unwrap_or(u32::MAX);
+        if balloon.is_none() && memory_device.is_none() {
             let message = format!(
                 "memory_mib cannot become {memory_mib}: this machine has neither a balloon nor memory to add"
             );
             return Outcome::refused(RefusalCode::Unsupported, message);
-        };
-        let size_mib =
-            u32::try_from(guest_memory::size_bytes(&self.subject.memory) >> 20).unwrap_or(u32::MAX);
-        let least_mib = size_mib.saturating_sub(balloon.most_mib());
-        if !(least_mib..=size_mib).contains(&memory_mib) {
+        }
+        let least_mib = start_mib.saturating_sub(balloon.as_ref().map_or(0, BalloonHandle::most_mib));
+        let most_mib =
+            start_mib.saturating_add(memory_device.as_ref().map_or(0, |device| device.statistics().size_mib));
+        let added_mib = memory_mib.saturating_sub(start_mib);
+        if !(least_mib..=most_mib).contains(&memory_mib) || !added_mib.is_multiple_of(MEMORY_BLOCK_MIB) {
+            let steps = match memory_device {
+                Some(_) => format!(", above {start_mib} in steps of {MEMORY_BLOCK_MIB}"),
+                None => String::new(),
+            };
             let message =
-                format!("memory_mib cannot become {memory_mib}; allowed: {least_mib} to {size_mib}");
+                format!("memory_mib cannot become {memory_mib}; allowed: {least_mib} to {most_mib}{steps}");
             return Outcome::refused(RefusalCode::Unsupported, message);
         }
-        balloon.set_target_mib(size_mib - memory_mib);
+        if let Some(balloon) = balloon {
+            balloon.set_target_mib(start_mib.saturating_sub(memory_mib));
+        }
+        if let Some(device) = memory_device {
+            device.set_requested_mib(added_mib);
+        }
         self.state_answer()
     }
 }

@@ -29,8 +29,12 @@ pub mod device_type {
     pub const BALLOON: u32 = 5;
     /// Socket device.
     pub const SOCKET: u32 = 19;
+    /// Memory device.
+    pub const MEMORY: u32 = 24;
     /// File system device.
     pub const FILE_SYSTEM: u32 = 26;
+    /// Persistent memory device.
+    pub const PMEM: u32 = 27;
 
     /// What a type is called.
     pub fn name(device_type: u32) -> &'static str {
@@ -42,9 +46,9 @@ pub mod device_type {
             BALLOON => "balloon",
             9 => "9p",
             SOCKET => "vsock",
-            24 => "mem",
+            MEMORY => "mem",
             FILE_SYSTEM => "fs",
-            27 => "pmem",
+            PMEM => "pmem",
             _ => "other",
         }
     }

@@ -7,13 +7,13 @@ use std::sync::{
 };
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
 use super::{
     chain::{Descriptor, Walk},
     counters::QueueCounters,
 };
-use crate::guest_memory::GuestMemory;
+use crate::guest_memory::{self, GuestMemory};
 
 /// VIRTIO_F_EVENT_IDX: both sides say at which index they want to be told (virtio 1.2 §2.7.7, §2.7.10).
 pub const FEATURE_EVENT_IDX: u64 = 1 << 29;
@@ -81,7 +81,7 @@ pub enum QueueError {
         /// Its first descriptor.
         head: u16,
     },
-    /// A buffer that is not, or not all, in guest memory.
+    /// A buffer that is not, or not all, in guest memory, or that the device is to write where nothing may be written.
     #[error(
         "descriptor chain {head} has a buffer outside of memory: {bytes} bytes at {address:#x} (virtio 1.2 §2.7.5)"
     )]
@@ -145,7 +145,8 @@ impl VirtQueue {
         ring.try_set_used_ring_address(GuestAddress(setup.used)).map_err(|_| bad())?;
         ring.set_event_idx(event_idx);
         ring.set_ready(true);
-        if !ring.is_valid(memory) {
+        let written = guest_memory::buffer(memory, GuestAddress(setup.used), 1, true);
+        if !ring.is_valid(memory) || written.is_none() {
             return Err(bad());
         }
         Ok(Self { ring, told: 0, outstanding: 0, counters: Arc::default(), last: (0, 0) })
@@ -171,9 +172,8 @@ impl VirtQueue {
         for descriptor in Walk::new(memory, self.ring.desc_table(), limit, head) {
             let Descriptor { address, bytes, writable: write } = descriptor?;
             descriptors += 1;
-            let slice = memory
-                .get_slice(GuestAddress(address), bytes as usize)
-                .map_err(|_| QueueError::BufferOutsideMemory { head, address, bytes })?;
+            let slice = guest_memory::buffer(memory, GuestAddress(address), bytes as usize, write)
+                .ok_or(QueueError::BufferOutsideMemory { head, address, bytes })?;
             written_part |= write;
             if write {
                 writable.push(slice);

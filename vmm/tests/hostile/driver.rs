@@ -41,13 +41,15 @@ pub const MEMORY_END: u64 = 32 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Device {
     Block = 0,
-    Net = 1,
-    Vsock = 2,
-    Rng = 3,
+    Pmem = 1,
+    Net = 2,
+    Memory = 3,
+    Vsock = 4,
+    Rng = 5,
 }
 
 impl Device {
-    pub const ALL: [Self; 4] = [Self::Block, Self::Net, Self::Vsock, Self::Rng];
+    pub const ALL: [Self; 6] = [Self::Block, Self::Pmem, Self::Net, Self::Memory, Self::Vsock, Self::Rng];
 
     /// Address of a register.
     pub fn at(self, register: u64) -> u64 {
@@ -59,7 +61,7 @@ impl Device {
         let sizes: &[u16] = match self {
             Self::Block => &[16],
             Self::Vsock | Self::Net => &[16, 16, 16],
-            Self::Rng => &[16],
+            Self::Pmem | Self::Memory | Self::Rng => &[16],
         };
         (0..).zip(sizes).map(|(index, size)| Queue { device: self, index, size: *size }).collect()
     }
@@ -247,6 +249,16 @@ impl Guest {
                 self.request(queue, 0);
                 self.expect_not(Width::Eight, buffer, 0, "random bytes");
             }
+            Device::Pmem => {
+                // A flush, and its answer.
+                self.store32(buffer, 0);
+                self.store32(buffer + 8, 0xffff);
+                self.descriptor(queue, 0, buffer, 4, NEXT, 1);
+                self.descriptor(queue, 1, buffer + 8, 4, WRITE, 0);
+                self.request(queue, 0);
+                self.expect(Width::Four, buffer + 8, 0, "the answer to a flush");
+            }
+            Device::Memory => self.memory_request(3, ADDED_MEMORY + ADDED_BYTES - BLOCK_BYTES, 1, 0),
             Device::Net => {
                 // The host sends the frame back.
                 let receive = Device::Net.queues()[0];
@@ -274,6 +286,22 @@ impl Guest {
                 self.expect(Width::Two, receive.buffer() + 30, 3, "the answer to a request for no port");
             }
         }
+    }
+
+    /// Asks the memory device about blocks: 0 plugs, 1 unplugs, 2 unplugs all, 3 asks for the state; the answer must be
+    /// of this type.
+    pub fn memory_request(&mut self, kind: u16, address: u64, blocks: u16, answer: u64) {
+        let queue = Device::Memory.requests();
+        let buffer = queue.buffer() + 0x800;
+        self.store64(buffer, kind.into());
+        self.store64(buffer + 8, address);
+        self.store64(buffer + 16, blocks.into());
+        self.store64(buffer + 64, u64::MAX);
+        self.descriptor(queue, 0, buffer, 24, NEXT, 1);
+        self.descriptor(queue, 1, buffer + 64, 10, WRITE, 0);
+        self.request(queue, 0);
+        let what = format!("the answer to memory request {kind} of {blocks} blocks at {address:#x}");
+        self.expect(Width::Two, buffer + 64, answer, &what);
     }
 
     /// A block request that is well-formed; its status byte is at `buffer + 0x880`.
@@ -314,6 +342,14 @@ impl Guest {
 
 /// The first bytes of the disk.
 pub const SECTOR_ZERO: u64 = u64::from_le_bytes(*b"SECTOR00");
+
+/// Memory that can be added: where, how much, in which units, and how much of it is asked for. After it is a file that
+/// nobody may write.
+pub const ADDED_MEMORY: u64 = 4 << 30;
+pub const ADDED_BYTES: u64 = 384 << 20;
+pub const BLOCK_BYTES: u64 = 4 << 20;
+pub const REQUESTED_BLOCKS: u16 = 40;
+pub const READ_ONLY_FILE: u64 = ADDED_MEMORY + ADDED_BYTES;
 
 /// How a frame starts that the host sends back.
 pub const ECHO: u32 = 0x1234_5678;

@@ -24,14 +24,14 @@ use std::{
 
 use cloche_vmm::{
     Jail, VmConfig,
-    config::{DiskConfig, NetConfig, VsockConfig},
+    config::{DiskConfig, NetConfig, PmemConfig, VsockConfig},
 };
 use libtest_mimic::Failed;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     allocator,
-    driver::{ECHO, Guest, SERVED},
+    driver::{ADDED_BYTES, ECHO, Guest, REQUESTED_BLOCKS, SERVED},
 };
 
 /// By which this program knows that it is to be the VMM.
@@ -50,7 +50,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         // Most of it is the machine itself: eventfds, vCPUs, the console's 64 KiB, two frames of 64 KiB.
-        Self { heap_bytes: 320 << 10, fds: 60 }
+        Self { heap_bytes: 320 << 10, fds: 80 }
     }
 }
 
@@ -294,6 +294,10 @@ fn config(vcpus: u8, folder: &Path, socket: i32) -> VmConfig {
     });
     config.nets = serde_json::from_value::<NetConfig>(net).into_iter().collect();
     config.rng = true;
+    let memory = serde_json::json!({ "size_mib": ADDED_BYTES >> 20, "requested_mib": 4 * REQUESTED_BLOCKS });
+    config.memory_device = serde_json::from_value(memory).ok();
+    let pmem = serde_json::json!({ "path": folder.join("disk"), "read_only": true });
+    config.pmems = serde_json::from_value::<PmemConfig>(pmem).into_iter().collect();
     config
 }
 

@@ -20,16 +20,17 @@ pub const BODIES: &[Body] = &[
 /// What the guest takes and frees.
 const MIB: u64 = 100;
 
-const TOTAL: &str = "total() { sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; }\n";
+/// A function of the shell: memory that the guest has, in KiB.
+pub(super) const TOTAL: &str = "total() { sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; }\n";
 
 /// Waits until the VMM's resident memory is as it should be; returns it in MiB.
-fn wait_for_resident(
+pub(super) fn wait_for_resident(
     bed: &Bed,
     guest: &RunningGuest,
     what: &str,
     enough: impl Fn(u64) -> bool,
 ) -> Result<u64> {
-    let deadline = bed.deadline().min(Instant::now() + bed.span(60_000));
+    let deadline = bed.deadline().min(Instant::now() + bed.span(6_000));
     loop {
         let now = resident_mib(guest.vmm.pid()).with_context(|| format!("the VMM is gone before {what}"))?;
         if enough(now) {
@@ -45,8 +46,8 @@ fn wait_for_resident(
     }
 }
 
-fn wait_for_console(bed: &Bed, guest: &RunningGuest, text: &str) -> Story {
-    let deadline = bed.deadline().min(Instant::now() + bed.span(60_000));
+pub(super) fn wait_for_console(bed: &Bed, guest: &RunningGuest, text: &str) -> Story {
+    let deadline = bed.deadline().min(Instant::now() + bed.span(6_000));
     loop {
         let console = guest.ask(json!({ "console": { "bytes": 4096 } }))?["console"].to_string();
         if console.contains(text) {
@@ -112,7 +113,7 @@ fn balloon_of_the_start_is_inflated_and_statistics_come(bed: &Bed) -> Story {
     let balloon = json!({ "target_mib": 128, "statistics_interval_s": 1 });
     let fields = json!({ "memory_mib": 256, "balloon": balloon });
     let guest = Guest::new(bed)?.with(fields).controlled().start(&script)?;
-    let deadline = bed.deadline().min(Instant::now() + bed.span(60_000));
+    let deadline = bed.deadline().min(Instant::now() + bed.span(6_000));
     loop {
         let answer = guest.ask(json!("stats"))?;
         let balloon = &answer["stats"]["memory"]["balloon"];

@@ -2,7 +2,9 @@
 
 mod balloon;
 mod block;
+mod memory;
 mod net;
+mod pmem;
 mod rng;
 mod vsock;
 
@@ -10,5 +12,6 @@ use crate::suite::Body;
 
 /// Every body of this theme.
 pub fn all() -> Vec<Body> {
-    [balloon::BODIES, block::BODIES, net::BODIES, rng::BODIES, vsock::BODIES].concat()
+    [balloon::BODIES, block::BODIES, memory::BODIES, net::BODIES, pmem::BODIES, rng::BODIES, vsock::BODIES]
+        .concat()
 }

@@ -140,6 +140,11 @@ impl Disk {
         })
     }
 
+    /// The file, for its mapping.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
     /// Size in sectors; at least 1.
     pub fn sectors(&self) -> u64 {
         self.sectors
