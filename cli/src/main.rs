@@ -3,14 +3,14 @@
 //!
 //! The binary is multi-call: `cloche vmm` is the process that one microVM lives in, `cloche share` the one that serves
 //! it files of the host. Both are started by the engine only and are looked for before arguments are parsed, to keep
-//! the start of a VM short.
+//! the start of a VM short. Called `cloche-container`, it is an OCI runtime.
 
 #[macro_use]
 mod output;
 mod arguments;
 mod commands;
+mod oci;
 mod render;
-mod terminal;
 
 use std::process::ExitCode;
 
@@ -20,7 +20,10 @@ use crate::arguments::{Arguments, Verb};
 
 fn main() -> ExitCode {
     let mut words = std::env::args_os();
-    match words.nth(1) {
+    if oci::is_called(words.next().as_ref()) {
+        return oci::main();
+    }
+    match words.next() {
         Some(word) if word == "vmm" => return commands::vmm::main(words),
         Some(word) if word == "share" => return commands::share::main(),
         _ => {}
@@ -48,10 +51,6 @@ fn dispatch(Arguments { global, verb }: Arguments, started_ns: u64) -> anyhow::R
         Verb::Kill(arguments) => commands::steer::kill(&global, &arguments),
         Verb::Console(arguments) => commands::steer::console(&global, &arguments),
         Verb::Rm(arguments) => commands::sandbox::rm(&global, &arguments),
-        Verb::Pull(arguments) => commands::registry::pull(&global, &arguments),
-        Verb::Push(arguments) => commands::registry::push(&global, &arguments),
-        Verb::Login(arguments) => commands::registry::login(&arguments),
-        Verb::Logout(arguments) => commands::registry::logout(&arguments),
         Verb::Image(verb) => commands::image::image(&global, verb),
         Verb::Volume(verb) => commands::volume::volume(&global, verb),
         Verb::Kernel(verb) => commands::kernel::kernel(verb),

@@ -13,7 +13,7 @@ use cloche_protocol::{
     message::{self, FromGuest, Status, ToGuest},
 };
 use cloche_runtime::{
-    Container, ExitStatus, Launch, LaunchError, Rootfs, Stdio, WaitError,
+    Container, ExitStatus, Launch, LaunchError, Oci, Rootfs, Stdio, WaitError,
     pump::{self, Pump, Target},
 };
 use rustix::{
@@ -142,6 +142,7 @@ fn launch(boot: Boot, streams: &mut Streams) -> Result<Container, LaunchError> {
         stdio,
         kill_on_parent_death: true,
         approve: None,
+        oci: Oci::default(),
     })
 }
 

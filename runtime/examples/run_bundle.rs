@@ -8,7 +8,7 @@ use std::{
     process::ExitCode,
 };
 
-use cloche_runtime::{ExitStatus, Launch, Rootfs, Stdio, launch};
+use cloche_runtime::{ExitStatus, Launch, Oci, Rootfs, Stdio, launch};
 use oci_spec::runtime::Spec;
 
 fn main() -> ExitCode {
@@ -51,6 +51,7 @@ fn run(bundle: &Path, id: &str) -> Result<u8, (u8, String)> {
         stdio,
         kill_on_parent_death: true,
         approve: None,
+        oci: Oci::default(),
     })
     .map_err(|error| (error.exit_code(), failed(&error).1))?;
     let exit = container.wait().map_err(|error| failed(&error))?;

@@ -98,19 +98,7 @@ impl Container {
             }
             None => false,
         };
-        let status = loop {
-            match waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED) {
-                Err(Errno::INTR) => {}
-                Ok(Some(status)) => break status,
-                Ok(None) => return Err(self.failed("wait for", io::ErrorKind::NotFound.into())),
-                Err(errno) => return Err(self.failed("wait for", errno.into())),
-            }
-        };
-        let status = match (status.exit_status(), status.terminating_signal()) {
-            // The kernel passes on the lower eight bits only.
-            (Some(code), _) => ExitStatus::Code(code as u8),
-            (None, signo) => ExitStatus::Signal(signo.unwrap_or(libc::SIGKILL)),
-        };
+        let status = wait_for(self.pidfd.as_fd(), self.pid)?;
         Ok(Exit {
             status,
             // What was killed because of the event was perhaps not there any more for the kernel to kill.
@@ -150,4 +138,22 @@ impl Container {
         let killed = self.cgroup.kill_all();
         killed.and(self.cgroup.delete())
     }
+}
+
+/// Waits until a child has ended, and reaps it.
+pub(crate) fn wait_for(pidfd: BorrowedFd<'_>, pid: i32) -> Result<ExitStatus, WaitError> {
+    let failed = |source| WaitError { action: "wait for".into(), pid, source };
+    let status = loop {
+        match waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED) {
+            Err(Errno::INTR) => {}
+            Ok(Some(status)) => break status,
+            Ok(None) => return Err(failed(io::ErrorKind::NotFound.into())),
+            Err(errno) => return Err(failed(errno.into())),
+        }
+    };
+    Ok(match (status.exit_status(), status.terminating_signal()) {
+        // The kernel passes on the lower eight bits only.
+        (Some(code), _) => ExitStatus::Code(code as u8),
+        (None, signo) => ExitStatus::Signal(signo.unwrap_or(libc::SIGKILL)),
+    })
 }

@@ -1,13 +1,11 @@
 //! The parent's half of a start: everything up to `clone3`, and the wait for the child's verdict.
 
 use std::{
-    error::Error,
+    cell::RefCell,
     ffi::CString,
-    fmt::Write as _,
     fs::File,
-    io::{self, Read},
-    os::fd::{AsFd, OwnedFd},
-    panic::{AssertUnwindSafe, catch_unwind},
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -22,7 +20,8 @@ use rustix::{
 use crate::{
     cgroup::{Cgroup, CgroupError, DeviceGuard},
     container::Container,
-    init::{Init, READY},
+    entry::Entry,
+    init::Init,
     mounts::{Mount, MountError},
     namespaces::{NamespaceError, Namespaces},
     process::{
@@ -30,9 +29,10 @@ use crate::{
         program::{self, OwnProgram},
     },
     seccomp::{Filter, SeccompError},
-    spec_check::{self, SpecError},
+    spec_check::{self, Means, SpecError},
     syscalls::{self, Cloned},
     sysctls::{SysctlError, Sysctls},
+    verdict,
 };
 
 /// What to start.
@@ -53,7 +53,39 @@ pub struct Launch<'a> {
     /// Called with the process's id once it is in its namespaces and before anything of the container runs. If it
     /// says no, the process is killed and the start fails with [`LaunchError::Rejected`].
     pub approve: Option<&'a dyn Fn(i32) -> bool>,
+    /// What only an OCI runtime's command line asks for.
+    pub oci: Oci<'a>,
 }
+
+/// What a spec's author may ask for beyond what makes a sandbox of ours: the life that an OCI runtime's command line
+/// gives a container. The default asks for nothing.
+#[derive(Clone, Copy, Default)]
+pub struct Oci<'a> {
+    /// A listening Unix socket (stream). The process waits at it, ready, until a client writes a byte; [`launch`] then
+    /// returns at the beginning of the wait. The client reads nothing if the program runs, else the exit code and the
+    /// message.
+    pub gate: Option<BorrowedFd<'a>>,
+    /// A connected Unix socket that gets the terminal, for a spec with `process.terminal`.
+    pub console_socket: Option<BorrowedFd<'a>>,
+    /// Descriptors of the caller's, from 3 up, that the process keeps.
+    pub preserved_fds: &'a [i32],
+    /// Whether the process keeps the caller's session keyring.
+    pub keep_keyring: bool,
+    /// Called with the process's id once its namespaces exist and before anything else of the container does. Its error
+    /// ends the start.
+    pub created: Option<&'a dyn Fn(i32) -> Result<(), String>>,
+    /// Whether the process keeps the caller's additional groups.
+    pub keep_groups: bool,
+    /// Called with what is not done as asked, where the specification wants a warning instead of a failure. Without it,
+    /// such a spec is refused.
+    pub warn: Option<&'a dyn Fn(&str)>,
+    /// Makes the state that hooks inside of the container get on stdin. Without it, a spec with hooks is refused;
+    /// `prestart`, `createRuntime`, `poststart` and `poststop` are the caller's to run.
+    pub hook_state: Option<HookState<'a>>,
+}
+
+/// Makes the state's JSON from process id and status.
+pub type HookState<'a> = &'a dyn Fn(i32, &str) -> String;
 
 /// Where the container's root file system comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,6 +155,9 @@ pub enum LaunchError {
     /// [`Launch::approve`] said no.
     #[error("the container's process is not isolated as required")]
     Rejected,
+    /// [`Oci::created`] failed.
+    #[error("{0}")]
+    Refused(String),
     /// The process was killed between `clone3` and `execve`.
     #[error("the container's process was killed by signal {signo} before it could start{hint}")]
     Killed {
@@ -149,10 +184,7 @@ impl LaunchError {
 /// know: the container's process is its child.
 pub fn launch(launch: Launch<'_>) -> Result<Container, LaunchError> {
     let plan = Plan::new(&launch)?;
-    let path = match plan.linux.cgroups_path() {
-        Some(path) => path.clone(),
-        None => Path::new("/cloche").join(launch.id),
-    };
+    let path = cgroup_path(launch.spec, launch.id);
     let cgroup = Cgroup::create(&path, plan.linux.resources().as_ref())?;
     match start(&launch, &plan, &cgroup) {
         Ok((child, oom_event)) => Ok(Container::new(child.pid, child.pidfd, oom_event, cgroup)),
@@ -163,6 +195,13 @@ pub fn launch(launch: Launch<'_>) -> Result<Container, LaunchError> {
             Err(error)
         }
     }
+}
+
+/// The path of a container's cgroup in its hierarchies: the spec's, below `/cloche` if that is relative, or made of the
+/// id.
+pub fn cgroup_path(spec: &Spec, id: &str) -> PathBuf {
+    let listed = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
+    Path::new("/cloche").join(listed.filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new(id)))
 }
 
 /// The spec, read as far as that is possible before anything is made.
@@ -183,7 +222,9 @@ struct Plan<'a> {
 impl<'a> Plan<'a> {
     fn new(launch: &Launch<'a>) -> Result<Self, LaunchError> {
         let spec = launch.spec;
-        spec_check::check(spec)?;
+        let means =
+            Means { terminal: launch.oci.console_socket.is_some(), hooks: launch.oci.hook_state.is_some() };
+        spec_check::check_with(spec, means)?;
         let missing = |what: &str| SpecError::Invalid(format!("{what} is missing"));
         let linux = spec.linux().as_ref().ok_or_else(|| missing("linux"))?;
         let process = spec.process().as_ref().ok_or_else(|| missing("process"))?;
@@ -197,7 +238,7 @@ impl<'a> Plan<'a> {
             namespaces: Namespaces::from_spec(namespaces),
             sysctls: Sysctls::from_spec(linux.sysctl().as_ref(), namespaces)?,
             mounts: spec.mounts().iter().flatten().map(Mount::from_spec).collect::<Result<_, _>>()?,
-            capabilities: capabilities::Sets::from_spec(process.capabilities().as_ref()),
+            capabilities: granted(process, launch.oci.warn)?,
             filter: linux.seccomp().as_ref().map(Filter::compile).transpose()?,
             args: strings("process.args", process.args())?,
             env: strings("process.env", process.env())?,
@@ -208,7 +249,23 @@ impl<'a> Plan<'a> {
     }
 }
 
-fn process_failed<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> LaunchError {
+/// The capabilities of the spec; less what this process lacks itself, if somebody is there to be told of it.
+pub(crate) fn granted(
+    process: &Process,
+    warn: Option<&dyn Fn(&str)>,
+) -> Result<capabilities::Sets, LaunchError> {
+    let mut sets = capabilities::Sets::from_spec(process.capabilities().as_ref());
+    let Some(warn) = warn else { return Ok(sets) };
+    let missing = sets
+        .take_out_unheld()
+        .map_err(|error| process_failed("read its capabilities")(io::Error::other(error)))?;
+    if !missing.is_empty() {
+        warn(&format!("not granted, since this process does not have it itself: {}", missing.join(", ")));
+    }
+    Ok(sets)
+}
+
+pub(crate) fn process_failed<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> LaunchError {
     move |source| LaunchError::Process { action, source: source.into() }
 }
 
@@ -222,7 +279,7 @@ fn start(
     let oom_event = if limited { cgroup.oom_event()? } else { None };
     let device_guard = cgroup.device_guard(plan.linux.resources().as_ref())?;
     let mut child = spawn(launch, plan, cgroup, device_guard.as_ref())?;
-    match child.release(launch.approve, cgroup).and_then(|()| child.read_verdict(cgroup)) {
+    match child.release(launch, cgroup).and_then(|()| child.read_verdict(cgroup, launch.oci.gate.is_some())) {
         Ok(()) => Ok((child, oom_event)),
         Err(error) => {
             child.kill();
@@ -236,7 +293,7 @@ struct Child {
     pid: i32,
     pidfd: OwnedFd,
     /// Where it says how it fares.
-    verdict: File,
+    verdict: OwnedFd,
     /// Where it is told to go on: it is approved, and in its v1 cgroups.
     attached: Option<OwnedFd>,
 }
@@ -249,36 +306,44 @@ fn spawn(
 ) -> Result<Child, LaunchError> {
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(process_failed("make a pipe"));
     let (verdict, verdict_writer) = pipe()?;
-    let (attached, attached_writer) =
-        if cgroup.needs_attach() || launch.approve.is_some() { Some(pipe()?) } else { None }.unzip();
+    let released_early = launch.oci.created.is_some();
+    let is_held = released_early || cgroup.needs_attach() || launch.approve.is_some();
+    let (attached, attached_writer) = if is_held { Some(pipe()?) } else { None }.unzip();
     match clone(&plan.namespaces, cgroup)? {
-        Cloned::Parent { pid, pidfd } => {
-            Ok(Child { pid, pidfd, verdict: verdict.into(), attached: attached_writer })
-        }
+        Cloned::Parent { pid, pidfd } => Ok(Child { pid, pidfd, verdict, attached: attached_writer }),
         Cloned::Child => {
             // The death of either side must be seen by the other.
             drop((verdict, attached_writer));
             run_init(&Init {
+                entry: Entry {
+                    process: plan.process,
+                    user: launch.user,
+                    stdio: &launch.stdio,
+                    capabilities: &plan.capabilities,
+                    filter: plan.filter.as_ref(),
+                    args: &plan.args,
+                    env: &plan.env,
+                    keyring: (!launch.oci.keep_keyring).then_some(&plan.keyring),
+                    own_program: plan.own_program,
+                    kill_on_parent_death: launch.kill_on_parent_death,
+                    preserved_fds: launch.oci.preserved_fds,
+                    keep_groups: launch.oci.keep_groups,
+                    verdict: verdict_writer.as_fd(),
+                    gate: launch.oci.gate,
+                    starter: RefCell::new(None),
+                },
                 spec: launch.spec,
                 linux: plan.linux,
-                process: plan.process,
-                user: launch.user,
                 rootfs: &launch.rootfs,
-                stdio: &launch.stdio,
                 namespaces: &plan.namespaces,
                 sysctls: &plan.sysctls,
                 mounts: &plan.mounts,
-                capabilities: &plan.capabilities,
-                filter: plan.filter.as_ref(),
-                args: &plan.args,
-                env: &plan.env,
-                keyring: &plan.keyring,
-                own_program: plan.own_program,
                 cgroup,
                 device_guard,
-                kill_on_parent_death: launch.kill_on_parent_death,
-                verdict: verdict_writer.as_fd(),
-                attached: attached.as_ref().map(AsFd::as_fd),
+                released: attached.as_ref().map(AsFd::as_fd),
+                released_early,
+                console_socket: launch.oci.console_socket,
+                hook_state: launch.oci.hook_state,
             })
         }
     }
@@ -303,70 +368,33 @@ fn clone(namespaces: &Namespaces, cgroup: &Cgroup) -> Result<Cloned, LaunchError
 
 /// Ends in the container's program, or reports why not.
 fn run_init(init: &Init<'_>) -> ! {
-    // A panic must not unwind into the caller's frames, which exist twice now.
-    let (exit_code, message) = match catch_unwind(AssertUnwindSafe(|| init.run())) {
-        Ok(Err(error)) => (error.exit_code(), chain(&error)),
-        Ok(Ok(never)) => match never {},
-        Err(_) => (125, "the container's process panicked; this is a defect in cloche".into()),
-    };
-    let mut report = vec![exit_code];
-    report.extend(message.bytes().take(MAX_MESSAGE_BYTES));
-    // Without a reader, nobody is left to tell.
-    let _ = rustix::io::write(init.verdict, &report);
-    syscalls::exit_now(exit_code)
-}
-
-/// A report is one write, which a pipe takes whole up to a page (pipe(7)).
-const MAX_MESSAGE_BYTES: usize = 4000;
-
-/// An error with all its causes.
-fn chain(error: &dyn Error) -> String {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let _ = write!(message, ": {error}");
-        cause = error.source();
-    }
-    message
+    verdict::run_to_program(&init.entry, || init.run())
 }
 
 impl Child {
     /// Lets the child go on: approves of it and moves it into its v1 cgroups. It prepares its files meanwhile, since
     /// that can take milliseconds.
-    fn release(&mut self, approve: Option<&dyn Fn(i32) -> bool>, cgroup: &Cgroup) -> Result<(), LaunchError> {
+    fn release(&mut self, launch: &Launch<'_>, cgroup: &Cgroup) -> Result<(), LaunchError> {
         let Some(attached) = self.attached.take() else { return Ok(()) };
-        if !approve.is_none_or(|approve| approve(self.pid)) {
+        if !launch.approve.is_none_or(|approve| approve(self.pid)) {
             return Err(LaunchError::Rejected);
         }
         if cgroup.needs_attach() {
             cgroup.attach(self.pid)?;
         }
-        match rustix::io::write(&attached, &[0]) {
+        if let Some(created) = launch.oci.created {
+            created(self.pid).map_err(LaunchError::Refused)?;
+        }
+        match rustix::io::write(&attached, &self.pid.to_le_bytes()) {
             // It has failed already, and the verdict tells why.
             Err(Errno::PIPE) => Ok(()),
             result => result.map(drop).map_err(process_failed("tell the child to go on")),
         }
     }
 
-    /// Waits until the child has become the container's program, or failed.
-    fn read_verdict(&mut self, cgroup: &Cgroup) -> Result<(), LaunchError> {
-        let mut verdict = Vec::new();
-        self.verdict.read_to_end(&mut verdict).map_err(process_failed("read from the child"))?;
-        match verdict.as_slice() {
-            [READY] => Ok(()),
-            [READY, exit_code, message @ ..] | [exit_code, message @ ..] => Err(LaunchError::Init {
-                exit_code: *exit_code,
-                message: String::from_utf8_lossy(message).into_owned(),
-            }),
-            [] => Err(self.killed(cgroup)),
-        }
-    }
-
-    fn killed(&self, cgroup: &Cgroup) -> LaunchError {
-        let status = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED);
-        let signo = status.ok().flatten().and_then(|status| status.terminating_signal()).unwrap_or(0);
-        let hint = if cgroup.oom_kills() > 0 { ": its memory limit is too small" } else { "" };
-        LaunchError::Killed { signo, hint }
+    /// Waits until the child has become the container's program, waits at its gate, or failed.
+    fn read_verdict(&self, cgroup: &Cgroup, is_gated: bool) -> Result<(), LaunchError> {
+        verdict::read(self.verdict.as_fd(), self.pidfd.as_fd(), cgroup, is_gated)
     }
 
     /// Leaves neither a process nor a zombie.

@@ -13,9 +13,13 @@
 //! ```
 
 pub mod cgroup;
+mod console;
 mod container;
 mod devices;
+mod entry;
+pub mod hooks;
 mod init;
+mod join;
 mod launch;
 mod mounts;
 mod namespaces;
@@ -26,12 +30,14 @@ mod seccomp;
 mod spec_check;
 mod syscalls;
 mod sysctls;
+mod verdict;
 
 pub use container::{Container, Exit, ExitStatus, WaitError};
-pub use launch::{Launch, LaunchError, Rootfs, Stdio, launch};
-pub use mounts::{MountError, OptionError};
+pub use join::{Join, Joined, join};
+pub use launch::{HookState, Launch, LaunchError, Oci, Rootfs, Stdio, cgroup_path, launch};
+pub use mounts::{MountError, OptionError, protect::make_mount_readonly};
 pub use namespaces::NamespaceError;
 pub use seccomp::SeccompError;
 pub use spec_check::{SpecError, check as check_spec};
-pub use syscalls::{Cloned, clone3};
+pub use syscalls::{Cloned, clone3, pidfd_send_signal as send_signal};
 pub use sysctls::SysctlError;

@@ -4,8 +4,6 @@
 //! Fields that JSON has but the `oci-spec` crate's types lack never get here; runtime-spec `spec.md#extensibility`
 //! has runtimes ignore those.
 
-use std::path::PathBuf;
-
 use oci_spec::runtime::{
     Hooks, Linux, LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxNetwork,
     LinuxResources, LinuxSeccompAction, Mount, Process, Spec,
@@ -58,8 +56,28 @@ fn is_set(text: &Option<String>) -> bool {
     text.as_ref().is_some_and(|text| !text.is_empty())
 }
 
-/// Refuses a spec that asks for something this runtime would not do.
+/// What the caller of a start has arranged for.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Means {
+    /// Somebody takes the terminal.
+    pub(crate) terminal: bool,
+    /// Hooks are run.
+    pub(crate) hooks: bool,
+}
+
+/// Refuses a spec that asks for something this runtime would not do for a sandbox.
 pub fn check(spec: &Spec) -> Result<(), SpecError> {
+    check_with(spec, Means::default())
+}
+
+/// As [`check_with`], for a process that joins a container.
+pub(crate) fn check_process(process: &Process, means: Means) -> Result<(), SpecError> {
+    let mut check = Check(Ok(()));
+    self::process(&mut check, process, means);
+    check.0
+}
+
+pub(crate) fn check_with(spec: &Spec, means: Means) -> Result<(), SpecError> {
     let mut check = Check(Ok(()));
     // `root`, `hostname` and `domainname` are acted on; `annotations` are the caller's.
     let version = spec.version();
@@ -73,14 +91,14 @@ pub fn check(spec: &Spec) -> Result<(), SpecError> {
         check.refuse("uidMappings", !spec.uid_mappings().is_empty_or_absent());
         check.refuse("gidMappings", !spec.gid_mappings().is_empty_or_absent());
     }
-    if let Some(hooks) = spec.hooks() {
+    if let Some(hooks) = spec.hooks().as_ref().filter(|_| !means.hooks) {
         self::hooks(&mut check, hooks);
     }
     for mount in spec.mounts().iter().flatten() {
         self::mount(&mut check, mount);
     }
     match spec.process() {
-        Some(process) => self::process(&mut check, process),
+        Some(process) => self::process(&mut check, process, means),
         None => check.require(false, || "process is missing".into()),
     }
     match spec.linux() {
@@ -106,15 +124,14 @@ fn mount(check: &mut Check, mount: &Mount) {
     check.refuse("mounts[].gidMappings", !mount.gid_mappings().is_empty_or_absent());
 }
 
-fn process(check: &mut Check, process: &Process) {
-    // `user`, `args`, `env`, `cwd`, `capabilities`, `rlimits`, `noNewPrivileges` and `oomScoreAdj` are acted on.
+fn process(check: &mut Check, process: &Process, means: Means) {
+    // `user`, `args`, `env`, `cwd`, `capabilities`, `rlimits`, `noNewPrivileges`, `oomScoreAdj`,
+    // `ioPriority` and `scheduler` are acted on.
     // `consoleSize` means nothing without a terminal (config.md: "ignored if terminal is false or unset").
-    check.refuse("process.terminal", process.terminal() == Some(true));
+    check.refuse("process.terminal", process.terminal() == Some(true) && !means.terminal);
     check.refuse("process.commandLine", is_set(process.command_line()));
     check.refuse("process.apparmorProfile", is_set(process.apparmor_profile()));
     check.refuse("process.selinuxLabel", is_set(process.selinux_label()));
-    check.refuse("process.ioPriority", process.io_priority().is_some());
-    check.refuse("process.scheduler", process.scheduler().is_some());
     check.refuse("process.execCPUAffinity", process.exec_cpu_affinity().is_some());
     // Windows only (config.md#user).
     check.refuse("process.user.username", is_set(process.user().username()));
@@ -134,7 +151,8 @@ fn linux(check: &mut Check, spec: &Spec, linux: &Linux) {
     check.refuse("linux.mountLabel", is_set(linux.mount_label()));
     check.refuse("linux.intelRdt", linux.intel_rdt().is_some());
     check.refuse("linux.memoryPolicy", linux.memory_policy().is_some());
-    check.refuse("linux.personality", linux.personality().is_some());
+    let flags = linux.personality().as_ref().and_then(|personality| personality.flags().as_ref());
+    check.refuse("linux.personality.flags", flags.is_some_and(|flags| !flags.is_empty()));
     check.refuse("linux.timeOffsets", !linux.time_offsets().is_empty_or_absent());
     match linux.rootfs_propagation().as_deref() {
         None | Some("" | "private" | "rprivate" | "slave" | "rslave" | "unbindable" | "runbindable") => {}
@@ -153,8 +171,6 @@ fn linux(check: &mut Check, spec: &Spec, linux: &Linux) {
         check.refuse("linux.seccomp action SCMP_ACT_NOTIFY", uses_notify);
     }
     namespaces(check, spec, linux.namespaces().as_deref().unwrap_or_default());
-    let path = linux.cgroups_path().clone().unwrap_or_else(|| PathBuf::from("/"));
-    check.require(path.is_absolute(), || format!("linux.cgroupsPath {path:?} is not an absolute path"));
 }
 
 fn namespaces(check: &mut Check, spec: &Spec, namespaces: &[LinuxNamespace]) {

@@ -78,7 +78,7 @@ pub(crate) fn unshare_cgroup_namespace() -> io::Result<()> {
 }
 
 /// Sends a signal, also one of those that have no name.
-pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signo: i32) -> io::Result<()> {
+pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signo: i32) -> io::Result<()> {
     let info = ptr::null::<libc::siginfo_t>();
     // SAFETY: a null `siginfo` is allowed and makes the kernel fill it in.
     check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signo, info, 0) })
@@ -128,6 +128,29 @@ pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: changes descriptor flags only; nothing in Rust relies on their absence.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     check(result)
+}
+
+/// Closes every descriptor from 3 up but `kept`. For a process that will become another program or exit, and never gives
+/// back what it owns.
+pub(crate) fn close_all_but(kept: &[c_int]) -> io::Result<()> {
+    let mut kept: Vec<u32> =
+        kept.iter().filter_map(|fd| u32::try_from(*fd).ok()).filter(|fd| *fd >= 3).collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for end in kept.into_iter().chain([u32::MAX]) {
+        if first < end {
+            // SAFETY: whatever owns these descriptors in this process is never dropped and not used any more.
+            check(unsafe { libc::syscall(libc::SYS_close_range, first, end - 1, 0) })?;
+        }
+        first = end.saturating_add(1);
+    }
+    Ok(())
+}
+
+/// Has `execve` leave a descriptor open.
+pub(crate) fn keep_on_exec(fd: c_int) -> io::Result<()> {
+    // SAFETY: changes descriptor flags only.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) }.into())
 }
 
 /// Replaces the process by the program at `path`. Returns only on failure.
@@ -342,4 +365,46 @@ pub(crate) fn bpf_attach_cgroup_device(cgroup: BorrowedFd<'_>, program: Borrowed
 
 fn check(result: c_long) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// `struct sched_attr` of `linux/sched/types.h`, version 1.
+#[repr(C)]
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct SchedAttr {
+    pub(crate) size: u32,
+    pub(crate) policy: u32,
+    pub(crate) flags: u64,
+    pub(crate) nice: i32,
+    pub(crate) priority: u32,
+    pub(crate) runtime: u64,
+    pub(crate) deadline: u64,
+    pub(crate) period: u64,
+    pub(crate) util_min: u32,
+    pub(crate) util_max: u32,
+}
+
+/// Sets the scheduling policy of this thread; the size is filled in here.
+pub(crate) fn sched_setattr(attr: &SchedAttr) -> io::Result<()> {
+    let attr = SchedAttr { size: size_of::<SchedAttr>() as u32, ..*attr };
+    // SAFETY: `attr` is live and of the size that it says.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) })
+}
+
+/// Sets the I/O priority of this thread.
+pub(crate) fn ioprio_set(priority: u32) -> io::Result<()> {
+    const IOPRIO_WHO_PROCESS: c_int = 1;
+    // SAFETY: numbers only.
+    check(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, priority) })
+}
+
+/// Sets the execution domain of this process.
+pub(crate) fn set_personality(persona: u64) -> io::Result<()> {
+    // SAFETY: numbers only; the domains used here do not change how memory is laid out for the caller.
+    check(unsafe { libc::syscall(libc::SYS_personality, persona) })
+}
+
+/// Joins the namespaces of these kinds (`CLONE_NEW…`) that the process of a pidfd is in, all or none.
+pub(crate) fn join_namespaces(pidfd: BorrowedFd<'_>, kinds: u64) -> io::Result<()> {
+    // SAFETY: affects neither memory nor descriptors of this process; the flags are namespaces only.
+    check(unsafe { libc::syscall(libc::SYS_setns, pidfd.as_raw_fd(), kinds as c_int) })
 }

@@ -5,18 +5,13 @@ use std::process::ExitCode;
 use cloche_engine::{
     compare::{RunTrace, TraceLine, steps},
     request::RunRequest,
-    run::{self, RunError},
+    run,
     trace::{Mark, Trace},
 };
 
-use cloche_images::ResolveError;
-
-use super::{
-    home, reconciled,
-    registry::{options, pull_for_run},
-};
+use super::{home, reconciled};
 use crate::{
-    arguments::{Global, PullPolicy, Run, TraceFormat},
+    arguments::{Global, Run, TraceFormat},
     render,
 };
 
@@ -26,23 +21,12 @@ const KILLED: u8 = 137;
 /// Runs the sandbox in the foreground; its exit code becomes ours.
 pub fn run(global: &Global, arguments: Run, started_ns: u64) -> anyhow::Result<ExitCode> {
     let format = arguments.trace;
-    let (policy, registry) = (arguments.pull, options(&arguments.registry)?);
     let request = request(arguments);
     let home = home(global)?;
     let mut trace = Trace::default();
     trace.mark_at(Mark::CliExec, started_ns);
     reconciled(&home)?;
-    if policy == PullPolicy::Always {
-        pull_for_run(global, &request.image, &registry)?;
-    }
-    let outcome = match run::run(&home, &request, &mut trace) {
-        // Looked for only where it was missed, so that a run of what is here pays nothing.
-        Err(RunError::Image(ResolveError::NotFound(_))) if policy == PullPolicy::Missing => {
-            pull_for_run(global, &request.image, &registry)?;
-            run::run(&home, &request, &mut trace)?
-        }
-        result => result?,
-    };
+    let outcome = run::run(&home, &request, &mut trace)?;
     let exit_code = outcome.exit.status.shell_code();
     if outcome.exit.oom_killed && exit_code == KILLED {
         match request.memory_bytes {

@@ -5,7 +5,7 @@ use std::{fs::File, path::PathBuf};
 
 use cloche_protocol::message::{Exit, ExitStatus};
 use cloche_runtime::{
-    Container, Launch, LaunchError, Rootfs, Stdio,
+    Container, Launch, LaunchError, Oci, Rootfs, Stdio,
     pump::{pipe_read_side, pipe_write_side},
 };
 use rustix::event::{PollFd, PollFlags};
@@ -55,6 +55,7 @@ pub fn start(
         stdio: Stdio { stdin, stdout, stderr },
         kill_on_parent_death: true,
         approve: request.require.is_some().then_some(&approve),
+        oci: Oci::default(),
     })?;
     trace.mark(Mark::ProcessStarted);
     let streams = Streams { stdin: stdin_host, stdout: stdout_host, stderr: stderr_host };

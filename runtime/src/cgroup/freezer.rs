@@ -37,6 +37,19 @@ pub(super) fn is_frozen(cgroup: &Cgroup) -> bool {
     }
 }
 
+/// Thaws the v1 freezer cgroup that a process is in, wherever that is: frozen there, it does not even die.
+pub fn thaw_process(pid: i32) {
+    let listed = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let path = listed.lines().find_map(|line| {
+        let (_, rest) = line.split_once(':')?;
+        rest.strip_prefix("freezer:/")
+    });
+    if let Some(path) = path.filter(|path| !path.is_empty()) {
+        // Where there is no such file, nothing is frozen.
+        let _ = files::write(&Path::new(super::ROOT).join("freezer").join(path), "freezer.state", "THAWED");
+    }
+}
+
 /// Freezes or thaws, and waits until that is so. What cannot be frozen is thawed again.
 pub(super) fn set(cgroup: &Cgroup, frozen: bool) -> Result<(), CgroupError> {
     let path = cgroup.paths().next().unwrap_or(Path::new(super::ROOT)).to_owned();

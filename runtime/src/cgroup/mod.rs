@@ -25,6 +25,7 @@ use std::{
 use oci_spec::runtime::LinuxResources;
 
 pub use device_policy::DeviceRuleError;
+pub use freezer::thaw_process;
 use limits::Limits;
 pub use usage::Usage;
 
@@ -222,6 +223,25 @@ impl Cgroup {
         Ok(Self { unified: unified.filter(|unified| unified.is_dir()), v1, layout })
     }
 
+    /// A cgroup below this one, which must be there already.
+    pub fn below(&self, path: &str) -> Result<Self, CgroupError> {
+        let is_inside = Path::new(path)
+            .components()
+            .all(|part| matches!(part, Component::Normal(_) | Component::RootDir));
+        if !is_inside {
+            return Err(CgroupError::Path(path.into()));
+        }
+        let enter = |directory: &Path| {
+            let below = directory.join(path.trim_start_matches('/'));
+            fs::metadata(&below)
+                .map_err(|source| CgroupError::Io { action: "find".into(), path: below.clone(), source })
+                .map(|_| below)
+        };
+        let unified = self.unified.as_deref().map(enter).transpose()?;
+        let v1 = self.v1.iter().map(|directory| Ok(directory.replaced(enter(directory.path())?)));
+        Ok(Self { unified, v1: v1.collect::<Result<_, CgroupError>>()?, layout: self.layout })
+    }
+
     /// Its directories, one for each hierarchy.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.unified.as_deref().into_iter().chain(self.v1.iter().map(v1::Directory::path))
@@ -307,6 +327,19 @@ impl Cgroup {
             }
             _ => self.paths().try_for_each(removal::kill_listed),
         }
+    }
+
+    /// Sends a signal to every process in it and below it.
+    pub fn signal_all(&self, signo: i32) -> Result<(), CgroupError> {
+        if signo == libc::SIGKILL { self.kill_all() } else { removal::signal(&self.processes()?, signo) }
+    }
+
+    /// The processes in it and below it, in whichever hierarchy lists them.
+    pub fn processes(&self) -> Result<Vec<i32>, CgroupError> {
+        let mut processes: Vec<_> = self.paths().flat_map(removal::listed).collect();
+        processes.sort_unstable();
+        processes.dedup();
+        Ok(processes)
     }
 
     /// Stops every process in it and below it, and waits until all stand still. They can still be killed.

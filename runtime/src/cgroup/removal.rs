@@ -46,6 +46,38 @@ fn signal_listed(directory: &Path, depth: usize) -> bool {
     found
 }
 
+/// The processes of a directory and below.
+pub(super) fn listed(directory: &Path) -> Vec<i32> {
+    fn collect(directory: &Path, depth: usize, found: &mut Vec<i32>) {
+        let listed = files::read(directory, "cgroup.procs").unwrap_or_default();
+        // Processes of PID namespaces that this process cannot see are listed as 0.
+        found.extend(listed.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0));
+        if depth > 0 {
+            children(directory).for_each(|child| collect(&child, depth - 1, found));
+        }
+    }
+    let mut found = Vec::new();
+    collect(directory, MAX_DEPTH, &mut found);
+    found
+}
+
+/// Sends a signal to processes; those that have ended meanwhile need none.
+pub(super) fn signal(processes: &[i32], signo: i32) -> Result<(), CgroupError> {
+    for pid in processes.iter().filter_map(|pid| Pid::from_raw(*pid)) {
+        let Ok(pidfd) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) else {
+            continue;
+        };
+        match crate::syscalls::pidfd_send_signal(std::os::fd::AsFd::as_fd(&pidfd), signo) {
+            Err(source) if source.raw_os_error() != Some(libc::ESRCH) => {
+                let path = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
+                return Err(CgroupError::Io { action: format!("send signal {signo} to"), path, source });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Removes the directories and what is below them; those that are gone already are no error.
 pub(super) fn remove<'a>(directories: impl Iterator<Item = &'a Path>) -> Result<(), CgroupError> {
     let deadline = Instant::now() + PATIENCE;

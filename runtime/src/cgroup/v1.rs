@@ -40,6 +40,11 @@ impl Directory {
         &self.controllers
     }
 
+    /// Another directory of the same hierarchy.
+    pub(super) fn replaced(&self, path: PathBuf) -> Self {
+        Self { controllers: self.controllers.clone(), path }
+    }
+
     fn has(&self, controller: &str) -> bool {
         self.controllers.split(',').any(|listed| listed == controller)
     }

@@ -266,6 +266,12 @@ fn attach_bind(root: BorrowedFd<'_>, mount: &Mount, tree: BorrowedFd<'_>) -> Res
     attach(root, mount, tree, Symlinks::Follow, make)
 }
 
+/// Shows one file at the place of another.
+pub(crate) fn bind_at(file: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<(), Errno> {
+    let clone = clone_tree(file, Path::new(""), Bind::Alone)?;
+    attach_at(clone.as_fd(), target)
+}
+
 fn differ_in_kind(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
     paths::is_directory(one) != paths::is_directory(other)
 }

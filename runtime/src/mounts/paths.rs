@@ -85,6 +85,20 @@ pub(crate) fn open_or_make(
     Ok(directory)
 }
 
+/// Opens for use a file of which `stat` was taken before: the same file, or nothing.
+pub(crate) fn reopen(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    flags: OFlags,
+    stat: &rustix::fs::Stat,
+) -> Result<OwnedFd, Errno> {
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
+    let file = openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?;
+    let opened = fstat(&file)?;
+    let is_same = (opened.st_dev, opened.st_ino) == (stat.st_dev, stat.st_ino);
+    if is_same { Ok(file) } else { Err(Errno::STALE) }
+}
+
 /// Reads a regular file of the container, at most `max_bytes` of it.
 pub(crate) fn read(root: BorrowedFd<'_>, path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     // A FIFO must not block, and a terminal must not become ours.

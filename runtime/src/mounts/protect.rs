@@ -123,3 +123,8 @@ pub(crate) fn propagate_root(propagation: &str) -> Result<(), MountError> {
         source: errno.into(),
     })
 }
+
+/// Makes a mount read-only, whatever it is of.
+pub fn make_mount_readonly(mount: BorrowedFd<'_>) -> io::Result<()> {
+    mount_setattr(mount, false, READONLY)
+}

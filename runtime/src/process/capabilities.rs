@@ -55,6 +55,17 @@ impl Sets {
         }
     }
 
+    /// Takes out what this process could not give (config.md#linux-process: "Runtimes SHOULD NOT fail if the container
+    /// configuration requests capabilities that cannot be granted"), and names it.
+    pub(crate) fn take_out_unheld(&mut self) -> Result<Vec<String>, CapabilityError> {
+        let held = get()?.permitted;
+        let asked = self.effective | self.permitted | self.inheritable | self.ambient;
+        for set in [&mut self.effective, &mut self.permitted, &mut self.inheritable, &mut self.ambient] {
+            *set &= held;
+        }
+        Ok((asked - held).iter().map(name).collect())
+    }
+
     /// Fails if the sets ask for what this process could not give.
     pub(crate) fn check_held(&self) -> Result<(), CapabilityError> {
         let held = get()?.permitted;
@@ -88,7 +99,9 @@ impl Sets {
         set_capabilities(None, CapabilitySets { effective, permitted, inheritable })
             .map_err(failed("set the capabilities"))?;
         clear_ambient_capability_set().map_err(failed("clear the ambient capabilities"))?;
-        for capability in ambient.iter() {
+        // Only what is permitted and inheritable can be ambient (capabilities(7)). Other runtimes leave out the rest, and
+        // their specs list it.
+        for capability in (ambient & permitted & inheritable).iter() {
             configure_capability_in_ambient_set(capability, true)
                 .map_err(|errno| failed(&format!("make {} ambient", name(capability)))(errno))?;
         }

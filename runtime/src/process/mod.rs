@@ -5,4 +5,5 @@ pub(crate) mod accounts;
 pub(crate) mod capabilities;
 pub(crate) mod program;
 pub(crate) mod rlimits;
+pub(crate) mod scheduling;
 pub(crate) mod user;

@@ -35,8 +35,8 @@ pub(crate) fn own_stdio(account: &Account) -> Result<(), UserError> {
 }
 
 /// Takes on the user, its groups and the umask. The permitted capabilities stay; a user other than root loses the
-/// effective ones.
-pub(crate) fn switch(account: &Account, mask: Option<u32>) -> Result<(), UserError> {
+/// effective ones. With `keep_groups`, the additional groups stay as they are.
+pub(crate) fn switch(account: &Account, mask: Option<u32>, keep_groups: bool) -> Result<(), UserError> {
     let failed = |action: String| move |errno: Errno| UserError { action, source: errno.into() };
     let Account { uid, gid, additional_gids } = account;
     // (uid_t) -1 and (gid_t) -1 mean "leave as it is" to the kernel.
@@ -45,7 +45,10 @@ pub(crate) fn switch(account: &Account, mask: Option<u32>) -> Result<(), UserErr
         return Err(failed(action)(Errno::INVAL));
     }
     let groups: Vec<_> = additional_gids.iter().map(|gid| Gid::from_raw(*gid)).collect();
-    set_thread_groups(&groups).map_err(failed(format!("set the additional groups {additional_gids:?}")))?;
+    if !keep_groups {
+        set_thread_groups(&groups)
+            .map_err(failed(format!("set the additional groups {additional_gids:?}")))?;
+    }
     let gid = Gid::from_raw(*gid);
     set_thread_res_gid(gid, gid, gid).map_err(failed(format!("become group {gid}")))?;
     set_keep_capabilities(true).map_err(failed("keep capabilities".into()))?;

@@ -8,7 +8,7 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use cloche_runtime::{Container, Exit, ExitStatus, Launch, LaunchError, Rootfs, Stdio, launch};
+use cloche_runtime::{Container, Exit, ExitStatus, Launch, LaunchError, Oci, Rootfs, Stdio, launch};
 use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -109,6 +109,7 @@ impl Sandbox {
             stdio,
             kill_on_parent_death: true,
             approve: self.approve,
+            oci: Oci::default(),
         })?;
         Ok(Running { container, stdout, stderr, _files: &self.directory })
     }

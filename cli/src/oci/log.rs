@@ -1,0 +1,97 @@
+//! Messages for people on stderr, and for engines in a file.
+
+use std::{
+    cell::RefCell,
+    fs::{File, OpenOptions},
+    io::Write,
+    process::ExitCode,
+};
+
+use cloche_oci::Error;
+use serde::Serialize;
+
+use super::{
+    NAME,
+    arguments::{Global, LogFormat},
+};
+
+/// Where messages go.
+#[derive(Default)]
+pub struct Log {
+    file: Option<RefCell<File>>,
+    is_json: bool,
+    is_debug: bool,
+}
+
+/// A line of the log, with the names that engines look for.
+#[derive(Serialize)]
+struct Line<'a> {
+    level: &'a str,
+    msg: &'a str,
+    time: String,
+}
+
+impl Log {
+    pub fn open(global: &Global) -> Result<Self, Error> {
+        let file = match &global.log {
+            None => None,
+            Some(path) => {
+                let file = OpenOptions::new().append(true).create(true).open(path);
+                Some(file.map_err(|source| Error::File {
+                    action: "open the log",
+                    path: path.clone(),
+                    source,
+                })?)
+            }
+        };
+        Ok(Self {
+            file: file.map(RefCell::new),
+            is_json: global.log_format == LogFormat::Json,
+            is_debug: global.debug,
+        })
+    }
+
+    /// Says why the command failed; its exit code.
+    pub fn fail(&self, error: &Error, code: u8) -> ExitCode {
+        let message = chain(error);
+        eprintln!("{NAME}: {message}");
+        self.write("error", &message);
+        ExitCode::from(code)
+    }
+
+    pub fn warn(&self, message: &str) {
+        eprintln!("{NAME}: warning: {message}");
+        self.write("warning", message);
+    }
+
+    pub fn debug(&self, message: impl FnOnce() -> String) {
+        if self.is_debug {
+            let message = message();
+            if self.file.is_none() {
+                eprintln!("{}", self.line("debug", &message));
+            }
+            self.write("debug", &message);
+        }
+    }
+
+    fn line(&self, level: &str, message: &str) -> String {
+        let line = Line { level, msg: message, time: cloche_oci::time::now() };
+        if self.is_json {
+            serde_json::to_string(&line).unwrap_or_default()
+        } else {
+            format!("time={:?} level={level} msg={message:?}", line.time)
+        }
+    }
+
+    fn write(&self, level: &str, message: &str) {
+        if let Some(file) = &self.file {
+            // A log that cannot be written to is no reason to fail.
+            let _ = writeln!(file.borrow_mut(), "{}", self.line(level, message));
+        }
+    }
+}
+
+/// An error with all its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    error.source().map_or(error.to_string(), |cause| format!("{error}: {}", chain(cause)))
+}

@@ -1,0 +1,108 @@
+//! `cloche-container`: this binary under another name, as an OCI runtime for engines such as podman, containerd, CRI-O
+//! and Docker.
+
+mod arguments;
+mod exec;
+mod log;
+mod show;
+
+use std::{
+    ffi::{OsStr, OsString},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use clap::Parser;
+use cloche_oci::{Creation, Error, Home, Preserved};
+
+use arguments::{Arguments, Create, Verb};
+
+/// The name by which this binary is an OCI runtime for containers.
+pub const NAME: &str = "cloche-container";
+
+/// Whether this binary was called by the runtime's name.
+pub fn is_called(program: Option<&OsString>) -> bool {
+    program.and_then(|program| Path::new(program).file_name()) == Some(OsStr::new(NAME))
+}
+
+/// The whole command.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    // Before anything is opened: see `Preserved`.
+    let preserved = preserve(&arguments.verb);
+    let log = match log::Log::open(&arguments.global) {
+        Ok(log) => log,
+        Err(error) => return log::Log::default().fail(&error, 1),
+    };
+    log.debug(|| format!("{NAME} {:?}", arguments.verb));
+    match carry_out(&arguments, &preserved, &log) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            let code = error.exit_code();
+            log.fail(&error, code)
+        }
+    }
+}
+
+fn preserve(verb: &Verb) -> Preserved {
+    let asked = match verb {
+        Verb::Create(create) => create.preserve_fds,
+        Verb::Run(run) => run.create.preserve_fds,
+        Verb::Exec(exec) => exec.preserve_fds,
+        _ => return Preserved::default(),
+    };
+    // sd_listen_fds(3): a service manager's sockets come first.
+    let listening = std::env::var("LISTEN_FDS").ok().and_then(|count| count.parse().ok()).unwrap_or(0);
+    Preserved::find(asked.saturating_add(listening))
+}
+
+fn carry_out(arguments: &Arguments, preserved: &Preserved, log: &log::Log) -> Result<u8, Error> {
+    if arguments.global.systemd_cgroup {
+        let what = "--systemd-cgroup is not supported: cgroups are made directly, in the cgroup file system; \
+            configure your engine for the cgroupfs driver";
+        return Err(Error::Request(what.into()));
+    }
+    let home = Home::new(root(arguments.global.root.as_deref()));
+    if matches!(arguments.verb, Verb::Create(_) | Verb::Run(_) | Verb::Exec(_)) {
+        cloche_oci::protect_own_binary()?;
+    }
+    let warn = |message: &str| log.warn(message);
+    match &arguments.verb {
+        Verb::Create(create) => cloche_oci::create(&home, &creation(create, preserved, &warn)).map(|()| 0),
+        Verb::Run(run) => {
+            cloche_oci::run(&home, &creation(&run.create, preserved, &warn), run.detach, run.keep)
+        }
+        Verb::Start { id } => cloche_oci::start(&home, id).map(|()| 0),
+        Verb::State { id } => cloche_oci::state(&home, id).map(|state| show::line(&state)),
+        Verb::Kill { all, id, signal } => cloche_oci::kill(&home, id, *signal, *all).map(|()| 0),
+        Verb::Delete { force, id } => cloche_oci::delete(&home, id, *force).map(|()| 0),
+        Verb::Exec(exec) => exec::exec(&home, exec, preserved, &warn),
+        Verb::List { format, quiet } => show::list(&home, *format, *quiet),
+        Verb::Ps { format, id, options } => show::processes(&home, id, *format, options),
+        Verb::Pause { id } => cloche_oci::pause(&home, id).map(|()| 0),
+        Verb::Resume { id } => cloche_oci::resume(&home, id).map(|()| 0),
+    }
+}
+
+fn creation<'a>(create: &'a Create, preserved: &'a Preserved, warn: &'a dyn Fn(&str)) -> Creation<'a> {
+    Creation {
+        id: &create.id,
+        bundle: &create.bundle,
+        config: &create.config,
+        pid_file: create.pid_file.as_deref(),
+        console_socket: create.console_socket.as_deref(),
+        preserved,
+        keep_keyring: create.no_new_keyring,
+        warn,
+    }
+}
+
+/// Where state is kept: as asked for, else one directory of the machine, or of the user who is not root.
+fn root(asked: Option<&Path>) -> PathBuf {
+    let of_user = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !cloche_oci::is_root());
+    match (asked, of_user) {
+        (Some(root), _) => root.to_owned(),
+        (None, Some(directory)) => Path::new(&directory).join(NAME),
+        (None, None) => Path::new("/run").join(NAME),
+    }
+}

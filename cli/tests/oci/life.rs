@@ -1,0 +1,191 @@
+//! From create to delete.
+
+use std::{fs, process::Stdio, time::Duration};
+
+use serde_json::json;
+
+use crate::{
+    Test,
+    fixture::{Bundle, text},
+};
+
+pub fn all() -> Vec<Test> {
+    crate::tests![
+        created_container_waits_and_then_runs,
+        state_is_what_the_specification_says,
+        run_returns_the_exit_code_and_leaves_nothing,
+        program_that_is_not_there_is_told_at_create,
+        id_that_is_taken_is_refused,
+        id_that_is_no_name_is_refused,
+        running_container_is_deleted_only_by_force,
+        container_that_is_not_there_is_named,
+        failed_create_leaves_nothing,
+        create_killed_at_any_moment_leaves_what_delete_removes,
+        starting_twice_is_refused,
+        log_is_json_with_the_error,
+        list_shows_all_containers,
+        systemd_cgroups_are_refused,
+    ]
+}
+
+fn created_container_waits_and_then_runs() {
+    let bundle = Bundle::script("echo ran; sleep 100");
+    bundle.create();
+    assert_eq!(bundle.status(), "created");
+    assert_eq!(bundle.output(), "");
+    bundle.ok(&["start", &bundle.id]);
+    bundle.await_output("ran");
+    assert_eq!(bundle.status(), "running");
+    bundle.ok(&["kill", &bundle.id, "KILL"]);
+    bundle.await_status("stopped");
+    bundle.ok(&["delete", &bundle.id]);
+    assert!(bundle.refused(&["state", &bundle.id]).contains("does not exist"));
+}
+
+fn state_is_what_the_specification_says() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.create();
+    let state = bundle.state();
+    assert_eq!(state["ociVersion"], "1.0.2");
+    assert_eq!(state["id"], bundle.id.as_str());
+    assert_eq!(state["status"], "created");
+    assert_eq!(state["annotations"], json!({ "org.example.note": "kept" }));
+    let path = bundle.path("").canonicalize().unwrap();
+    assert_eq!(state["bundle"], path.to_str().unwrap());
+    assert_eq!(state["rootfs"], path.join("rootfs").to_str().unwrap());
+    assert_eq!(state["owner"], "root");
+    let pid = state["pid"].as_i64().unwrap();
+    assert!(fs::exists(format!("/proc/{pid}")).unwrap());
+    bundle.ok(&["kill", &bundle.id, "9"]);
+    bundle.await_status("stopped");
+    assert_eq!(bundle.state()["pid"], 0);
+}
+
+fn run_returns_the_exit_code_and_leaves_nothing() {
+    let bundle = Bundle::script("echo out; echo err >&2; exit 7");
+    let output = bundle.run(&["run", &bundle.id]);
+    assert_eq!(
+        (output.status.code(), text(&output.stdout), text(&output.stderr)),
+        (Some(7), "out".into(), "err".into())
+    );
+    assert!(bundle.refused(&["state", &bundle.id]).contains("does not exist"));
+    let killed = Bundle::script("sh -c 'kill -9 $$'; kill -TERM $$; sleep 5")
+        .with("/linux/namespaces", json!([{ "type": "mount" }, { "type": "uts" }]));
+    assert_eq!(killed.run(&["run", &killed.id]).status.code(), Some(128 + 15));
+}
+
+fn program_that_is_not_there_is_told_at_create() {
+    let bundle = Bundle::new(&["nowhere"]);
+    let output = bundle.run(&["create", &bundle.id]);
+    assert_eq!(output.status.code(), Some(127));
+    assert!(text(&output.stderr).contains("\"nowhere\": not found in PATH"), "{output:?}");
+    let not_executable = Bundle::new(&["/etc"]);
+    assert_eq!(not_executable.run(&["run", &not_executable.id]).status.code(), Some(126));
+}
+
+fn id_that_is_taken_is_refused() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.create();
+    assert!(bundle.refused(&["create", &bundle.id]).contains("already exists"));
+    assert_eq!(bundle.status(), "created");
+}
+
+fn id_that_is_no_name_is_refused() {
+    let bundle = Bundle::new(&["true"]);
+    for id in ["", ".", "..", "../x", "a/b", "a b", "ä"] {
+        assert!(bundle.refused(&["create", id]).contains("invalid container ID"), "{id:?}");
+        assert!(bundle.refused(&["delete", "--force", id]).contains("invalid container ID"), "{id:?}");
+    }
+}
+
+fn running_container_is_deleted_only_by_force() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    assert!(bundle.refused(&["delete", &bundle.id]).contains("running state"));
+    bundle.ok(&["delete", "--force", &bundle.id]);
+    bundle.ok(&["delete", "--force", &bundle.id]);
+    assert!(bundle.refused(&["delete", &bundle.id]).contains("does not exist"));
+}
+
+fn container_that_is_not_there_is_named() {
+    let bundle = Bundle::new(&["true"]);
+    for words in
+        [&["state", "nobody"][..], &["start", "nobody"], &["kill", "nobody", "9"], &["exec", "nobody", "ls"]]
+    {
+        assert!(bundle.refused(words).contains("container does not exist: nobody"), "{words:?}");
+    }
+}
+
+fn failed_create_leaves_nothing() {
+    let bundle = Bundle::new(&["true"]).with(
+        "/mounts/-",
+        json!({
+            "destination": "/x", "type": "nosuchfs", "source": "none",
+        }),
+    );
+    assert!(bundle.refused(&["create", &bundle.id]).contains("nosuchfs"));
+    assert_eq!(fs::read_dir(bundle.path("state")).unwrap().count(), 0);
+    assert_eq!(bundle.ok(&["list", "--quiet"]), "");
+}
+
+fn create_killed_at_any_moment_leaves_what_delete_removes() {
+    for step in 0..40 {
+        let bundle = Bundle::new(&["sleep", "100"]);
+        let mut create = bundle
+            .command(&["create", &bundle.id])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_micros(step * 400));
+        create.kill().unwrap();
+        create.wait().unwrap();
+        let state = bundle.run(&["state", &bundle.id]);
+        let known = state.status.success();
+        if known {
+            let state: serde_json::Value = serde_json::from_slice(&state.stdout).unwrap();
+            assert!(["created", "stopped"].contains(&state["status"].as_str().unwrap()), "{state}");
+        }
+        bundle.ok(&["delete", "--force", &bundle.id]);
+        assert!(bundle.refused(&["state", &bundle.id]).contains("does not exist"));
+    }
+}
+
+fn starting_twice_is_refused() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    assert!(bundle.refused(&["start", &bundle.id]).contains("in the running state"));
+    bundle.ok(&["kill", &bundle.id, "KILL"]);
+    bundle.await_status("stopped");
+    assert!(bundle.refused(&["start", &bundle.id]).contains("in the stopped state"));
+}
+
+fn log_is_json_with_the_error() {
+    let bundle = Bundle::new(&["true"]);
+    let log = bundle.path("log");
+    bundle.refused(&["--log", log.to_str().unwrap(), "--log-format", "json", "state", "nobody"]);
+    let line: serde_json::Value = serde_json::from_str(fs::read_to_string(log).unwrap().trim()).unwrap();
+    assert_eq!(line["level"], "error");
+    assert_eq!(line["msg"], "container does not exist: nobody");
+    assert!(line["time"].as_str().unwrap().ends_with('Z'));
+}
+
+fn list_shows_all_containers() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    let listed: serde_json::Value = serde_json::from_str(&bundle.ok(&["list", "--format", "json"])).unwrap();
+    assert_eq!(listed.as_array().unwrap().len(), 1);
+    assert_eq!(listed[0]["id"], bundle.id.as_str());
+    assert_eq!(listed[0]["status"], "running");
+    let table = bundle.ok(&["list"]);
+    assert!(table.starts_with("ID ") && table.lines().nth(1).unwrap().starts_with(&bundle.id), "{table}");
+}
+
+fn systemd_cgroups_are_refused() {
+    let bundle = Bundle::new(&["true"]);
+    assert!(
+        bundle
+            .refused(&["--systemd-cgroup", "run", &bundle.id])
+            .contains("--systemd-cgroup is not supported")
+    );
+}

@@ -1,0 +1,43 @@
+//! The OCI runtime's command line, as engines use it. Needs root and busybox; says so where they are missing.
+
+mod fixture;
+mod hooks;
+mod hostile;
+mod life;
+mod processes;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// A test by its name.
+pub type Test = (&'static str, fn());
+
+/// Lists tests: functions of this module.
+macro_rules! tests {
+    ($($name:ident),* $(,)?) => { vec![$((concat!(module_path!(), "::", stringify!($name)), $name as fn())),*] };
+}
+use tests;
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let all = [life::all(), processes::all(), hooks::all(), hostile::all()].concat();
+    let missing = fixture::missing();
+    let trials = all.into_iter().map(|(name, body)| match &missing {
+        None => Trial::test(name, move || checked(body)),
+        Some(missing) => Trial::test(name, || Ok(())).with_kind(missing).with_ignored_flag(true),
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit();
+}
+
+/// Runs a test, and fails it if it leaves anything behind.
+fn checked(body: fn()) -> Result<(), Failed> {
+    let before = fixture::traces();
+    body();
+    for _ in 0..100 {
+        if fixture::traces() == before {
+            return Ok(());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    Err(format!("left behind: before {before:#?}, after {:#?}", fixture::traces()).into())
+}

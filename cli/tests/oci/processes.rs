@@ -1,0 +1,221 @@
+//! Processes of a container: signals, further ones, freezing, terminals, descriptors.
+
+use std::{
+    fs,
+    os::{fd::AsRawFd, unix::net::UnixListener},
+    process::Stdio,
+};
+
+use serde_json::json;
+
+use crate::{
+    Test,
+    fixture::{Bundle, await_that, text},
+};
+
+pub fn all() -> Vec<Test> {
+    crate::tests![
+        signal_reaches_the_first_process,
+        signal_to_all_reaches_all,
+        exec_is_in_the_container,
+        exec_takes_user_directory_and_environment,
+        exec_from_a_file_is_that_process,
+        exec_in_the_background_leaves_its_id,
+        exec_of_what_is_not_there_fails_as_a_shell_does,
+        exec_in_a_paused_container_is_refused,
+        paused_container_stands_still,
+        ps_lists_the_processes,
+        preserved_descriptors_are_passed_and_no_others,
+        terminal_is_sent_to_the_console_socket,
+        environment_variable_given_twice_has_its_later_value,
+    ]
+}
+
+fn signal_reaches_the_first_process() {
+    let bundle = Bundle::script("trap 'echo got it; exit 5' USR1; echo ready; while :; do sleep 0.05; done");
+    bundle.start();
+    bundle.await_output("ready");
+    bundle.ok(&["kill", &bundle.id, "SIGUSR1"]);
+    bundle.await_output("got it");
+    bundle.await_status("stopped");
+    assert!(bundle.refused(&["kill", &bundle.id, "TERM"]).contains("container not running"));
+}
+
+fn signal_to_all_reaches_all() {
+    let child = "trap 'echo child; exit' USR1; echo up; while :; do sleep 0.05; done";
+    let script = format!("trap 'echo parent' USR1; sh -c \"{child}\" & while :; do sleep 0.05; done");
+    let bundle = Bundle::script(&script);
+    bundle.start();
+    bundle.await_output("up");
+    bundle.ok(&["kill", "--all", &bundle.id, "USR1"]);
+    bundle.await_output("child");
+    bundle.await_output("parent");
+}
+
+fn exec_is_in_the_container() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    let first = bundle.state()["pid"].as_i64().unwrap();
+    for kind in ["pid", "mnt", "net", "ipc", "uts", "cgroup", "user"] {
+        let theirs = fs::read_link(format!("/proc/{first}/ns/{kind}")).unwrap();
+        let own = bundle.ok(&["exec", &bundle.id, "readlink", &format!("/proc/self/ns/{kind}")]);
+        assert_eq!(own, theirs.to_str().unwrap(), "{kind}");
+    }
+    assert_eq!(bundle.ok(&["exec", &bundle.id, "hostname"]), "bell");
+    assert_eq!(bundle.run(&["exec", &bundle.id, "sh", "-c", "exit 9"]).status.code(), Some(9));
+    let cgroup = fs::read_to_string(format!("/proc/{first}/cgroup")).unwrap();
+    assert_eq!(bundle.ok(&["exec", &bundle.id, "cat", "/proc/self/cgroup"]), cgroup.trim_end());
+}
+
+fn exec_takes_user_directory_and_environment() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    let script = "id -u; id -g; id -G; pwd; echo $X";
+    let words = [
+        "exec",
+        "--user",
+        "7:8",
+        "--additional-gids",
+        "9",
+        "--cwd",
+        "/tmp",
+        "--env",
+        "X=y",
+        &bundle.id,
+        "sh",
+        "-c",
+        script,
+    ];
+    assert_eq!(bundle.ok(&words), "7\n8\n8 9\n/tmp\ny");
+    assert!(bundle.refused(&["exec", "--user", "root", &bundle.id, "id"]).contains("not a number"));
+    let set = bundle.ok(&["exec", "--cap", "CAP_SYS_CHROOT", &bundle.id, "cat", "/proc/self/status"]);
+    let effective = set.lines().find_map(|line| line.strip_prefix("CapEff:\t")).unwrap();
+    assert_eq!(u64::from_str_radix(effective, 16).unwrap() >> 18 & 1, 1);
+}
+
+fn exec_from_a_file_is_that_process() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    let process = json!({ "user": { "uid": 3, "gid": 4 }, "args": ["sh", "-c", "id -u; env"], "env": ["PATH=/bin"], "cwd": "/" });
+    fs::write(bundle.path("process.json"), process.to_string()).unwrap();
+    let path = bundle.path("process.json");
+    let output = bundle.ok(&["exec", "--process", path.to_str().unwrap(), &bundle.id]);
+    assert!(output.starts_with("3\n") && !output.contains("TERM="), "{output}");
+}
+
+fn exec_in_the_background_leaves_its_id() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    let path = bundle.path("pid");
+    let words = ["exec", "--detach", "--pid-file", path.to_str().unwrap(), &bundle.id, "sleep", "100"];
+    assert!(bundle.command(&words).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
+    let pid = fs::read_to_string(path).unwrap();
+    let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
+    assert_eq!(command, "sleep\u{0}100\u{0}");
+}
+
+fn exec_of_what_is_not_there_fails_as_a_shell_does() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    assert_eq!(bundle.run(&["exec", &bundle.id, "nowhere"]).status.code(), Some(127));
+    assert_eq!(bundle.run(&["exec", &bundle.id, "/etc"]).status.code(), Some(126));
+    assert!(bundle.refused(&["exec", &bundle.id]).contains("what to run is missing"));
+}
+
+fn exec_in_a_paused_container_is_refused() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    bundle.ok(&["pause", &bundle.id]);
+    assert!(bundle.refused(&["exec", &bundle.id, "true"]).contains("cannot exec in a paused container"));
+    bundle.ok(&["resume", &bundle.id]);
+    bundle.ok(&["exec", &bundle.id, "true"]);
+}
+
+fn paused_container_stands_still() {
+    let bundle = Bundle::script("while :; do echo tick; sleep 0.01; done");
+    bundle.start();
+    bundle.await_output("tick");
+    bundle.ok(&["pause", &bundle.id]);
+    assert_eq!(bundle.status(), "paused");
+    let before = bundle.output().len();
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert_eq!(bundle.output().len(), before);
+    bundle.ok(&["resume", &bundle.id]);
+    await_that("it goes on", || bundle.output().len() > before);
+    assert!(bundle.refused(&["resume", &bundle.id]).contains("not paused"));
+    bundle.ok(&["pause", &bundle.id]);
+    bundle.ok(&["delete", "--force", &bundle.id]);
+}
+
+fn ps_lists_the_processes() {
+    let bundle = Bundle::script("sleep 99 & echo up; wait");
+    bundle.start();
+    bundle.await_output("up");
+    let pids: Vec<i64> = serde_json::from_str(&bundle.ok(&["ps", "--format", "json", &bundle.id])).unwrap();
+    assert_eq!(pids.len(), 2);
+    assert!(pids.contains(&bundle.state()["pid"].as_i64().unwrap()));
+    let table = bundle.ok(&["ps", &bundle.id]);
+    assert!(table.lines().count() == 3 && table.contains("sleep 99"), "{table}");
+}
+
+fn preserved_descriptors_are_passed_and_no_others() {
+    let bundle = Bundle::script("ls /proc/self/fd; cat <&4");
+    fs::write(bundle.path("data"), "from outside\n").unwrap();
+    let data = fs::File::open(bundle.path("data")).unwrap();
+    let path = bundle.path("").display().to_string();
+    // 4 is passed, 3 is missing, 5 is open but not asked for.
+    let program = env!("CARGO_BIN_EXE_cloche");
+    let script = format!(
+        "exec -a cloche-container {program} --root {path}/state run --bundle {path} --preserve-fds 2 {} 4<{path}/data 5</dev/null",
+        bundle.id
+    );
+    bundle.command(&["list"]).output().unwrap();
+    let output = std::process::Command::new("bash").args(["-c", &script]).output().unwrap();
+    assert_eq!(text(&output.stdout), "0\n1\n2\n3\n4\nfrom outside", "{output:?} {}", data.as_raw_fd());
+}
+
+fn terminal_is_sent_to_the_console_socket() {
+    let bundle = Bundle::script("tty; stty size; echo to console >/dev/console; sleep 100")
+        .with("/process/terminal", json!(true))
+        .with("/process/consoleSize", json!({ "height": 30, "width": 100 }));
+    assert!(bundle.refused(&["create", &bundle.id]).contains("give --console-socket"));
+    let listener = UnixListener::bind(bundle.path("socket")).unwrap();
+    let socket = bundle.path("socket");
+    bundle.ok(&["create", "--console-socket", socket.to_str().unwrap(), &bundle.id]);
+    let (stream, _) = listener.accept().unwrap();
+    let master = receive(&stream);
+    bundle.ok(&["start", &bundle.id]);
+    let mut shown = Vec::new();
+    await_that("the terminal shows all", || {
+        let mut buffer = [0; 256];
+        let count = rustix::io::read(&master, &mut buffer).unwrap();
+        shown.extend(&buffer[..count]);
+        text(&shown).contains("to console")
+    });
+    let shown = text(&shown).replace('\r', "");
+    assert_eq!(shown, "/dev/pts/0\n30 100\nto console");
+    bundle.ok(&["delete", "--force", &bundle.id]);
+}
+
+fn receive(stream: &std::os::unix::net::UnixStream) -> std::os::fd::OwnedFd {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut data = [0; 64];
+    recvmsg(stream, &mut [std::io::IoSliceMut::new(&mut data)], &mut control, RecvFlags::CMSG_CLOEXEC)
+        .unwrap();
+    let fd = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    fd.expect("a descriptor")
+}
+
+fn environment_variable_given_twice_has_its_later_value() {
+    let bundle =
+        Bundle::new(&["sleep", "100"]).with("/process/env", json!(["PATH=/bin", "A=1", "AB=2", "A=3"]));
+    bundle.start();
+    let env = bundle.ok(&["exec", "--env", "AB=4", &bundle.id, "env"]);
+    let lines: Vec<_> = env.lines().filter(|line| line.starts_with('A')).collect();
+    assert_eq!(lines, ["A=3", "AB=4"]);
+}

@@ -1,0 +1,249 @@
+//! `create` and `run`.
+
+use std::{cell::RefCell, fs, os::fd::AsFd, path::Path};
+
+use cloche_runtime::{Container, ExitStatus, Launch, Oci, Rootfs, cgroup_path, hooks};
+use oci_spec::runtime::{Hook, Spec};
+
+use crate::{
+    bundle::Bundle,
+    console::{Console, own_stdio},
+    error::{Error, of_file},
+    foreground::{self, Signals},
+    gate,
+    process::ProcessId,
+    state::{Home, Known, Record},
+    time,
+};
+
+/// What to create.
+pub struct Creation<'a> {
+    /// The container's id.
+    pub id: &'a str,
+    /// The bundle's directory.
+    pub bundle: &'a Path,
+    /// Name of the configuration in it.
+    pub config: &'a Path,
+    /// File to write the first process's id to.
+    pub pid_file: Option<&'a Path>,
+    /// Socket that takes the terminal.
+    pub console_socket: Option<&'a Path>,
+    /// Descriptors that the process keeps.
+    pub preserved: &'a Preserved,
+    /// Whether the process keeps the caller's session keyring.
+    pub keep_keyring: bool,
+    /// Called with warnings.
+    pub warn: &'a dyn Fn(&str),
+}
+
+/// Descriptors from 3 up that were open when this process started.
+#[derive(Debug, Clone, Default)]
+pub struct Preserved(Vec<i32>);
+
+impl Preserved {
+    /// Looks at `count` descriptors from 3 on. To be called before this process opens anything, which could take the
+    /// place of one that is missing, and be handed to the container.
+    pub fn find(count: u32) -> Self {
+        let is_open = |fd: &i32| fs::read_link(format!("/proc/self/fd/{fd}")).is_ok();
+        // Nobody has more open than that.
+        let count = i32::try_from(count).unwrap_or(i32::MAX).min(1 << 20);
+        Self((3..count.saturating_add(3)).filter(is_open).collect())
+    }
+
+    pub(crate) fn fds(&self) -> &[i32] {
+        &self.0
+    }
+}
+
+/// Creates a container, which then waits to be started.
+pub fn create(home: &Home, creation: &Creation<'_>) -> Result<(), Error> {
+    make(home, creation, Style::Created).map(drop)
+}
+
+/// Creates and starts a container. In the foreground, waits for its end and removes it unless `keep`; returns the exit
+/// code of its process, 0 in the background.
+pub fn run(home: &Home, creation: &Creation<'_>, detach: bool, keep: bool) -> Result<u8, Error> {
+    if detach {
+        let (known, spec, _) = make(home, creation, Style::Detached)?;
+        run_poststart(&known, &spec)?;
+        return Ok(0);
+    }
+    let signals = Signals::collect()?;
+    let (known, spec, made) = make(home, creation, Style::Foreground)?;
+    run_poststart(&known, &spec)?;
+    let Made { mut container, console } = made;
+    let terminal = console.terminal()?;
+    foreground::attend(container.pidfd(), &signals, terminal)?;
+    let exit = container.wait()?;
+    if !keep {
+        crate::verbs::remove(&known, &spec)?;
+    }
+    Ok(exit_code(exit.status))
+}
+
+/// As a shell has it.
+pub(crate) fn exit_code(status: ExitStatus) -> u8 {
+    match status {
+        ExitStatus::Code(code) => code,
+        ExitStatus::Signal(signo) => u8::try_from(128 + signo).unwrap_or(u8::MAX),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Style {
+    Created,
+    Detached,
+    Foreground,
+}
+
+struct Made {
+    container: Container,
+    console: Console,
+}
+
+fn make(home: &Home, creation: &Creation<'_>, style: Style) -> Result<(Known, Spec, Made), Error> {
+    let Bundle { path, mut spec, rootfs } = Bundle::read(creation.bundle, creation.config, creation.warn)?;
+    let terminal = spec.process().as_ref().is_some_and(|process| process.terminal() == Some(true));
+    let console = Console::new(terminal, creation.console_socket, style != Style::Foreground)?;
+    pass_listen_fds(&mut spec);
+    let directory = home.claim(creation.id)?;
+    let record = Record {
+        id: creation.id.to_owned(),
+        oci_version: spec.version().clone(),
+        bundle: path,
+        rootfs,
+        created: time::now(),
+        owner: owner(),
+        annotations: spec.annotations().clone().unwrap_or_default(),
+        cgroup: cgroup_path(&spec, creation.id),
+        process: None,
+    };
+    let (known, lock) = match Known::begin(directory, record, &spec) {
+        Ok(begun) => begun,
+        Err(error) => {
+            home.remove_claim(creation.id)?;
+            return Err(error);
+        }
+    };
+    let known = RefCell::new(known);
+    let result = start(&known, creation, &spec, &console, style);
+    let known = known.into_inner();
+    drop(lock);
+    match result {
+        Ok(container) => Ok((known, spec, Made { container, console })),
+        Err(error) => {
+            // The first failure is what the caller has to know.
+            let _ = crate::verbs::remove(&known, &spec);
+            Err(error)
+        }
+    }
+}
+
+fn start(
+    known: &RefCell<Known>,
+    creation: &Creation<'_>,
+    spec: &Spec,
+    console: &Console,
+    style: Style,
+) -> Result<Container, Error> {
+    let gate = match style {
+        Style::Created => {
+            let directory = known.borrow().directory.clone();
+            Some(gate::make(&directory).map_err(of_file("make the start socket in", directory))?)
+        }
+        Style::Detached | Style::Foreground => None,
+    };
+    let record = known.borrow().record.clone();
+    let created = |pid| {
+        let mut known = known.borrow_mut();
+        known.record.process = ProcessId::of(pid);
+        known.save().and_then(|()| run_runtime_hooks(spec, &known.record, pid)).map_err(|error| chain(&error))
+    };
+    let hook_state = |pid, status: &str| record.state_json(pid, status);
+    let container = cloche_runtime::launch(Launch {
+        id: creation.id,
+        spec,
+        user: None,
+        rootfs: Rootfs::Directory(record.rootfs.clone()),
+        stdio: own_stdio()?,
+        kill_on_parent_death: false,
+        approve: None,
+        oci: Oci {
+            gate: gate.as_ref().map(AsFd::as_fd),
+            console_socket: console.socket(),
+            preserved_fds: creation.preserved.fds(),
+            keep_groups: record
+                .annotations
+                .get("run.oci.keep_original_groups")
+                .is_some_and(|keep| keep == "1"),
+            keep_keyring: creation.keep_keyring,
+            created: Some(&created),
+            hook_state: Some(&hook_state),
+            warn: Some(creation.warn),
+        },
+    })?;
+    if let Some(path) = creation.pid_file
+        && let Err(error) = write_pid_file(path, container.pid())
+    {
+        let _ = container.kill();
+        return Err(error);
+    }
+    Ok(container)
+}
+
+/// Writes a process's id so that a reader sees all of it or nothing.
+pub(crate) fn write_pid_file(path: &Path, pid: i32) -> Result<(), Error> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let new = path.with_file_name(format!(".{name}.new"));
+    fs::write(&new, pid.to_string()).map_err(of_file("write", &new))?;
+    fs::rename(&new, path).map_err(of_file("write", path))
+}
+
+/// Hooks that run on the caller's side once the namespaces exist.
+fn run_runtime_hooks(spec: &Spec, record: &Record, pid: i32) -> Result<(), Error> {
+    let Some(listed) = spec.hooks() else { return Ok(()) };
+    let state = record.state_json(pid, "creating");
+    #[allow(deprecated)]
+    run_hooks("prestart", listed.prestart(), &state)?;
+    run_hooks("createRuntime", listed.create_runtime(), &state)
+}
+
+pub(crate) fn run_poststart(known: &Known, spec: &Spec) -> Result<(), Error> {
+    let (Some(listed), Some(process)) = (spec.hooks(), known.record.process) else { return Ok(()) };
+    let state = known.record.state_json(process.pid, "running");
+    run_hooks("poststart", listed.poststart(), &state).inspect_err(|_| {
+        let _ = known.cgroup().and_then(|cgroup| Ok(cgroup.kill_all()?));
+    })
+}
+
+/// Runs a list of hooks on the caller's side.
+pub(crate) fn run_hooks(kind: &'static str, listed: &Option<Vec<Hook>>, state: &str) -> Result<(), Error> {
+    Ok(hooks::run(kind, listed.as_deref().unwrap_or_default(), state, &|| Ok(()))?)
+}
+
+/// Sockets that a service manager passed come through (sd_listen_fds(3)).
+fn pass_listen_fds(spec: &mut Spec) {
+    let Ok(count) = std::env::var("LISTEN_FDS") else { return };
+    if let Some(process) = spec.process_mut() {
+        let mut env = process.env().clone().unwrap_or_default();
+        env.extend([format!("LISTEN_FDS={count}"), "LISTEN_PID=1".to_owned()]);
+        process.set_env(Some(env));
+    }
+}
+
+/// The name of this user, or its number.
+fn owner() -> String {
+    let uid = rustix::process::getuid().as_raw().to_string();
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let name = passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)? == uid).then(|| name.to_owned())
+    });
+    name.unwrap_or(uid)
+}
+
+/// An error with all its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    error.source().map_or(error.to_string(), |cause| format!("{error}: {}", chain(cause)))
+}

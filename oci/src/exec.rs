@@ -1,0 +1,86 @@
+//! `exec`: a further process in a container.
+
+use std::{os::fd::AsFd, path::Path};
+
+use cloche_runtime::{Join, Joined, join};
+use oci_spec::runtime::Process;
+
+use crate::{
+    console::{Console, own_stdio},
+    create::{Preserved, exit_code, write_pid_file},
+    error::{Error, system},
+    foreground::{self, Signals},
+    state::{Home, Status},
+};
+
+/// What to run.
+pub struct Execution<'a> {
+    /// In which container.
+    pub id: &'a str,
+    /// Makes the process from the container's own.
+    pub process: &'a dyn Fn(&Process) -> Result<Process, Error>,
+    /// Whether to leave it running.
+    pub detach: bool,
+    /// File to write its id to.
+    pub pid_file: Option<&'a Path>,
+    /// Socket that takes its terminal.
+    pub console_socket: Option<&'a Path>,
+    /// Descriptors that it keeps.
+    pub preserved: &'a Preserved,
+    /// A cgroup below the container's to run in.
+    pub cgroup: Option<&'a str>,
+    /// Whether a paused container is no obstacle.
+    pub ignore_paused: bool,
+    /// Called with warnings.
+    pub warn: &'a dyn Fn(&str),
+}
+
+/// Runs a process in a container; returns its exit code, 0 in the background.
+pub fn exec(home: &Home, execution: &Execution<'_>) -> Result<u8, Error> {
+    let known = home.find(execution.id)?;
+    let status = known.status();
+    let first = match (status, known.record.process) {
+        (Status::Paused, _) if !execution.ignore_paused => {
+            return Err(Error::Request(format!(
+                "cannot exec in a paused container: {}; resume it first",
+                execution.id
+            )));
+        }
+        (Status::Stopped, _) | (_, None) => {
+            return Err(Error::NotRunning(execution.id.to_owned(), status.name()));
+        }
+        (_, Some(first)) => first,
+    };
+    let pidfd = first.open().map_err(system("open the container's process"))?;
+    let pidfd = pidfd.ok_or_else(|| Error::NotRunning(execution.id.to_owned(), "stopped"))?;
+    let spec = known.spec()?;
+    let own = spec.process().as_ref();
+    let process = (execution.process)(own.unwrap_or(&Process::default()))?;
+    let console = Console::new(process.terminal() == Some(true), execution.console_socket, execution.detach)?;
+    let cgroup = match execution.cgroup {
+        Some(below) => known.cgroup()?.below(below)?,
+        None => known.cgroup()?,
+    };
+    let signals = if execution.detach { None } else { Some(Signals::collect()?) };
+    let linux = spec.linux().as_ref();
+    let joined: Joined = join(Join {
+        id: execution.id,
+        pid: first.pid,
+        pidfd: pidfd.as_fd(),
+        process: &process,
+        seccomp: linux.and_then(|linux| linux.seccomp().as_ref()),
+        personality: linux.and_then(|linux| linux.personality().as_ref()),
+        cgroup: &cgroup,
+        stdio: own_stdio()?,
+        console_socket: console.socket(),
+        preserved_fds: execution.preserved.fds(),
+        keep_keyring: false,
+        warn: Some(execution.warn),
+    })?;
+    if let Some(path) = execution.pid_file {
+        write_pid_file(path, joined.pid())?;
+    }
+    let Some(signals) = signals else { return Ok(0) };
+    foreground::attend(joined.pidfd(), &signals, console.terminal()?)?;
+    Ok(exit_code(joined.wait()?))
+}

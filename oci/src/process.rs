@@ -1,0 +1,81 @@
+//! A process of the machine, told from a later one with the same number by when it was started.
+
+use std::{fs, io};
+
+use std::os::fd::OwnedFd;
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde::{Deserialize, Serialize};
+
+/// A process, for as long as the machine runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Its number in this process's PID namespace.
+    pub pid: i32,
+    /// When it was started, in clock ticks since boot.
+    pub start_ticks: u64,
+}
+
+/// What `/proc/PID/stat` says (proc(5)).
+struct Stat {
+    is_dead: bool,
+    start_ticks: u64,
+}
+
+fn stat(pid: i32) -> Option<Stat> {
+    parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn parse(text: &str) -> Option<Stat> {
+    // The name in parentheses may itself contain anything.
+    let mut fields = text.get(text.rfind(')')? + 1..)?.split_whitespace();
+    let state = fields.next()?;
+    // Field 22; the state was field 3.
+    let start_ticks = fields.nth(18)?.parse().ok()?;
+    Some(Stat { is_dead: matches!(state, "Z" | "X" | "x"), start_ticks })
+}
+
+impl ProcessId {
+    /// The process that has this number now, unless it is dead already.
+    pub(crate) fn of(pid: i32) -> Option<Self> {
+        stat(pid).map(|stat| Self { pid, start_ticks: stat.start_ticks })
+    }
+
+    /// Whether it still runs: a zombie does not.
+    pub(crate) fn is_alive(self) -> bool {
+        stat(self.pid).is_some_and(|stat| !stat.is_dead && stat.start_ticks == self.start_ticks)
+    }
+
+    /// Its pidfd, if it still runs.
+    pub(crate) fn open(self) -> io::Result<Option<OwnedFd>> {
+        let Some(pid) = Pid::from_raw(self.pid) else { return Ok(None) };
+        match pidfd_open(pid, PidfdFlags::empty()) {
+            // Once the descriptor is open, it stays that of the process which the number belongs to now.
+            Ok(pidfd) => Ok(self.is_alive().then_some(pidfd)),
+            Err(rustix::io::Errno::SRCH) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stat_of_a_process_with_a_confusing_name_is_read() {
+        let text = "12 (a) S 1) Z 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 777 20 21";
+        let stat = parse(text).unwrap();
+        assert!(stat.is_dead);
+        assert_eq!(stat.start_ticks, 777);
+        assert!(parse("12 (a").is_none());
+    }
+
+    #[test]
+    fn process_is_alive_only_with_its_own_start() {
+        let own = ProcessId::of(std::process::id() as i32).unwrap();
+        assert!(own.is_alive() && own.open().unwrap().is_some());
+        let other = ProcessId { start_ticks: own.start_ticks + 1, ..own };
+        assert!(!other.is_alive() && other.open().unwrap().is_none());
+    }
+}

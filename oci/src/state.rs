@@ -1,0 +1,283 @@
+//! What is on disk about containers: for each a directory with the record and the configuration it was created with.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use cloche_runtime::cgroup::Cgroup;
+use oci_spec::runtime::Spec;
+use rustix::{
+    fs::{FlockOperation, fcntl_lock},
+    io::Errno,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::{Error, of_file},
+    gate,
+    process::ProcessId,
+};
+
+/// The directory of all containers.
+#[derive(Debug, Clone)]
+pub struct Home(PathBuf);
+
+/// What is recorded of a container. Its status is not: that is seen.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub(crate) id: String,
+    pub(crate) oci_version: String,
+    pub(crate) bundle: PathBuf,
+    pub(crate) rootfs: PathBuf,
+    pub(crate) created: String,
+    pub(crate) owner: String,
+    pub(crate) annotations: HashMap<String, String>,
+    pub(crate) cgroup: PathBuf,
+    /// The first process; `None` until it is made.
+    pub(crate) process: Option<ProcessId>,
+}
+
+/// Where a container is in its life (runtime.md#state).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Status {
+    Creating,
+    Created,
+    Running,
+    Paused,
+    Stopped,
+}
+
+impl Status {
+    /// As the specification names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Creating => "creating",
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// The state as it is printed, and given to hooks (runtime.md#state; what other runtimes add stands behind it).
+#[derive(Debug, Serialize)]
+#[allow(missing_docs)]
+pub struct State<'a> {
+    #[serde(rename = "ociVersion")]
+    pub oci_version: &'a str,
+    pub id: &'a str,
+    pub pid: i32,
+    pub status: &'a str,
+    pub bundle: &'a Path,
+    pub rootfs: &'a Path,
+    pub created: &'a str,
+    #[serde(skip_serializing_if = "HashMap::is_empty")]
+    pub annotations: &'a HashMap<String, String>,
+    pub owner: &'a str,
+}
+
+/// A container that there is a directory of.
+#[derive(Debug)]
+pub struct Known {
+    pub(crate) directory: PathBuf,
+    pub(crate) record: Record,
+}
+
+/// Held by the process that creates a container, as long as it does. The kernel lets go of it whatever happens to that
+/// process, and does not hand it on to the container's.
+const LOCK: &str = "lock";
+const RECORD: &str = "state.json";
+const CONFIG: &str = "config.json";
+
+impl Home {
+    /// The directory of this path, which need not be there yet.
+    pub fn new(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    fn directory(&self, id: &str) -> Result<PathBuf, Error> {
+        // A name such as `.x` cannot be one of ours either, but it can do no harm.
+        let is_valid = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
+        if id.is_empty() || id.len() > 1024 || id == "." || id == ".." || !id.bytes().all(is_valid) {
+            return Err(Error::Id(id.to_owned()));
+        }
+        Ok(self.0.join(id))
+    }
+
+    /// Claims an id by making its directory.
+    pub(crate) fn claim(&self, id: &str) -> Result<PathBuf, Error> {
+        let directory = self.directory(id)?;
+        let make =
+            |recursive, path: &Path| fs::DirBuilder::new().recursive(recursive).mode(0o711).create(path);
+        make(true, &self.0).map_err(of_file("create", &self.0))?;
+        match make(false, &directory) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists(id.to_owned())),
+            result => result.map(|()| directory.clone()).map_err(of_file("create", directory)),
+        }
+    }
+
+    /// Finds a container.
+    pub fn find(&self, id: &str) -> Result<Known, Error> {
+        let directory = self.directory(id)?;
+        match read_record(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::NoContainer(id.to_owned())),
+            result => {
+                let record = result.map_err(of_file("read", directory.join(RECORD)))?;
+                Ok(Known { directory, record })
+            }
+        }
+    }
+
+    /// Removes what a command that was killed has left of an id before it had a record. Whether there was any.
+    pub(crate) fn remove_claim(&self, id: &str) -> Result<bool, Error> {
+        let directory = self.directory(id)?;
+        match fs::remove_dir_all(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            result => result.map(|()| true).map_err(of_file("remove", directory)),
+        }
+    }
+
+    /// All containers, by id.
+    pub(crate) fn all(&self) -> Result<Vec<Known>, Error> {
+        let entries = match fs::read_dir(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            result => result.map_err(of_file("read", &self.0))?,
+        };
+        let mut all: Vec<_> = entries
+            .flatten()
+            // What vanishes meanwhile, or has no record yet, is no container.
+            .filter_map(|entry| self.find(entry.file_name().to_str()?).ok())
+            .collect();
+        all.sort_by(|one, other| one.record.id.cmp(&other.record.id));
+        Ok(all)
+    }
+}
+
+fn read_record(directory: &Path) -> io::Result<Record> {
+    Ok(serde_json::from_slice(&fs::read(directory.join(RECORD))?)?)
+}
+
+/// Replaces a file so that it is whole at any moment.
+fn replace(path: &Path, contents: &[u8]) -> Result<(), Error> {
+    let new = path.with_extension("new");
+    fs::write(&new, contents).map_err(of_file("write", &new))?;
+    fs::rename(&new, path).map_err(of_file("write", path))
+}
+
+impl Record {
+    /// The state as of now, if its status is known.
+    pub(crate) fn state<'a>(&'a self, pid: i32, status: &'a str) -> State<'a> {
+        State {
+            oci_version: &self.oci_version,
+            id: &self.id,
+            pid,
+            status,
+            bundle: &self.bundle,
+            rootfs: &self.rootfs,
+            created: &self.created,
+            annotations: &self.annotations,
+            owner: &self.owner,
+        }
+    }
+
+    /// The state's JSON for a hook.
+    pub(crate) fn state_json(&self, pid: i32, status: &str) -> String {
+        serde_json::to_string(&self.state(pid, status)).unwrap_or_default()
+    }
+}
+
+impl Known {
+    /// Writes record and configuration of a container that is being created: until the file is closed.
+    pub(crate) fn begin(directory: PathBuf, record: Record, spec: &Spec) -> Result<(Self, fs::File), Error> {
+        let known = Self { directory, record };
+        let lock = known.lock(true).map_err(of_file("lock", known.directory.join(LOCK)))?;
+        let config = serde_json::to_vec(spec).unwrap_or_default();
+        fs::write(known.directory.join(CONFIG), config)
+            .map_err(of_file("write", known.directory.join(CONFIG)))?;
+        known.save()?;
+        Ok((known, lock))
+    }
+
+    pub(crate) fn save(&self) -> Result<(), Error> {
+        replace(&self.directory.join(RECORD), &serde_json::to_vec(&self.record).unwrap_or_default())
+    }
+
+    /// The configuration that it was created with.
+    pub(crate) fn spec(&self) -> Result<Spec, Error> {
+        let path = self.directory.join(CONFIG);
+        let text = fs::read(&path).map_err(of_file("read", &path))?;
+        serde_json::from_slice(&text).map_err(|source| Error::Config { path, source: source.into() })
+    }
+
+    /// Its cgroup, as far as there is one.
+    pub fn cgroup(&self) -> Result<Cgroup, Error> {
+        Ok(Cgroup::open(&self.record.cgroup)?)
+    }
+
+    /// Its first process, if that still runs.
+    pub(crate) fn alive(&self) -> Option<ProcessId> {
+        self.record.process.filter(|process| process.is_alive())
+    }
+
+    /// Takes the lock, which is kept until the file is closed. `wait`, or fail if somebody else has it.
+    fn lock(&self, wait: bool) -> io::Result<fs::File> {
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(self.directory.join(LOCK))?;
+        let operation =
+            if wait { FlockOperation::LockExclusive } else { FlockOperation::NonBlockingLockExclusive };
+        fcntl_lock(&file, operation)?;
+        Ok(file)
+    }
+
+    /// Waits until nobody creates it any more.
+    pub(crate) fn await_creation(&self) -> Result<(), Error> {
+        self.lock(true).map(drop).map_err(of_file("lock", self.directory.join(LOCK)))
+    }
+
+    /// Its status.
+    pub fn status(&self) -> Status {
+        let is_locked = self.lock(false).is_err_and(|error| {
+            [Errno::AGAIN, Errno::ACCESS].contains(&Errno::from_io_error(&error).unwrap_or(Errno::IO))
+        });
+        if is_locked {
+            return Status::Creating;
+        }
+        if self.alive().is_none() {
+            return Status::Stopped;
+        }
+        if self.cgroup().is_ok_and(|cgroup| cgroup.is_frozen()) {
+            return Status::Paused;
+        }
+        if gate::is_waited_at(&self.directory) { Status::Created } else { Status::Running }
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.record.id
+    }
+
+    /// The state to print.
+    pub fn state(&self) -> State<'_> {
+        let status = self.status();
+        let pid = self.record.process.filter(|_| status != Status::Stopped).map_or(0, |process| process.pid);
+        self.record.state(pid, status.name())
+    }
+
+    /// Removes its directory.
+    pub(crate) fn forget(&self) -> Result<(), Error> {
+        match fs::remove_dir_all(&self.directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(of_file("remove", &self.directory)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! The verbs for containers that are there.
+
+use std::os::fd::AsFd;
+
+use oci_spec::runtime::Spec;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Signal, pidfd_send_signal},
+};
+
+use crate::{
+    create::{run_hooks, run_poststart},
+    error::{Error, of_file, system},
+    gate::{self, Outcome},
+    state::{Home, Known, Status},
+};
+
+/// Lets a created container run its program.
+pub fn start(home: &Home, id: &str) -> Result<(), Error> {
+    home.find(id)?.await_creation()?;
+    let known = home.find(id)?;
+    let refused = |status: Status| {
+        let hint = if status == Status::Stopped { "; delete it" } else { "; it was started already" };
+        Error::Status { action: "start", id: id.to_owned(), status: status.name(), hint }
+    };
+    if known.alive().is_none() {
+        return Err(refused(Status::Stopped));
+    }
+    let spec = known.spec()?;
+    match gate::open(&known.directory).map_err(of_file("use the start socket of", &known.directory))? {
+        Outcome::Started => {}
+        Outcome::NotWaiting => return Err(refused(known.status())),
+        Outcome::Failed { exit_code, message } => return Err(Error::Start { exit_code, message }),
+    }
+    run_poststart(&known, &spec)
+}
+
+/// The state of a container, as JSON.
+pub fn state(home: &Home, id: &str) -> Result<String, Error> {
+    let known = home.find(id)?;
+    serde_json::to_string_pretty(&known.state()).map_err(|error| system("print the state")(error))
+}
+
+/// All containers.
+pub fn list(home: &Home) -> Result<Vec<Known>, Error> {
+    home.all()
+}
+
+/// Sends a signal to a container's first process, or to all of its processes.
+pub fn kill(home: &Home, id: &str, signo: i32, all: bool) -> Result<(), Error> {
+    let known = home.find(id)?;
+    let cgroup = known.cgroup()?;
+    if all {
+        // Also where the first process is gone: others may be left, if they have no PID namespace to die with.
+        return Ok(cgroup.signal_all(signo)?);
+    }
+    let pidfd = match known.record.process {
+        Some(process) => process.open().map_err(system("open the container's process"))?,
+        None => None,
+    };
+    let Some(pidfd) = pidfd else {
+        return Err(Error::NotRunning(id.to_owned(), "stopped"));
+    };
+    if signo == libc::SIGKILL && shares_pids(&known.spec()?) {
+        return Ok(cgroup.kill_all()?);
+    }
+    match cloche_runtime::send_signal(pidfd.as_fd(), signo) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+            Err(Error::NotRunning(id.to_owned(), "stopped"))
+        }
+        result => result.map_err(system("send the signal")),
+    }
+}
+
+/// Whether its processes do not die with the first one.
+fn shares_pids(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let pid = namespaces.and_then(|namespaces| {
+        namespaces.iter().find(|one| one.typ() == oci_spec::runtime::LinuxNamespaceType::Pid)
+    });
+    pid.is_none_or(|pid| pid.path().is_some())
+}
+
+/// Removes a container that has ended or was never started; with `force` whatever it is doing, and without complaint
+/// when there is none.
+pub fn delete(home: &Home, id: &str, force: bool) -> Result<(), Error> {
+    let known = match home.find(id) {
+        Ok(known) => known,
+        Err(Error::NoContainer(_)) if force => return home.remove_claim(id).map(drop),
+        Err(Error::File { .. }) if force => return home.remove_claim(id).map(drop),
+        Err(error) => return Err(error),
+    };
+    let status = known.status();
+    if !force && status == Status::Creating {
+        known.await_creation()?;
+        return delete(home, id, force);
+    }
+    if !force && !matches!(status, Status::Stopped | Status::Created) {
+        let hint = "; kill it first, or use --force";
+        return Err(Error::Status { action: "delete", id: id.to_owned(), status: status.name(), hint });
+    }
+    let spec = match known.spec() {
+        Ok(spec) => spec,
+        Err(_) if force => Spec::default(),
+        Err(error) => return Err(error),
+    };
+    remove(&known, &spec)
+}
+
+/// Ends what is left of a container and removes all of it.
+pub(crate) fn remove(known: &Known, spec: &Spec) -> Result<(), Error> {
+    let cgroup = known.cgroup()?;
+    if let Some(process) = known.record.process
+        && let Some(pidfd) = process.open().map_err(system("open the container's process"))?
+    {
+        // It is perhaps not in its cgroup yet.
+        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+        cgroup.kill_all()?;
+        if cgroup.is_frozen() {
+            let _ = cgroup.thaw();
+        }
+        let has_ended = |patience| poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience)) == Ok(1);
+        if !has_ended(Timespec { tv_sec: 0, tv_nsec: 300_000_000 }) {
+            // Somebody may have moved it into a frozen cgroup of their own, where it cannot even die.
+            cloche_runtime::cgroup::thaw_process(process.pid);
+            has_ended(Timespec { tv_sec: 10, tv_nsec: 0 });
+        }
+    } else {
+        cgroup.kill_all()?;
+    }
+    cgroup.delete()?;
+    known.forget()?;
+    let Some(listed) = spec.hooks() else { return Ok(()) };
+    // runtime.md#lifecycle: a poststop hook that fails is warned of, and the others run nevertheless.
+    let state = known.record.state_json(0, Status::Stopped.name());
+    let mut result = Ok(());
+    for hook in listed.poststop().iter().flatten() {
+        result = result.and(run_hooks("poststop", &Some(vec![hook.clone()]), &state));
+    }
+    result
+}
+
+/// Stops all processes of a container until they are resumed.
+pub fn pause(home: &Home, id: &str) -> Result<(), Error> {
+    let known = home.find(id)?;
+    match known.status() {
+        Status::Created | Status::Running => Ok(known.cgroup()?.freeze()?),
+        status => Err(Error::Status { action: "pause", id: id.to_owned(), status: status.name(), hint: "" }),
+    }
+}
+
+/// Lets a paused container go on.
+pub fn resume(home: &Home, id: &str) -> Result<(), Error> {
+    let known = home.find(id)?;
+    match known.status() {
+        Status::Paused => Ok(known.cgroup()?.thaw()?),
+        _ => Err(Error::NotPaused(id.to_owned())),
+    }
+}
+
+/// Ids of a container's processes.
+pub fn processes(home: &Home, id: &str) -> Result<Vec<i32>, Error> {
+    Ok(home.find(id)?.cgroup()?.processes()?)
+}

@@ -1,0 +1,255 @@
+//! A further process in a container that runs: it joins the namespaces and the cgroup of the container's first process,
+//! and goes the same last steps as that did.
+//!
+//! The container is hostile by now. Nothing of it is looked up by path before this process is confined to its root;
+//! its first process is known by a pidfd; and this process cannot be looked into until it is the container's.
+
+use std::{
+    cell::RefCell,
+    convert::Infallible,
+    ffi::CString,
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::unix::fs::MetadataExt,
+    path::PathBuf,
+};
+
+use oci_spec::runtime::{LinuxPersonality, LinuxSeccomp, Process};
+use rustix::{
+    fs::{CWD, Mode, OFlags, openat},
+    pipe::{PipeFlags, pipe_with},
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
+
+use crate::{
+    cgroup::Cgroup,
+    console,
+    container::{ExitStatus, WaitError, wait_for},
+    entry::{Entry, step},
+    init::InitError,
+    launch::{LaunchError, Stdio, granted, process_failed},
+    process::{
+        program::{self, OwnProgram},
+        rlimits, scheduling,
+    },
+    seccomp::Filter,
+    spec_check::{self, Means},
+    syscalls::{self, Cloned},
+    verdict,
+};
+
+/// What to run in which container.
+pub struct Join<'a> {
+    /// The container's id.
+    pub id: &'a str,
+    /// Process id of the container's first process.
+    pub pid: i32,
+    /// Its pidfd.
+    pub pidfd: BorrowedFd<'a>,
+    /// What to run.
+    pub process: &'a Process,
+    /// The container's seccomp policy.
+    pub seccomp: Option<&'a LinuxSeccomp>,
+    /// The container's execution domain.
+    pub personality: Option<&'a LinuxPersonality>,
+    /// The cgroup to run in: the container's, or one below it.
+    pub cgroup: &'a Cgroup,
+    /// What becomes the process's file descriptors 0, 1 and 2.
+    pub stdio: Stdio,
+    /// A connected Unix socket that gets the terminal, if `process.terminal`.
+    pub console_socket: Option<BorrowedFd<'a>>,
+    /// Descriptors of the caller's, from 3 up, that the process keeps.
+    pub preserved_fds: &'a [i32],
+    /// Whether the process keeps the caller's session keyring.
+    pub keep_keyring: bool,
+    /// As [`crate::Oci::warn`].
+    pub warn: Option<&'a dyn Fn(&str)>,
+}
+
+/// A process that has joined a container. Dropping it leaves the process running.
+#[derive(Debug)]
+pub struct Joined {
+    pid: i32,
+    pidfd: OwnedFd,
+}
+
+impl Joined {
+    /// Process id in the caller's PID namespace.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Readable (`POLLIN`) once the process has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Waits until the process has ended, and reaps it.
+    pub fn wait(&self) -> Result<ExitStatus, WaitError> {
+        wait_for(self.pidfd.as_fd(), self.pid)
+    }
+}
+
+/// The namespaces of `linux/sched.h`, by their names in `/proc/PID/ns`.
+const KINDS: [(&str, u64); 8] = [
+    ("user", 0x1000_0000),
+    ("mnt", 0x0002_0000),
+    ("cgroup", 0x0200_0000),
+    ("uts", 0x0400_0000),
+    ("ipc", 0x0800_0000),
+    ("pid", NEW_PID),
+    ("net", 0x4000_0000),
+    ("time", 0x80),
+];
+const NEW_PID: u64 = 0x2000_0000;
+
+/// Those of `pid`'s namespaces that this process is not in.
+fn foreign_namespaces(pid: i32) -> io::Result<u64> {
+    let mut foreign = 0;
+    for (name, kind) in KINDS {
+        let identity = |path: PathBuf| std::fs::metadata(path).map(|file| (file.dev(), file.ino()));
+        match identity(PathBuf::from(format!("/proc/{pid}/ns/{name}"))) {
+            // A kernel without this kind.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && name == "time" => {}
+            theirs => {
+                if theirs? != identity(PathBuf::from(format!("/proc/self/ns/{name}")))? {
+                    foreign |= kind;
+                }
+            }
+        }
+    }
+    Ok(foreign)
+}
+
+/// Runs a process in a container and returns once its `execve` has succeeded. The same holds for the caller as for
+/// [`crate::launch`].
+pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
+    let process = join.process;
+    spec_check::check_process(process, Means { terminal: join.console_socket.is_some(), hooks: false })?;
+    let strings = |what, strings: &Option<Vec<String>>| {
+        program::c_strings(strings.iter().flatten()).ok_or(LaunchError::NulByte(what))
+    };
+    let (args, env) = (strings("process.args", process.args())?, strings("process.env", process.env())?);
+    let filter = join.seccomp.map(Filter::compile).transpose()?;
+    let keyring = CString::new(format!("cloche.{}", join.id)).map_err(|_| LaunchError::NulByte("the id"))?;
+    let capabilities = granted(process, join.warn)?;
+    let own_program = OwnProgram::identify().map_err(process_failed("identify this program"))?;
+    let foreign = foreign_namespaces(join.pid).map_err(process_failed("read the container's namespaces"))?;
+    let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(process_failed("make a pipe"));
+    let (verdict, verdict_writer) = pipe()?;
+    let (released, released_writer) = pipe()?;
+    match clone_into(&join, foreign)? {
+        Cloned::Parent { pid, pidfd } => {
+            drop((verdict_writer, released));
+            let joined = Joined { pid, pidfd };
+            let result = release(&join, pid, released_writer)
+                .and_then(|()| verdict::read(verdict.as_fd(), joined.pidfd(), join.cgroup, false));
+            if let Err(error) = result {
+                let _ = syscalls::pidfd_send_signal(joined.pidfd(), libc::SIGKILL);
+                let _ = joined.wait();
+                return Err(error);
+            }
+            Ok(joined)
+        }
+        Cloned::Child => {
+            drop((verdict, released_writer));
+            let child = Child {
+                entry: Entry {
+                    process,
+                    user: None,
+                    stdio: &join.stdio,
+                    capabilities: &capabilities,
+                    filter: filter.as_ref(),
+                    args: &args,
+                    env: &env,
+                    keyring: (!join.keep_keyring).then_some(&keyring),
+                    own_program,
+                    kill_on_parent_death: false,
+                    preserved_fds: join.preserved_fds,
+                    keep_groups: false,
+                    verdict: verdict_writer.as_fd(),
+                    gate: None,
+                    starter: RefCell::new(None),
+                },
+                join: &join,
+                kinds: foreign & !NEW_PID,
+                released: released.as_fd(),
+            };
+            verdict::run_to_program(&child.entry, || child.run())
+        }
+    }
+}
+
+fn clone_into(join: &Join<'_>, foreign: u64) -> Result<Cloned, LaunchError> {
+    let directory = join.cgroup.clone_target()?;
+    let clone = || {
+        syscalls::clone3(0, directory.as_ref().map(AsFd::as_fd)).map_err(process_failed("clone this process"))
+    };
+    if foreign & NEW_PID == 0 {
+        return clone();
+    }
+    // Only later children are affected by this, and then none any more.
+    let own = File::open("/proc/self/ns/pid").map_err(process_failed("open the own PID namespace"))?;
+    syscalls::join_namespaces(join.pidfd, NEW_PID).map_err(process_failed("join the PID namespace"))?;
+    let cloned = clone();
+    if !matches!(cloned, Ok(Cloned::Child)) {
+        move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))
+            .map_err(process_failed("return to the own PID namespace"))?;
+    }
+    cloned
+}
+
+/// Moves the process into the v1 cgroups, and lets it go on.
+fn release(join: &Join<'_>, pid: i32, writer: OwnedFd) -> Result<(), LaunchError> {
+    if join.cgroup.needs_attach() {
+        join.cgroup.attach(pid)?;
+    }
+    match rustix::io::write(&writer, &[0]) {
+        // It has failed already, and the verdict tells why.
+        Err(rustix::io::Errno::PIPE) => Ok(()),
+        result => result.map(drop).map_err(process_failed("tell the child to go on")),
+    }
+}
+
+struct Child<'a> {
+    entry: Entry<'a>,
+    join: &'a Join<'a>,
+    kinds: u64,
+    released: BorrowedFd<'a>,
+}
+
+impl Child<'_> {
+    fn run(&self) -> Result<Infallible, InitError> {
+        self.entry.detach_from_parent()?;
+        self.entry.become_undumpable()?;
+        let mut byte = [0];
+        if rustix::io::retry_on_intr(|| rustix::io::read(self.released, &mut byte))
+            .map_err(step("wait for the parent"))?
+            == 0
+        {
+            return Err(InitError::Orphaned);
+        }
+        self.entry.set_oom_score()?;
+        for rlimit in self.entry.process.rlimits().iter().flatten() {
+            // Once more than needed: in a user namespace only root of the machine could raise one.
+            rlimits::set(rlimit)?;
+        }
+        if self.kinds != 0 {
+            syscalls::join_namespaces(self.join.pidfd, self.kinds)
+                .map_err(step("join the container's namespaces"))?;
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = openat(CWD, "/", flags, Mode::empty()).map_err(step("open the container's root"))?;
+        if let Some(socket) = self.join.console_socket {
+            console::set_up(root.as_fd(), self.entry.process, false, socket)?;
+        }
+        if let Some(personality) = self.join.personality {
+            scheduling::set_personality(personality)?;
+        }
+        let account = self.entry.account(root.as_fd())?;
+        let env = self.entry.environment(root.as_fd(), &account);
+        let program = self.entry.take_on_identity(&account)?;
+        self.entry.execute(&program, &env, &|| Ok(()))
+    }
+}
