@@ -15,7 +15,9 @@ pub fn line(text: &str) -> u8 {
 pub fn list(home: &Home, format: Format, quiet: bool) -> Result<u8, Error> {
     let all = cloche_oci::list(home)?;
     if quiet {
-        all.iter().for_each(|known| drop(line(known.id())));
+        for known in &all {
+            line(known.id());
+        }
         return Ok(0);
     }
     let states: Vec<_> = all.iter().map(cloche_oci::Known::state).collect();
