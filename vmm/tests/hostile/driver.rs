@@ -358,6 +358,9 @@ pub const ECHO: u32 = 0x1234_5678;
 pub const SERVED: u32 = 7;
 pub const NOBODY: u32 = 8;
 
+/// The port that the first stream of the host comes from; each further one comes from the next.
+pub const FIRST_HOST_PORT: u32 = 1 << 30;
+
 /// A socket packet's header (§5.10.6).
 #[derive(Debug, Clone)]
 pub struct Packet {

@@ -80,7 +80,7 @@ pub struct Ended {
     pub end: End,
     /// The VMM's log.
     pub log: String,
-    /// Bytes that the host's port took.
+    /// Bytes that the host took of streams.
     pub served_bytes: usize,
 }
 
@@ -100,7 +100,13 @@ pub enum Host {
     ReadsSlowly,
     /// All are taken and dropped.
     TakesAll,
+    /// Programs of the host open this many streams into the guest, each once the one before is let in, and then
+    /// [`UNANSWERED`] that the guest ignores. They take what comes when all are there, after a while.
+    Dials(u32),
 }
+
+/// Streams into the guest that nobody answers.
+pub const UNANSWERED: usize = 200;
 
 impl Default for Setting {
     fn default() -> Self {
@@ -119,6 +125,8 @@ pub fn run(guest: &Guest, setting: &Setting) -> Result<Ended, Failed> {
     theirs.set_nonblocking(true)?;
     // The VMM inherits it under the same number.
     rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty())?;
+    let dialled = UnixListener::bind(folder.path().join("vsock"))?;
+    rustix::io::fcntl_setfd(&dialled, rustix::io::FdFlags::empty())?;
     let cable = UnixListener::bind(folder.path().join("net"))?;
     let echoing = thread::spawn(move || echo(&cable));
     let served = Arc::new(AtomicUsize::new(0));
@@ -126,18 +134,20 @@ pub fn run(guest: &Guest, setting: &Setting) -> Result<Ended, Failed> {
     let serving = {
         let (served, host) = (served.clone(), setting.host);
         let ended = ended.clone();
-        thread::spawn(move || serve(ours, host, &served, &ended))
+        let programs = folder.path().join("vsock");
+        thread::spawn(move || serve(ours, host, &programs, &served, &ended))
     };
 
     let mut child = Command::new(std::env::current_exe()?)
         .args([VMM_ARGUMENT, &setting.vcpus.to_string()])
         .arg(folder.path())
         .arg(theirs.as_raw_fd().to_string())
+        .arg(dialled.as_raw_fd().to_string())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    drop(theirs);
+    drop((theirs, dialled));
     let output = reader(child.stdout.take());
     let errors = reader(child.stderr.take());
     let deadline = Instant::now() + PATIENCE;
@@ -222,8 +232,9 @@ fn echo(listener: &UnixListener) {
     }
 }
 
-fn serve(mut stream: UnixStream, host: Host, served: &AtomicUsize, ended: &AtomicBool) {
+fn serve(mut stream: UnixStream, host: Host, programs: &Path, served: &AtomicUsize, ended: &AtomicBool) {
     match host {
+        Host::Dials(count) => served.store(dial(programs, count), Ordering::Relaxed),
         Host::Listens => {
             while !ended.load(Ordering::Relaxed) {
                 thread::sleep(Duration::from_millis(5));
@@ -241,8 +252,39 @@ fn serve(mut stream: UnixStream, host: Host, served: &AtomicUsize, ended: &Atomi
     }
 }
 
-/// The VMM process: `VCPUS FOLDER SOCKET` are its arguments.
-pub fn vmm(vcpus: &str, folder: &Path, socket: &str) -> Result<(), Box<dyn std::error::Error>> {
+/// Opens the streams, and returns how many bytes came on all of them.
+fn dial(programs: &Path, count: u32) -> usize {
+    let connect = || -> std::io::Result<UnixStream> {
+        let mut stream = UnixStream::connect(programs)?;
+        stream.write_all(b"CONNECT 52\n")?;
+        Ok(stream)
+    };
+    let mut streams = Vec::new();
+    for _ in 0..count {
+        let Ok(mut stream) = connect() else { break };
+        let mut byte = [0];
+        // "OK", and the port that the stream comes from.
+        while stream.read_exact(&mut byte).is_ok() && byte != *b"\n" {}
+        streams.push(stream);
+    }
+    let unanswered: Vec<_> = (0..UNANSWERED).map_while(|_| connect().ok()).collect();
+    thread::sleep(Duration::from_millis(500));
+    let mut bytes = Vec::new();
+    for mut stream in streams {
+        // One that was reset has nothing more to say.
+        let _ = stream.read_to_end(&mut bytes);
+    }
+    drop(unanswered);
+    bytes.len()
+}
+
+/// The VMM process: `VCPUS FOLDER SOCKET LISTENER` are its arguments.
+pub fn vmm(
+    vcpus: &str,
+    folder: &Path,
+    socket: &str,
+    listener: &str,
+) -> Result<(), Box<dyn std::error::Error>> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
     // A panic in any thread is the end, and a failed test.
     let report_panic = std::panic::take_hook();
@@ -250,7 +292,7 @@ pub fn vmm(vcpus: &str, folder: &Path, socket: &str) -> Result<(), Box<dyn std::
         report_panic(panic);
         std::process::abort();
     }));
-    let config = config(vcpus.parse()?, folder, socket.parse()?);
+    let config = config(vcpus.parse()?, folder, socket.parse()?, listener.parse()?);
     let watch = Watch::new();
     let (fds_before, threads_before) = (count("fd"), count("task"));
     let before = allocator::live();
@@ -281,12 +323,13 @@ pub fn vmm(vcpus: &str, folder: &Path, socket: &str) -> Result<(), Box<dyn std::
     Ok(std::io::stdout().write_all(&serde_json::to_vec(&report)?)?)
 }
 
-fn config(vcpus: u8, folder: &Path, socket: i32) -> VmConfig {
+fn config(vcpus: u8, folder: &Path, socket: i32, listener: i32) -> VmConfig {
     let mut config = VmConfig::new(vcpus, 32, folder.join("kernel"));
     // JSON, so that fields which a test does not care about may come and go.
     let disk = serde_json::json!({ "path": folder.join("disk"), "id": "disk" });
     config.disks = serde_json::from_value::<DiskConfig>(disk).into_iter().collect();
-    let vsock = serde_json::json!({ "guest_cid": 3, "ports": [{ "port": SERVED, "fd": socket }] });
+    let ports = serde_json::json!([{ "port": SERVED, "fd": socket }]);
+    let vsock = serde_json::json!({ "guest_cid": 3, "listen_fd": listener, "ports": ports });
     config.vsock = serde_json::from_value::<VsockConfig>(vsock).ok();
     let net = serde_json::json!({
         "backend": { "socket-path": folder.join("net") },

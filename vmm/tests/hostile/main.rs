@@ -18,10 +18,10 @@ use machine::End;
 
 fn main() {
     let words: Vec<String> = env::args().collect();
-    if let [_, argument, vcpus, folder, socket] = words.as_slice()
+    if let [_, argument, vcpus, folder, socket, listener] = words.as_slice()
         && argument == machine::VMM_ARGUMENT
     {
-        if let Err(error) = machine::vmm(vcpus, Path::new(folder), socket) {
+        if let Err(error) = machine::vmm(vcpus, Path::new(folder), socket, listener) {
             eprintln!("{error}");
             std::process::exit(1);
         }
@@ -57,8 +57,8 @@ fn run(case: &Case) -> Result<(), Failed> {
     if lines > 40 {
         return Err(format!("{lines} lines were logged: {}", ended.log).into());
     }
-    if ended.served_bytes != case.served_bytes {
-        return Err(format!("the host got {} bytes, not {}", ended.served_bytes, case.served_bytes).into());
+    if !case.served_bytes.contains(&ended.served_bytes) {
+        return Err(format!("the host got {} bytes, not {:?}", ended.served_bytes, case.served_bytes).into());
     }
     Ok(())
 }

@@ -13,9 +13,10 @@ use oci_spec::runtime::{LinuxMemory, LinuxPids, LinuxResources};
 
 use crate::sandboxes::cgroup_path;
 
-/// What the VMM takes besides guest memory: itself, its threads' stacks, KVM's structures, and some room for the cached
-/// content of the files it reads, which counts although it is given up first.
-const VMM_BYTES: u64 = 64 << 20;
+/// What the VMM takes besides guest memory: itself, its threads' stacks, KVM's structures, 32 MiB that may wait for slow
+/// readers of streams, in up to twice the memory, and some room for the cached content of the files it reads, which
+/// counts although it is given up first.
+const VMM_BYTES: u64 = 128 << 20;
 /// For each vCPU and each disk.
 const THREAD_BYTES: u64 = 1 << 20;
 /// Of guest memory: page tables of the VMM's and of KVM's, with reverse maps, in pages of 4 KiB: 8 bytes each of the
@@ -169,9 +170,9 @@ mod tests {
     fn limit_follows_from_the_guests_memory_and_what_serves_it() {
         const MIB: u64 = 1 << 20;
         let mut config = VmConfig::new(2, 1024, "/kernel");
-        assert_eq!(Limits::of(&config), Limits { memory_bytes: (1024 + 16 + 64 + 2) * MIB, tasks: 34 });
+        assert_eq!(Limits::of(&config), Limits { memory_bytes: (1024 + 16 + 128 + 2) * MIB, tasks: 34 });
         config.share = Some(ShareConfig { tag: "share".into(), socket_fd: 3 });
-        assert_eq!(Limits::of(&config).memory_bytes, (1024 + 16 + 64 + 2 + 768) * MIB);
+        assert_eq!(Limits::of(&config).memory_bytes, (1024 + 16 + 128 + 2 + 768) * MIB);
     }
 
     #[test]

@@ -10,10 +10,11 @@
 //! When the guest has ended both, what is left is flushed and a RESET answers; a RESET from the guest ends all at once,
 //! except that data which the guest sent before it closed is still flushed.
 
-use std::{collections::VecDeque, io, net::Shutdown, num::Wrapping};
+use std::{io, net::Shutdown, num::Wrapping};
 
 use super::{
     Stream,
+    backlog::Backlog,
     packet::{Header, op, shutdown},
 };
 use crate::virtio::queue::Buffers;
@@ -41,7 +42,7 @@ pub enum Verdict {
 pub struct Connection<S> {
     stream: S,
     /// Bytes from the guest that the stream has not taken yet.
-    outgoing: VecDeque<u8>,
+    outgoing: Backlog,
     /// Bytes from the guest that were passed on.
     forwarded: Wrapping<u32>,
     /// Value of `forwarded` in the last packet to the guest.
@@ -98,7 +99,7 @@ impl<S: Stream> Connection<S> {
     fn opening(stream: S, opening: Opening, (guest_buffer, guest_forwarded): (u32, Wrapping<u32>)) -> Self {
         Self {
             stream,
-            outgoing: VecDeque::new(),
+            outgoing: Backlog::default(),
             forwarded: Wrapping(0),
             forwarded_told: Wrapping(0),
             guest_ended: 0,
@@ -191,7 +192,7 @@ impl<S: Stream> Connection<S> {
         if self.write_broken {
             self.passed_on(data.len());
         } else {
-            self.outgoing.extend(data.to_vec());
+            self.outgoing.push(&data.to_vec());
         }
     }
 
@@ -208,16 +209,11 @@ impl<S: Stream> Connection<S> {
     /// The stream takes data again.
     pub fn writable(&mut self) {
         while !self.outgoing.is_empty() && !self.write_broken {
-            let (front, _) = self.outgoing.as_slices();
-            match self.stream.write(front) {
+            match self.stream.write(self.outgoing.front()) {
                 Ok(0) => return,
                 Ok(count) => {
-                    self.outgoing.drain(..count);
+                    self.outgoing.drop_front(count);
                     self.passed_on(count);
-                    if self.outgoing.is_empty() {
-                        // What it has grown to is given back: there may be hundreds of these.
-                        self.outgoing = VecDeque::new();
-                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
@@ -250,13 +246,13 @@ impl<S: Stream> Connection<S> {
                 self.write_broken = true;
                 self.ended |= shutdown::RECEIVE;
                 let dropped = self.outgoing.len();
-                self.outgoing = VecDeque::new();
+                self.outgoing.clear();
                 self.passed_on(dropped);
             }
             // Nothing more can be passed on, and the guest is told so.
             _ => {
                 self.write_broken = true;
-                self.outgoing = VecDeque::new();
+                self.outgoing.clear();
                 self.reset = true;
             }
         }

@@ -16,6 +16,7 @@
 //! no more than that allows (§5.10.6.3). So a host process that does not read stops the guest's writer, and a guest
 //! that does not read stops the host's, without anything in between growing.
 
+mod backlog;
 mod connection;
 mod device;
 mod handshake;
