@@ -117,7 +117,7 @@ fn kill_and_delete(cgroup: Cgroup) -> Result<(), CgroupError> {
 
 impl Limits {
     fn of(config: &VmConfig) -> Self {
-        let guest = config.memory_bytes();
+        let guest = config.most_memory_bytes();
         let threads = u64::from(config.vcpus) + config.disks.len() as u64;
         let file_server = if config.share.is_some() { FILE_SERVER_BYTES } else { 0 };
         Self {
