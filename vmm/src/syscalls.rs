@@ -3,6 +3,7 @@
 
 use std::{
     io,
+    ops::Range,
     os::fd::{FromRawFd, OwnedFd, RawFd},
 };
 
@@ -79,28 +80,56 @@ pub fn kill_own_process() -> ! {
     std::process::exit(137)
 }
 
-/// Gives the pages of a constant back to the host, if it lies in this executable's file; they come back from there if
-/// anybody looks again.
+/// Gives the pages of a constant back to the host, if it lies in this executable's file and is mapped from there; they
+/// come back from it if anybody looks again. Where the linker has put the constant does not matter.
 pub fn forget_constant(constant: &[u8]) {
-    unsafe extern "C" {
-        // Where the linker put the executable's first byte, and the one after its code.
-        safe static __executable_start: u8;
-        safe static etext: u8;
-    }
     const PAGE: usize = 4096;
-    let file_backed = (&raw const __executable_start).addr()..(&raw const etext).addr();
     let range = constant.as_ptr_range();
     // Whole pages only: the neighbours are somebody else's.
     let start = range.start.addr().next_multiple_of(PAGE);
     let end = range.end.addr() / PAGE * PAGE;
-    if start >= end || start < file_backed.start || end > file_backed.end {
+    let mut search = Search { wanted: start..end, found: false };
+    if start < end {
+        // SAFETY: the callback is given a live description of each object, and this live `search`.
+        unsafe { libc::dl_iterate_phdr(Some(look_for_constant), (&raw mut search).cast()) };
+    }
+    if !search.found {
         return;
     }
-    // SAFETY: all of the range lies between the executable's headers and the end of its code, in segments that are
-    // mapped privately from its file and never writable, so that what is read later is what was read before.
+    // SAFETY: all of the range lies in the file's part of a segment that is mapped privately and was never writable, so
+    // that what is read later is what was read before.
     unsafe {
         libc::madvise(range.start.with_addr(start).cast_mut().cast(), end - start, libc::MADV_DONTNEED)
     };
+}
+
+struct Search {
+    wanted: Range<usize>,
+    /// Whether it lies in a segment of a file that is never written to.
+    found: bool,
+}
+
+/// For dl_iterate_phdr(3), with a [`Search`].
+unsafe extern "C" fn look_for_constant(
+    object: *mut libc::dl_phdr_info,
+    _: usize,
+    search: *mut libc::c_void,
+) -> libc::c_int {
+    // SAFETY: `forget_constant` has passed a `Search`, and does not use it meanwhile.
+    let search = unsafe { &mut *search.cast::<Search>() };
+    // SAFETY: dl_iterate_phdr passes a live description.
+    let object = unsafe { &*object };
+    // SAFETY: it has so many program headers there, for as long as the object is loaded.
+    let headers = unsafe { std::slice::from_raw_parts(object.dlpi_phdr, object.dlpi_phnum.into()) };
+    search.found |= headers
+        .iter()
+        .filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W == 0)
+        .any(|header| {
+            let start = object.dlpi_addr.wrapping_add(header.p_vaddr) as usize;
+            let end = start.wrapping_add(header.p_filesz as usize);
+            start <= search.wanted.start && search.wanted.end <= end
+        });
+    libc::c_int::from(search.found)
 }
 
 #[cfg(test)]
