@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{self, Write},
-    os::fd::RawFd,
+    os::{fd::RawFd, unix::fs::MetadataExt},
 };
 
 use rustix::{
@@ -16,9 +16,11 @@ use rustix::{
 
 use super::{JailError, NAMESPACES_HINT, failed, syscalls};
 
-/// User and group ids from here on, one for each process id, belong to VMMs. Nothing else is given ids of this range:
-/// those of containers end below it (systemd's `docs/UIDS-GIDS.md`), and process ids have 22 bits.
+/// User and group ids from here on belong to VMMs. Nothing else is given ids of this range: those of containers end below
+/// it (systemd's `docs/UIDS-GIDS.md`).
 const FIRST_ID: u32 = 0x7000_0000;
+/// How many they are. Linux numbers namespaces from 0xf000_0000 on (`PROC_DYNAMIC_FIRST`), and so has as many.
+const IDS: u64 = 0x1000_0000;
 
 /// Has the kernel kill this process when the monitor ends, and fails if that has happened already.
 pub fn die_with_parent(events: Option<RawFd>) -> Result<(), JailError> {
@@ -61,12 +63,16 @@ fn own_id() -> io::Result<Option<u32>> {
     if !geteuid().is_root() {
         return Ok(None);
     }
-    // A link to the process id in the PID namespace of the host, or of the container that all this runs in.
-    let pid = fs::read_link("/proc/self")?;
-    let pid: u32 = pid.to_str().and_then(|pid| pid.parse().ok()).ok_or(io::ErrorKind::InvalidData)?;
-    let id = FIRST_ID + pid;
+    // Of all that tells one VMM from others, this is not told apart by namespaces: roots of two containers, which are one
+    // user to the kernel, may give the same process id, and have VMMs with the same id.
+    let id = id_of(fs::metadata("/proc/self/ns/pid")?.ino());
     let known = |map: &str| fs::read_to_string(map).map(|map| covers(&map, id));
     Ok((known("/proc/self/uid_map")? && known("/proc/self/gid_map")?).then_some(id))
+}
+
+/// The id that belongs to a PID namespace. No two that exist have the same number, on the whole host.
+fn id_of(pid_namespace: u64) -> u32 {
+    FIRST_ID + (pid_namespace % IDS) as u32
 }
 
 /// Whether an id is in a map of a user namespace (user_namespaces(7): first id inside, first outside, how many).
@@ -112,6 +118,12 @@ fn write(path: &str, text: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn id_of_each_namespace_is_its_own() {
+        let ids = [0xf000_0000, 0xf000_0001, 0xffff_ffff].map(id_of);
+        assert_eq!(ids, [0x7000_0000, 0x7000_0001, 0x7fff_ffff]);
+    }
 
     #[test]
     fn map_covers_what_is_between_first_and_count() {

@@ -182,6 +182,8 @@ fn look_at(inmate: &mut Child) -> io::Result<String> {
             (fs::read_link(folder.join("ns").join(kind))?, Path::new("/proc/self/ns").join(kind));
         seen += &format!("{kind} {}\n", if its == fs::read_link(own)? { "shared" } else { "apart" });
     }
+    let namespace = fs::metadata(folder.join("ns/pid"))?;
+    seen += &format!("namespace {}\n", std::os::unix::fs::MetadataExt::ino(&namespace));
     for entry in fs::read_dir(folder.join("fd"))? {
         seen += &format!("open {}\n", fs::read_link(entry?.path())?.display());
     }

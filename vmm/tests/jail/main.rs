@@ -191,6 +191,16 @@ fn looks_closed(user: User) -> Result<(), Failed> {
     if root && matches!(user, User::Own) {
         return Err("it runs as root".into());
     }
+    if rustix::process::geteuid().is_root() && matches!(user, User::Own) {
+        // Nobody else's on this host: not even a VMM's with the same process id in another container.
+        let namespace = seen("namespace ").first().and_then(|line| line[10..].parse::<u64>().ok());
+        let own = (0x7000_0000 + namespace.ok_or("no namespace")? % 0x1000_0000).to_string();
+        for line in [seen("Uid:"), seen("Gid:")].concat() {
+            if line.split_whitespace().skip(1).any(|id| id != own) {
+                return Err(format!("{line}, not {own}").into());
+            }
+        }
+    }
     for kind in ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"] {
         is(&format!("{kind} "), &["apart"])?;
     }
