@@ -67,6 +67,9 @@ struct ThroughputArguments {
     /// Only the process of the host
     #[arg(long)]
     no_vm: bool,
+    /// Only rows with this in their name, such as `disk` or `host to guest`
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
     /// Also write every figure to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -118,8 +121,8 @@ fn run(command: Command) -> anyhow::Result<()> {
             print!("{report}");
             json.map_or(Ok(()), |file| report.write_json(&file))
         }
-        Command::Throughput(ThroughputArguments { runs, no_vm, json }) => {
-            let report = throughput::measure(runs, no_vm)?;
+        Command::Throughput(ThroughputArguments { runs, no_vm, only, json }) => {
+            let report = throughput::measure(runs, no_vm, only)?;
             print!("{report}");
             json.map_or(Ok(()), |file| report.write_json(&file))
         }

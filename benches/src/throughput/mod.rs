@@ -4,7 +4,7 @@
 //! ```text
 //!   host: this program                                guest: this program as /init (or a process of the host)
 //!   dials the guest's vsock port, then for each of PHASES:
-//!      KVM's counter, "go"  ◀── control, over TCP ──▶  "ready", the work, the time that it took
+//!      KVM's counter, "go"  ◀── control, over TCP ──▶  "ready", the work, the time that it took (or "skip")
 //!      its part of a stream ◀── TCP, or vsock ──────▶  its part of a stream
 //! ```
 //!
@@ -20,7 +20,7 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read as _, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -81,12 +81,15 @@ impl Contender {
 struct Bed<'a> {
     scratch: &'a Path,
     listener: TcpListener,
-    initramfs: std::path::PathBuf,
-    disk: std::path::PathBuf,
+    initramfs: PathBuf,
+    disk: PathBuf,
+    /// What a phase's name must contain.
+    only: String,
 }
 
 /// Measures every contender, round after round.
-pub fn measure(runs: u32, only_process: bool) -> Result<ThroughputReport> {
+pub fn measure(runs: u32, only_process: bool, only: String) -> Result<ThroughputReport> {
+    ensure!(PHASES.iter().any(|phase| phase.name.contains(&only)), "no row has {only:?} in its name");
     let scratch = tempfile::Builder::new().prefix("cloche-bench.").tempdir().context("make a directory")?;
     let mut contenders = vec![Contender::Process];
     let mut missing = Vec::new();
@@ -112,7 +115,7 @@ pub fn measure(runs: u32, only_process: bool) -> Result<ThroughputReport> {
     }
     let listener = TcpListener::bind(("0.0.0.0", HOST_PORT)).context("listen for guests")?;
     listener.set_nonblocking(true)?;
-    let bed = Bed { scratch: scratch.path(), listener, initramfs, disk: scratch.path().join("disk") };
+    let bed = Bed { scratch: scratch.path(), listener, initramfs, disk: scratch.path().join("disk"), only };
     fill(&bed.disk)?;
     let mut outcomes: Vec<(Contender, Outcome)> =
         contenders.into_iter().map(|contender| (contender, Outcome::default())).collect();
@@ -230,14 +233,16 @@ impl Bed<'_> {
         let mut buffer = vec![0; PIECE_BYTES];
         let mut figures = Vec::new();
         for phase in PHASES {
-            if phase.carrier() == Some(Carrier::Sockets) && sockets.is_none() {
-                figures.push(None);
-                continue;
-            }
             let mut ready = [0];
             control
                 .read_exact(&mut ready)
                 .with_context(|| format!("wait for the guest before {}", phase.name))?;
+            let impossible = phase.carrier() == Some(Carrier::Sockets) && sockets.is_none();
+            if impossible || !phase.name.contains(&self.only) {
+                control.write_all(&[0])?;
+                figures.push(None);
+                continue;
+            }
             let before = kvm_exits();
             control.write_all(&[1])?;
             let part = match phase.carrier() {

@@ -70,7 +70,7 @@ const fn disk(
 /// All of them.
 pub const PHASES: &[Phase] = &[
     disk("disk, 4 KiB reads at random", false, (SMALL, 2000, 1), true),
-    disk("the same, 16 at a time", false, (SMALL, 250, 16), true),
+    disk("disk, 4 KiB reads, 16 at a time", false, (SMALL, 250, 16), true),
     disk("disk, 1 MiB reads in order", false, (LARGE, LARGE_OPERATIONS, 1), false),
     disk("disk, 4 KiB writes at random", true, (SMALL, 2000, 1), true),
     disk("disk, 1 MiB writes in order", true, (LARGE, LARGE_OPERATIONS, 1), false),

@@ -79,6 +79,13 @@ impl fmt::Display for ThroughputReport {
         }
         writeln!(f)?;
         for (index, phase) in PHASES.iter().enumerate() {
+            if self
+                .columns
+                .iter()
+                .all(|(_, outcome)| outcome.median(index, |figure| Some(figure.ns)).is_none())
+            {
+                continue;
+            }
             write!(f, "{:<30}", phase.name)?;
             for (_, outcome) in &self.columns {
                 write!(f, " {:>20}", self.cell(outcome, index, phase))?;

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::{
+    collections::VecDeque,
     io,
     os::fd::{AsRawFd, BorrowedFd},
     ptr,
@@ -102,6 +103,50 @@ fn repeat(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
     }
 }
 
+/// Buffers of one guest that a device keeps until it has use for them; first in, first out.
+#[derive(Debug)]
+pub struct Kept {
+    /// Each lies in `memory`, whole.
+    buffers: VecDeque<libc::iovec>,
+    /// Keeps the buffers mapped.
+    memory: Arc<GuestMemory>,
+}
+
+// SAFETY: as for `Transfer`.
+unsafe impl Send for Kept {}
+
+impl Kept {
+    /// Without buffers, for those of this guest.
+    pub fn new(memory: Arc<GuestMemory>) -> Self {
+        Self { buffers: VecDeque::new(), memory }
+    }
+
+    /// Appends one; false, and nothing is kept, if it is not of this guest.
+    pub fn push(&mut self, slice: &VolatileSlice) -> bool {
+        let buffer = iovec_in(&self.memory, slice);
+        self.buffers.extend(buffer);
+        buffer.is_some()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.buffers.len()
+    }
+
+    /// The first `count` of them.
+    pub fn slices(&self, count: usize) -> impl Iterator<Item = VolatileSlice<'_>> {
+        self.buffers.iter().take(count).map(|buffer| {
+            // SAFETY: it lies in guest memory (`push`), which is mapped for as long as `self` is borrowed.
+            unsafe { VolatileSlice::new(buffer.iov_base.cast(), buffer.iov_len) }
+        })
+    }
+
+    /// Drops the first `count` of them.
+    pub fn drop_front(&mut self, count: usize) {
+        self.buffers.drain(..count.min(self.buffers.len()));
+    }
+}
+
 /// One byte of a guest, to be written later.
 #[derive(Debug)]
 pub struct GuestByte {
@@ -184,10 +229,29 @@ mod tests {
     }
 
     #[test]
+    fn kept_buffers_come_out_in_order_and_are_the_guests() {
+        let memory = memory();
+        let mut kept = Kept::new(memory.clone());
+        for address in [100, 300, 200] {
+            assert!(kept.push(&memory.get_slice(GuestAddress(address), 4).unwrap()));
+        }
+        kept.drop_front(1);
+        assert_eq!(kept.len(), 2);
+        for (slice, byte) in kept.slices(5).zip([3, 2]) {
+            slice.copy_from(&[byte; 4]);
+        }
+        let seen = [100, 300, 200].map(|address| memory.read_obj::<u32>(GuestAddress(address)).unwrap());
+        assert_eq!(seen, [0, 0x0303_0303, 0x0202_0202]);
+        kept.drop_front(9);
+        assert_eq!(kept.slices(1).count(), 0);
+    }
+
+    #[test]
     fn buffers_of_other_memory_are_refused() {
         let (memory, other) = (memory(), memory());
         let slice = [other.get_slice(GuestAddress(0), 1).unwrap()];
         assert!(Transfer::new(&memory, &slice).is_none());
+        assert!(!Kept::new(memory.clone()).push(&slice[0]));
         assert!(GuestByte::new(&memory, &slice).is_none());
         assert!(GuestByte::new(&memory, &[]).is_none());
         GuestByte::new(&other, &slice).unwrap().write(7);

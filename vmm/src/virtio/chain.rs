@@ -1,18 +1,31 @@
 //! A descriptor chain as its driver linked it (virtio 1.2 §2.7.5): descriptors of the queue's table, then, if the last
 //! of them says so, those of one indirect table.
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory};
 
 use super::queue::QueueError;
 use crate::guest_memory::GuestMemory;
 
 const DESCRIPTOR_BYTES: u64 = 16;
 
+/// Reads what lies in one piece. This is what a device does most, and `read_obj` takes a way that suits any length.
+pub fn read<T: ByteValued>(memory: &GuestMemory, address: u64) -> Result<T, GuestMemoryError> {
+    let slice = memory.get_slice(GuestAddress(address), size_of::<T>())?;
+    Ok(slice.get_ref::<T>(0)?.load())
+}
+
 /// Descriptor flags.
 mod flag {
     pub const NEXT: u16 = 1;
     pub const WRITE: u16 = 2;
     pub const INDIRECT: u16 = 4;
+}
+
+/// Writes what lies in one piece.
+pub fn write<T: ByteValued>(memory: &GuestMemory, address: u64, value: T) -> Result<(), GuestMemoryError> {
+    let slice = memory.get_slice(GuestAddress(address), size_of::<T>())?;
+    slice.get_ref::<T>(0)?.store(value);
+    Ok(())
 }
 
 /// A buffer of a chain; where it lies is not checked yet.
@@ -103,15 +116,9 @@ impl<'m> Walk<'m> {
         }
         let outside = || self.broken("its table is not in memory (virtio 1.2 §2.7.5)");
         let at = self.table.checked_add(u64::from(index) * DESCRIPTOR_BYTES).ok_or_else(outside)?;
-        // One read: the driver may change it at any time, but not under us.
-        let bytes: [u8; 16] = self.memory.read_obj(GuestAddress(at)).map_err(|_| outside())?;
-        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = bytes;
-        Ok((
-            u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-            u32::from_le_bytes([l0, l1, l2, l3]),
-            u16::from_le_bytes([f0, f1]),
-            u16::from_le_bytes([n0, n1]),
-        ))
+        // Each half is read once: the driver may change it at any time, but not under us.
+        let [address, rest] = read::<[u64; 2]>(self.memory, at).map_err(|_| outside())?.map(u64::from_le);
+        Ok((address, rest as u32, (rest >> 32) as u16, (rest >> 48) as u16))
     }
 }
 

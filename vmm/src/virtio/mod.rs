@@ -31,5 +31,6 @@ pub mod net;
 pub mod pmem;
 pub mod queue;
 pub mod rng;
+mod slices;
 pub mod vsock;
 pub mod worker;

@@ -10,8 +10,9 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
 use super::{
-    chain::{Descriptor, Walk},
+    chain::{self, Descriptor, Walk},
     counters::QueueCounters,
+    slices::Slices,
 };
 use crate::guest_memory::{self, GuestMemory};
 
@@ -21,7 +22,8 @@ pub const FEATURE_EVENT_IDX: u64 = 1 << 29;
 /// Offset of the index in either ring, and of the first element (virtio 1.2 §2.7.6, §2.7.8).
 const RING_INDEX: u64 = 2;
 const RING_ELEMENTS: u64 = 4;
-/// Bytes of an element of the used ring.
+/// Bytes of an element of the available ring, and of the used ring.
+const AVAILABLE_ELEMENT_BYTES: u64 = 2;
 const USED_ELEMENT_BYTES: u64 = 8;
 /// In the available ring's flags (virtio 1.2 §2.7.6): the driver wants no interrupts.
 const NO_INTERRUPT: u16 = 1;
@@ -111,6 +113,8 @@ pub struct VirtQueue {
     told: u16,
     /// Chains that were taken and not yet returned.
     outstanding: u16,
+    /// Chains that are known to be available: so many are taken without reading the available ring's index again.
+    known: u16,
     counters: Arc<QueueCounters>,
     /// Descriptors and readable bytes of the last chain, in case it is put back.
     last: (u64, u64),
@@ -149,7 +153,7 @@ impl VirtQueue {
         if !ring.is_valid(memory) || written.is_none() {
             return Err(bad());
         }
-        Ok(Self { ring, told: 0, outstanding: 0, counters: Arc::default(), last: (0, 0) })
+        Ok(Self { ring, told: 0, outstanding: 0, known: 0, counters: Arc::default(), last: (0, 0) })
     }
 
     /// The same queue, counting here.
@@ -159,8 +163,7 @@ impl VirtQueue {
 
     /// The next chain that the driver made available.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueError> {
-        let Some(chain) = self.ring.iter(memory).map_err(QueueError::Ring)?.next() else { return Ok(None) };
-        let head = chain.head_index();
+        let Some(head) = self.next_head(memory)? else { return Ok(None) };
         let limit = self.ring.size();
         if self.outstanding >= limit {
             return Err(QueueError::Outstanding { limit });
@@ -189,6 +192,29 @@ impl VirtQueue {
         Ok(Some(Chain { head, readable, writable, size: self.last }))
     }
 
+    /// The first descriptor of the next chain.
+    fn next_head(&mut self, memory: &GuestMemory) -> Result<Option<u16>, QueueError> {
+        let failed = |error| QueueError::Ring(virtio_queue::Error::GuestMemory(error));
+        let (available, size, next) = (self.ring.avail_ring(), self.ring.size(), self.ring.next_avail());
+        // `is_valid` has checked that the whole ring is in memory, so that no sum overflows.
+        if self.known == 0 {
+            // Acquire: who sees the index sees the ring's elements and the descriptors (§2.7.13.3).
+            let index =
+                memory.load(GuestAddress(available + RING_INDEX), Ordering::Acquire).map_err(failed)?;
+            let known = u16::from_le(index).wrapping_sub(next);
+            if known > size {
+                return Err(QueueError::Ring(virtio_queue::Error::InvalidAvailRingIndex));
+            }
+            self.known = known;
+        }
+        let Some(rest) = self.known.checked_sub(1) else { return Ok(None) };
+        let slot = available + RING_ELEMENTS + u64::from(next % size) * AVAILABLE_ELEMENT_BYTES;
+        let head = chain::read::<u16>(memory, slot).map_err(failed)?;
+        self.known = rest;
+        self.ring.set_next_avail(next.wrapping_add(1));
+        Ok(Some(u16::from_le(head)))
+    }
+
     /// Its entries.
     pub fn size(&self) -> u16 {
         self.ring.size()
@@ -197,6 +223,7 @@ impl VirtQueue {
     /// Makes the next [`VirtQueue::pop`] return the last chain once more.
     pub fn undo_pop(&mut self) {
         self.ring.go_to_previous_position();
+        self.known = self.known.saturating_add(1);
         self.outstanding = self.outstanding.saturating_sub(1);
         self.counters.untaken(self.last.0, self.last.1);
     }
@@ -204,6 +231,7 @@ impl VirtQueue {
     /// Puts back the chain that was taken last of those that are neither put back nor returned.
     pub fn put_back(&mut self, chain: &Chain) {
         self.ring.go_to_previous_position();
+        self.known = self.known.saturating_add(1);
         self.outstanding = self.outstanding.saturating_sub(1);
         self.counters.untaken(chain.size.0, chain.size.1);
     }
@@ -227,7 +255,7 @@ impl VirtQueue {
             // `is_valid` has checked that the whole ring is in memory, so that no sum overflows.
             let slot = used + RING_ELEMENTS + u64::from(next % size) * USED_ELEMENT_BYTES;
             let element = u64::from(*written) << 32 | u64::from(*head);
-            memory.write_obj(element.to_le_bytes(), GuestAddress(slot)).map_err(failed)?;
+            chain::write(memory, slot, element.to_le()).map_err(failed)?;
             next = next.wrapping_add(1);
         }
         // Release: who sees the index sees the elements (§2.7.8.2).
@@ -274,7 +302,7 @@ impl VirtQueue {
 /// Guest buffers, one after the other; reading and writing consume them from the front.
 #[derive(Debug, Default)]
 pub struct Buffers<'m> {
-    slices: Vec<VolatileSlice<'m>>,
+    slices: Slices<'m>,
 }
 
 impl<'m> FromIterator<VolatileSlice<'m>> for Buffers<'m> {
@@ -294,24 +322,24 @@ impl<'m> Buffers<'m> {
 
     /// Bytes left. A chain has less than 4 GiB (virtio 1.2 §2.7.5.2), so this cannot overflow.
     pub fn len(&self) -> usize {
-        self.slices.iter().map(VolatileSlice::len).sum()
+        self.slices().iter().map(VolatileSlice::len).sum()
     }
 
     /// Whether no byte is left.
     pub fn is_empty(&self) -> bool {
-        self.slices.is_empty()
+        self.slices().is_empty()
     }
 
     /// The buffers that are left.
     pub fn slices(&self) -> &[VolatileSlice<'m>] {
-        &self.slices
+        self.slices.as_slice()
     }
 
     /// The first `bytes` bytes, or all if there are fewer; nothing is consumed.
     pub fn prefix(&self, bytes: usize) -> Buffers<'m> {
         let mut prefix = Buffers::default();
         let mut missing = bytes;
-        for slice in &self.slices {
+        for slice in self.slices() {
             let here = missing.min(slice.len());
             missing -= here;
             if let Ok(part) = slice.subslice(0, here) {
@@ -329,7 +357,7 @@ impl<'m> Buffers<'m> {
         let front = self.prefix(bytes);
         let mut rest = Buffers::default();
         let mut skipped = bytes;
-        for slice in self.slices.drain(..) {
+        for slice in self.slices() {
             let here = skipped.min(slice.len());
             skipped -= here;
             if let Ok(part) = slice.offset(here) {
@@ -344,7 +372,7 @@ impl<'m> Buffers<'m> {
     pub fn read<const N: usize>(&mut self) -> Option<[u8; N]> {
         let mut bytes = [0; N];
         let mut rest = bytes.as_mut_slice();
-        for slice in self.take(N)?.slices {
+        for slice in self.take(N)?.slices() {
             let (here, after) = rest.split_at_mut_checked(slice.len())?;
             slice.copy_to(here);
             rest = after;
@@ -356,7 +384,7 @@ impl<'m> Buffers<'m> {
     pub fn to_vec(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len()];
         let mut rest = bytes.as_mut_slice();
-        for slice in &self.slices {
+        for slice in self.slices() {
             let Some((here, after)) = rest.split_at_mut_checked(slice.len()) else { break };
             slice.copy_to(here);
             rest = after;
@@ -367,7 +395,7 @@ impl<'m> Buffers<'m> {
     /// Writes `bytes` to the front; false, and nothing is written, if they do not fit.
     pub fn write(&mut self, mut bytes: &[u8]) -> bool {
         let Some(front) = self.take(bytes.len()) else { return false };
-        for slice in front.slices {
+        for slice in front.slices() {
             let Some((here, after)) = bytes.split_at_checked(slice.len()) else { return false };
             slice.copy_from(here);
             bytes = after;

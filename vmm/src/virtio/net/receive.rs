@@ -1,11 +1,11 @@
 //! From the link into the guest's buffers (virtio 1.2 §5.1.6.3, §5.1.6.4).
 //!
 //! A frame's size is known only when it has been read, and it is read straight into guest memory. So buffers for the
-//! largest frame are taken from the queue first, and what the frame does not need is put back in the end. Behind them
+//! largest frame are taken from the queue first, and what the frame does not need is kept for the next one. Behind them
 //! the read has a spare buffer of our own, which catches what a driver with few or small buffers cannot take: with
 //! merged buffers it waits there for more of them, else the frame is dropped.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use vm_memory::VolatileSlice;
 
@@ -19,8 +19,8 @@ use crate::{
         frame_socket::scatter,
         link::{HEADER_BYTES, Link, MAX_FRAME_BYTES, ReceiveError},
     },
-    guest_memory::GuestMemory,
-    virtio::queue::{Chain, QueueError, VirtQueue},
+    guest_memory::{GuestMemory, transfer::Kept},
+    virtio::queue::{Buffers, Chain, QueueError, VirtQueue},
 };
 
 /// Buffers of a vectored read, the spare one not counted.
@@ -54,6 +54,8 @@ pub struct Receiver {
     readable: bool,
     /// A frame for which there were too few buffers, with its header.
     waiting: Option<Vec<u8>>,
+    /// Buffers that were taken from the queue.
+    stock: Stock,
     /// What a frame's buffers could not take. Without pages of its own until it is first needed.
     spare: Vec<u8>,
 }
@@ -68,6 +70,7 @@ impl Receiver {
             wanted: 0,
             readable: false,
             waiting: None,
+            stock: Stock::default(),
             spare: vec![0; HEADER_BYTES + MAX_FRAME_BYTES],
         }
     }
@@ -84,6 +87,8 @@ impl Receiver {
         self.merge = accepted & features::MRG_RXBUF != 0;
         self.readable = true;
         self.waiting = None;
+        // What a driver before this one made available is its own again.
+        self.stock = Stock::default();
     }
 
     /// The limit on what is received.
@@ -105,7 +110,6 @@ impl Receiver {
         budget: u16,
         dropped: &mut Dropped,
     ) -> Result<Received, QueueError> {
-        let mut stock = Stock::default();
         let mut outcome = Received::Turn;
         for _ in 0..budget {
             if (self.waiting.is_none() && !self.readable) || !self.limiter.permits() {
@@ -114,11 +118,11 @@ impl Receiver {
             }
             let frame = self.waiting.as_ref().map_or(self.wanted, Vec::len);
             let wanted = if self.merge { frame } else { 1 };
-            while stock.bytes < wanted && stock.slices < MAX_SLICES {
+            while self.stock.bytes < wanted && self.stock.slices() < MAX_SLICES {
                 let Some(chain) = queue.pop(memory)? else { break };
-                stock.add(chain)?;
+                self.stock.add(&chain, memory)?;
             }
-            match self.one_frame(link, &mut stock)? {
+            match self.one_frame(link) {
                 Step::Received(returned) => {
                     let bytes: usize = returned.iter().map(|(_, bytes)| *bytes as usize).sum();
                     self.limiter.charge(bytes.saturating_sub(HEADER_BYTES));
@@ -127,7 +131,8 @@ impl Receiver {
                 Step::Dropped => count_drop(&mut dropped.received, "to the guest"),
                 Step::NoBuffers => {
                     // What can never fit must not be waited for.
-                    if stock.slices >= MAX_SLICES || stock.chains.len() >= usize::from(queue.size()) {
+                    let stock = &self.stock;
+                    if stock.slices() >= MAX_SLICES || stock.chains.len() >= usize::from(queue.size()) {
                         self.waiting = None;
                         count_drop(&mut dropped.received, "to the guest");
                     } else if !queue.enable_doorbell(memory)? {
@@ -144,44 +149,42 @@ impl Receiver {
                 }
             }
         }
-        for chain in stock.chains.iter().rev() {
-            queue.put_back(chain);
-        }
         Ok(outcome)
     }
 
-    fn one_frame(&mut self, link: &mut dyn Link, stock: &mut Stock) -> Result<Step, QueueError> {
-        if stock.chains.is_empty() {
-            return Ok(Step::NoBuffers);
+    fn one_frame(&mut self, link: &mut dyn Link) -> Step {
+        if self.stock.chains.is_empty() {
+            return Step::NoBuffers;
         }
+        let room = self.stock.room(self.merge);
         if let Some(frame) = self.waiting.take() {
-            if frame.len() > stock.room(self.merge) {
+            if frame.len() > room {
                 if !self.merge {
-                    return Ok(Step::Dropped);
+                    return Step::Dropped;
                 }
                 self.waiting = Some(frame);
-                return Ok(Step::NoBuffers);
+                return Step::NoBuffers;
             }
-            scatter(&[&frame], &stock.all_slices(self.merge));
-            return Ok(Step::Received(stock.take(frame.len(), self.merge)));
+            scatter(&[&frame], &self.stock.usable(self.merge));
+            return Step::Received(self.stock.take(frame.len(), self.merge));
         }
-        let room = stock.room(self.merge);
-        let mut slices = stock.all_slices(self.merge);
+        let mut slices = self.stock.usable(self.merge);
         slices.push(VolatileSlice::from(self.spare.as_mut_slice()));
         let bytes = match link.receive(&slices) {
             Ok(bytes) => bytes,
-            Err(ReceiveError::Empty) => return Ok(Step::NoFrame),
-            Err(ReceiveError::Gone) => return Ok(Step::Gone),
+            Err(ReceiveError::Empty) => return Step::NoFrame,
+            Err(ReceiveError::Gone) => return Step::Gone,
         };
         // A frame larger than the largest is cut off by the spare buffer's end; one without a header is nothing.
         if !(HEADER_BYTES..=HEADER_BYTES + MAX_FRAME_BYTES).contains(&bytes) {
-            return Ok(Step::Dropped);
+            return Step::Dropped;
         }
         if bytes <= room {
-            return Ok(Step::Received(stock.take(bytes, self.merge)));
+            drop(slices);
+            return Step::Received(self.stock.take(bytes, self.merge));
         }
         if !self.merge {
-            return Ok(Step::Dropped);
+            return Step::Dropped;
         }
         // The guest's memory held the first part only for a moment; if it has changed it, the frame is as it wants it.
         let mut frame = vec![0; bytes];
@@ -193,7 +196,7 @@ impl Receiver {
             rest = later;
         }
         self.waiting = Some(frame);
-        Ok(Step::NoBuffers)
+        Step::NoBuffers
     }
 }
 
@@ -208,67 +211,82 @@ enum Step {
 
 /// Chains that were taken from the queue and not yet filled.
 #[derive(Default)]
-struct Stock<'m> {
-    chains: VecDeque<Chain<'m>>,
+struct Stock {
+    chains: VecDeque<KeptChain>,
+    /// Their buffers, one chain's after the other's. Made for the first of them.
+    buffers: Option<Kept>,
     bytes: usize,
-    slices: usize,
 }
 
-impl<'m> Stock<'m> {
-    fn add(&mut self, chain: Chain<'m>) -> Result<(), QueueError> {
+/// A chain whose buffers are kept.
+struct KeptChain {
+    head: u16,
+    buffers: usize,
+    bytes: usize,
+}
+
+impl Stock {
+    fn add(&mut self, chain: &Chain, memory: &GuestMemory) -> Result<(), QueueError> {
         let bad = |problem| Err(QueueError::BadRequest { head: chain.head, problem });
         if !chain.readable.is_empty() {
             return bad("a buffer for a received frame must be writable only (virtio 1.2 §5.1.6.3)");
         }
-        if chain.writable.len() < HEADER_BYTES {
+        let bytes = chain.writable.len();
+        if bytes < HEADER_BYTES {
             return bad("it has no room for a header of 12 bytes (virtio 1.2 §5.1.6.3.1)");
         }
-        self.bytes += chain.writable.len();
-        self.slices += chain.writable.slices().len();
-        self.chains.push_back(chain);
+        let buffers = self.buffers.get_or_insert_with(|| Kept::new(Arc::new(memory.clone())));
+        // Always true: the queue has found them in this memory.
+        let kept = chain.writable.slices().iter().filter(|slice| buffers.push(slice)).count();
+        self.bytes += bytes;
+        self.chains.push_back(KeptChain { head: chain.head, buffers: kept, bytes });
         Ok(())
     }
 
-    /// Chains that one frame may fill.
-    fn usable(&self, merge: bool) -> impl Iterator<Item = &Chain<'m>> {
-        self.chains.iter().take(if merge { usize::MAX } else { 1 })
+    fn slices(&self) -> usize {
+        self.buffers.as_ref().map_or(0, Kept::len)
     }
 
+    /// Buffers that one frame may fill: those of one chain, if chains are not merged. With room for one more.
+    fn usable(&self, merge: bool) -> Vec<VolatileSlice<'_>> {
+        let of_first = self.chains.front().map_or(0, |chain| chain.buffers);
+        let mut slices = Vec::with_capacity(self.slices() + 1);
+        if let Some(buffers) = &self.buffers {
+            slices.extend(buffers.slices(if merge { usize::MAX } else { of_first }));
+        }
+        slices
+    }
+
+    /// Bytes in them.
     fn room(&self, merge: bool) -> usize {
-        self.usable(merge).map(|chain| chain.writable.len()).sum()
-    }
-
-    fn all_slices<'a>(&self, merge: bool) -> Vec<VolatileSlice<'a>>
-    where
-        'm: 'a,
-    {
-        self.usable(merge).flat_map(|chain| chain.writable.slices().iter().copied()).collect()
+        if merge { self.bytes } else { self.chains.front().map_or(0, |chain| chain.bytes) }
     }
 
     /// Takes out the chains that `bytes` bytes have filled, with the bytes in each, and writes their number.
     fn take(&mut self, bytes: usize, merge: bool) -> Vec<(u16, u32)> {
         let mut returned = Vec::new();
-        let mut first = None;
-        let mut rest = bytes;
+        let (mut rest, mut emptied, mut of_first) = (bytes, 0, 0);
         while rest > 0 {
-            let Some(mut chain) = self.chains.pop_front() else { break };
-            self.bytes -= chain.writable.len();
-            self.slices -= chain.writable.slices().len();
-            let here = rest.min(chain.writable.len());
+            let Some(chain) = self.chains.pop_front() else { break };
+            self.bytes -= chain.bytes;
+            emptied += chain.buffers;
+            let here = rest.min(chain.bytes);
             rest -= here;
-            returned.push((chain.head, here as u32));
-            if first.is_none() {
-                first = chain.writable.take(HEADER_BYTES);
+            if returned.is_empty() {
+                of_first = chain.buffers;
             }
+            returned.push((chain.head, here as u32));
             if !merge {
                 break;
             }
         }
-        if let Some(mut header) = first
-            && header.take(NUM_BUFFERS_OFFSET).is_some()
-        {
-            // §5.1.6.4.1: 1 where buffers are not merged.
-            header.write(&(returned.len() as u16).to_le_bytes());
+        if let Some(buffers) = &mut self.buffers {
+            let mut header: Buffers = buffers.slices(of_first).collect();
+            if header.take(NUM_BUFFERS_OFFSET).is_some() {
+                // §5.1.6.4.1: 1 where buffers are not merged.
+                header.write(&(returned.len() as u16).to_le_bytes());
+            }
+            buffers.drop_front(emptied);
         }
         returned
     }

@@ -26,6 +26,20 @@ pub const BUFFER_BYTES: u32 = 256 * 1024;
 /// the host reads.
 const UPDATE_AFTER_BYTES: u32 = BUFFER_BYTES / 4;
 
+/// Buffers of the guest's that one read may fill: 64 KiB of those that Linux offers.
+const MAX_BUFFERS_AT_ONCE: usize = 16;
+
+/// What the caller makes packets of, adding addresses and [`Connection::credit`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packet {
+    /// Its operation.
+    pub op: u16,
+    /// Its flags.
+    pub flags: u32,
+    /// Bytes that were put into the buffers, each of which but the last is full: a packet for each.
+    pub len: u32,
+}
+
 /// What a packet from the guest does to its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
@@ -57,6 +71,8 @@ pub struct Connection<S> {
     sent: Wrapping<u32>,
     guest_buffer: u32,
     guest_forwarded: Wrapping<u32>,
+    /// Buffers that the next read may need: twice as many as the last one, if that filled all it had.
+    wanted_buffers: usize,
     /// Whether reading may yield something.
     readable: bool,
     /// Whether the stream has ended.
@@ -108,6 +124,7 @@ impl<S: Stream> Connection<S> {
             sent: Wrapping(0),
             guest_buffer,
             guest_forwarded,
+            wanted_buffers: 1,
             readable: false,
             read_ended: false,
             ended: 0,
@@ -289,16 +306,20 @@ impl<S: Stream> Connection<S> {
         !self.read_ended && (self.guest_credit() > 0 || !self.credit_requested)
     }
 
-    /// The next packet for the guest: its operation, flags and number of bytes that were put in `room`. The caller adds
-    /// addresses and [`Connection::credit`].
-    pub fn next_packet(&mut self, room: &Buffers) -> Option<(u16, u32, u32)> {
-        let packet = self.choose_packet(room)?;
-        self.forwarded_told = self.forwarded;
-        self.update_credit = false;
-        Some(packet)
+    /// Buffers that [`Connection::next_packet`] can use at most.
+    pub fn wanted_buffers(&self) -> usize {
+        self.wanted_buffers
     }
 
-    fn choose_packet(&mut self, room: &Buffers) -> Option<(u16, u32, u32)> {
+    /// The next packet for the guest. The caller adds addresses and [`Connection::credit`].
+    pub fn next_packet(&mut self, rooms: &[Buffers]) -> Option<Packet> {
+        let (op, flags, len) = self.choose_packet(rooms)?;
+        self.forwarded_told = self.forwarded;
+        self.update_credit = false;
+        Some(Packet { op, flags, len })
+    }
+
+    fn choose_packet(&mut self, rooms: &[Buffers]) -> Option<(u16, u32, u32)> {
         if self.reset {
             return Some((op::RESET, 0, 0));
         }
@@ -313,7 +334,7 @@ impl<S: Stream> Connection<S> {
             }
             Opening::Requested | Opening::Done => {}
         }
-        if let Some(count) = self.read(room) {
+        if let Some(count) = self.read(rooms) {
             return Some((op::DATA, 0, count));
         }
         if self.reset {
@@ -329,8 +350,8 @@ impl<S: Stream> Connection<S> {
         self.update_credit.then_some((op::CREDIT_UPDATE, 0, 0))
     }
 
-    /// Reads from the stream as much as buffer and credit allow.
-    fn read(&mut self, room: &Buffers) -> Option<u32> {
+    /// Reads from the stream as much as buffers and credit allow.
+    fn read(&mut self, rooms: &[Buffers]) -> Option<u32> {
         if !self.readable || self.read_ended {
             return None;
         }
@@ -341,7 +362,8 @@ impl<S: Stream> Connection<S> {
             self.credit_requested = true;
             return None;
         }
-        let target = room.prefix(credit as usize);
+        let all: Buffers = rooms.iter().flat_map(Buffers::slices).copied().collect();
+        let target = all.prefix(credit as usize);
         if target.is_empty() {
             // Reading nothing would look like the end.
             return None;
@@ -353,6 +375,11 @@ impl<S: Stream> Connection<S> {
                 None
             }
             Ok(count) => {
+                self.wanted_buffers = if count == all.len() {
+                    (2 * rooms.len()).min(MAX_BUFFERS_AT_ONCE)
+                } else {
+                    rooms.len().div_ceil(2)
+                };
                 // At most `credit`.
                 let count = count as u32;
                 self.sent += Wrapping(count);
@@ -403,7 +430,7 @@ mod tests {
         driver.add(&[Part::Writable(room + 1)]);
         let mut chain = driver.queue().pop(&memory).unwrap().unwrap();
         let room = chain.writable.take(room).unwrap();
-        let (op, flags, len) = connection.next_packet(&room)?;
+        let Packet { op, flags, len } = connection.next_packet(std::slice::from_ref(&room))?;
         let mut data = room.to_vec();
         data.truncate(len as usize);
         Some((op, flags, data))

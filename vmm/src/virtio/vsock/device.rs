@@ -85,18 +85,32 @@ impl<C: Connector> Vsock<C> {
         let memory = running.memory;
         let Some(queue) = running.queues.get_mut(RX) else { return Ok(true) };
         while *budget > 0 && self.muxer.has_packet() {
-            let Some(mut chain) = queue.pop(memory)? else {
+            let wanted = self.muxer.wanted_buffers().min((*budget).into());
+            let (mut chains, mut rooms) = (Vec::with_capacity(wanted), Vec::with_capacity(wanted));
+            while chains.len() < wanted
+                && let Some(mut chain) = queue.pop(memory)?
+            {
+                if chain.writable.len() < HEADER_BYTES {
+                    let problem = "it has no room for a packet header (virtio 1.2 §5.10.6)";
+                    return Err(QueueError::BadRequest { head: chain.head, problem });
+                }
+                rooms.push(std::mem::take(&mut chain.writable));
+                chains.push(chain);
+            }
+            if chains.is_empty() {
                 // Only now is it of interest when buffers come.
                 return Ok(!queue.enable_doorbell(memory)?);
-            };
-            *budget -= 1;
-            if chain.writable.len() < HEADER_BYTES {
-                let problem = "it has no room for a packet header (virtio 1.2 §5.10.6)";
-                return Err(QueueError::BadRequest { head: chain.head, problem });
             }
-            match self.muxer.send(&mut chain.writable, running.poller) {
-                Some(written) => queue.push_used(memory, chain.head, written)?,
-                None => queue.undo_pop(),
+            let written = self.muxer.send(&mut rooms, running.poller);
+            for chain in chains.iter().skip(written.len()).rev() {
+                queue.put_back(chain);
+            }
+            if !written.is_empty() {
+                let heads = chains.iter().map(|chain| chain.head);
+                let returned: Vec<(u16, u32)> = heads.zip(written).collect();
+                // No more than `wanted`.
+                *budget -= returned.len() as u16;
+                queue.push_used_together(memory, &returned)?;
             }
         }
         Ok(!self.muxer.has_packet())

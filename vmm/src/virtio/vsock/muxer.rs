@@ -1,7 +1,7 @@
 //! All streams of a device: finds the connection of a packet, opens new ones, and decides who sends next.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     os::fd::RawFd,
     sync::{
         Arc,
@@ -37,7 +37,7 @@ const FIRST_HOST_PORT: u32 = 1 << 30;
 const MAX_LOGGED_REFUSALS: u32 = 10;
 
 /// The two ports that name a stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
     guest_port: u32,
     host_port: u32,
@@ -53,10 +53,10 @@ struct Entry<S> {
 pub struct Muxer<C: Connector> {
     guest_cid: u64,
     connector: C,
-    connections: HashMap<Key, Entry<C::Stream>>,
-    keys: HashMap<RawFd, Key>,
+    connections: BTreeMap<Key, Entry<C::Stream>>,
+    keys: BTreeMap<RawFd, Key>,
     /// Streams that the guest has forgotten, but whose last data the host has not taken yet.
-    flushing: HashMap<RawFd, Connection<C::Stream>>,
+    flushing: BTreeMap<RawFd, Connection<C::Stream>>,
     turns: VecDeque<Key>,
     resets: VecDeque<Key>,
     handshakes: Handshakes<C::Stream>,
@@ -74,9 +74,9 @@ impl<C: Connector> Muxer<C> {
         Self {
             guest_cid: guest_cid.into(),
             connector,
-            connections: HashMap::new(),
-            keys: HashMap::new(),
-            flushing: HashMap::new(),
+            connections: BTreeMap::new(),
+            keys: BTreeMap::new(),
+            flushing: BTreeMap::new(),
             turns: VecDeque::new(),
             resets: VecDeque::new(),
             handshakes: Handshakes::new(),
@@ -268,33 +268,54 @@ impl<C: Connector> Muxer<C> {
         !self.resets.is_empty() || !self.turns.is_empty()
     }
 
-    /// Puts the next packet into a buffer of the guest's; returns its length, or `None` if there is none after all. The
-    /// buffer must have room for a header.
-    pub fn send(&mut self, room: &mut Buffers, poller: &mut dyn Poller) -> Option<u32> {
-        let mut head = room.take(HEADER_BYTES)?;
-        let header = if let Some(key) = self.resets.pop_front() {
-            self.header(key, op::RESET, 0, 0, (0, 0))
-        } else {
-            self.next_of_connections(room, poller)?
-        };
-        head.write(&header.encode());
-        Some(HEADER_BYTES as u32 + header.len)
+    /// How many buffers the next packets can use at most: streams that send much get several at a time, so that one
+    /// read fills them all.
+    pub fn wanted_buffers(&self) -> usize {
+        let next = if self.resets.is_empty() { self.turns.front() } else { None };
+        next.and_then(|key| self.connections.get(key)).map_or(1, |entry| entry.connection.wanted_buffers())
     }
 
-    fn next_of_connections(&mut self, room: &Buffers, poller: &mut dyn Poller) -> Option<Header> {
+    /// Puts the next packets into buffers of the guest's, one into each, all of one stream; returns the length of each.
+    /// None if there is no packet after all. Each buffer must have room for a header.
+    pub fn send(&mut self, rooms: &mut [Buffers], poller: &mut dyn Poller) -> Vec<u32> {
+        let mut heads: Vec<Buffers> = rooms.iter_mut().filter_map(|room| room.take(HEADER_BYTES)).collect();
+        let headers = match self.resets.pop_front() {
+            Some(key) => vec![self.header(key, op::RESET, 0, 0, (0, 0))],
+            None => self.next_of_connections(rooms, poller),
+        };
+        let put = |(head, header): (&mut Buffers, Header)| {
+            head.write(&header.encode());
+            HEADER_BYTES as u32 + header.len
+        };
+        heads.iter_mut().zip(headers).map(put).collect()
+    }
+
+    fn next_of_connections(&mut self, rooms: &[Buffers], poller: &mut dyn Poller) -> Vec<Header> {
         while let Some(key) = self.turns.pop_front() {
             let Some(entry) = self.connections.get_mut(&key) else { continue };
             entry.queued = false;
-            let Some((op, flags, len)) = entry.connection.next_packet(room) else { continue };
+            let Some(packet) = entry.connection.next_packet(rooms) else { continue };
             let credit = entry.connection.credit();
-            if op == op::RESET {
+            if packet.op == op::RESET {
                 self.remove(key, false, poller);
-            } else {
-                self.queue(key);
+            } else if entry.connection.has_packet() {
+                entry.queued = true;
+                self.turns.push_back(key);
             }
-            return Some(self.header(key, op, flags, len, credit));
+            let mut left = packet.len;
+            let mut headers = Vec::with_capacity(rooms.len());
+            for room in rooms {
+                // A buffer has less than 4 GiB.
+                let here = left.min(room.len() as u32);
+                headers.push(self.header(key, packet.op, packet.flags, here, credit));
+                left -= here;
+                if left == 0 {
+                    break;
+                }
+            }
+            return headers;
         }
-        None
+        Vec::new()
     }
 
     fn header(&self, key: Key, op: u16, flags: u32, len: u32, (buf_alloc, fwd_cnt): (u32, u32)) -> Header {
