@@ -237,7 +237,7 @@ mod tests {
         }
         kept.drop_front(1);
         assert_eq!(kept.len(), 2);
-        for (slice, byte) in kept.slices(5).zip([3, 2]) {
+        for (slice, byte) in kept.slices(5).zip([3u8, 2]) {
             slice.copy_from(&[byte; 4]);
         }
         let seen = [100, 300, 200].map(|address| memory.read_obj::<u32>(GuestAddress(address)).unwrap());
