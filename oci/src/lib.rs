@@ -17,12 +17,15 @@ mod bundle;
 mod console;
 mod create;
 mod error;
+pub mod events;
 mod exec;
+mod features;
 mod foreground;
 mod gate;
 mod process;
 mod state;
 mod syscalls;
+pub mod template;
 pub mod time;
 mod verbs;
 
@@ -30,8 +33,9 @@ pub use binary::protect as protect_own_binary;
 pub use create::{Creation, Preserved, create, run};
 pub use error::Error;
 pub use exec::{Execution, exec};
+pub use features::features;
 pub use state::{Home, Known, State, Status};
-pub use verbs::{delete, kill, list, pause, processes, resume, start, state};
+pub use verbs::{delete, kill, list, pause, processes, resume, start, state, update};
 
 /// Whether this process is root's.
 pub fn is_root() -> bool {

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Signal, pidfd_send_signal},
@@ -156,6 +156,15 @@ pub fn resume(home: &Home, id: &str) -> Result<(), Error> {
         Status::Paused => Ok(known.cgroup()?.thaw()?),
         _ => Err(Error::NotPaused(id.to_owned())),
     }
+}
+
+/// Changes the limits of a container that runs.
+pub fn update(home: &Home, id: &str, resources: &LinuxResources) -> Result<(), Error> {
+    let known = home.find(id)?;
+    if known.status() == Status::Stopped {
+        return Err(Error::NotRunning(id.to_owned(), "stopped"));
+    }
+    Ok(known.cgroup()?.update(&known.record.cgroup, resources)?)
 }
 
 /// Ids of a container's processes.

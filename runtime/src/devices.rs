@@ -2,17 +2,23 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 use rustix::{
-    fs::{AtFlags, FileType, Gid, Mode, Uid, chownat, makedev, mknodat, statat, symlinkat, unlinkat},
+    fs::{
+        AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chownat, fstat, makedev, mknodat, openat, statat,
+        symlinkat, unlinkat,
+    },
     io::Errno,
 };
 
-use crate::mounts::paths::{self, Make, Symlinks};
+use crate::mounts::{
+    self,
+    paths::{self, Make, Symlinks},
+};
 
 /// Why a device node or link could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +54,8 @@ pub enum DeviceError {
     },
 }
 
-struct Node {
+#[derive(Debug)]
+pub(crate) struct Node {
     path: PathBuf,
     kind: FileType,
     major: u32,
@@ -88,6 +95,54 @@ pub(crate) fn create(root: BorrowedFd<'_>, listed: &[LinuxDevice]) -> Result<(),
     }
     for device in listed {
         make_node(root, &node(device)?)?;
+    }
+    LINKS.into_iter().try_for_each(|(name, target)| make_link(root, name, target))
+}
+
+/// Opens the caller's nodes of the default devices and those of the spec: in a user namespace, none can be made. FIFOs
+/// can, and are `None`.
+pub(crate) fn open(listed: &[LinuxDevice]) -> Result<Vec<(Node, Option<OwnedFd>)>, DeviceError> {
+    let mut nodes = Vec::new();
+    for (path, major, minor) in DEFAULT {
+        if !listed.iter().any(|device| *device.path() == Path::new(path)) {
+            let kind = FileType::CharacterDevice;
+            nodes.push(Node { path: path.into(), kind, major, minor, mode: 0o666, owner: None });
+        }
+    }
+    for device in listed {
+        nodes.push(node(device)?);
+    }
+    let open = |node: Node| {
+        if node.kind == FileType::Fifo {
+            return Ok((node, None));
+        }
+        let failed = |errno: Errno| DeviceError::Node { path: node.path.clone(), source: errno.into() };
+        let file = openat(CWD, &node.path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+            .map_err(failed)?;
+        let stat = fstat(&file).map_err(failed)?;
+        let same = FileType::from_raw_mode(stat.st_mode) == node.kind
+            && stat.st_rdev == makedev(node.major, node.minor);
+        if !same {
+            let reason = "in a user namespace it is the caller's, and that has other numbers";
+            return Err(DeviceError::Invalid { path: node.path.clone(), reason });
+        }
+        let clone = mounts::clone_file(file.as_fd()).map_err(failed)?;
+        Ok((node, Some(clone)))
+    };
+    nodes.into_iter().map(open).collect()
+}
+
+/// Shows the caller's nodes in the container, and makes the links.
+pub(crate) fn bind(root: BorrowedFd<'_>, nodes: &[(Node, Option<OwnedFd>)]) -> Result<(), DeviceError> {
+    for (node, file) in nodes {
+        let Some(file) = file else {
+            make_node(root, node)?;
+            continue;
+        };
+        let failed = |source| DeviceError::Node { path: node.path.clone(), source };
+        let target =
+            paths::open_or_make(root, &node.path, Symlinks::Follow, Make::EmptyFile).map_err(failed)?;
+        mounts::attach_at(file.as_fd(), target.as_fd()).map_err(|errno| failed(errno.into()))?;
     }
     LINKS.into_iter().try_for_each(|(name, target)| make_link(root, name, target))
 }

@@ -116,7 +116,9 @@ impl Entry<'_> {
     /// What only a caller's own `/proc` and rights allow.
     pub(crate) fn set_oom_score(&self) -> Result<(), InitError> {
         match self.process.oom_score_adj() {
-            Some(value) => set_oom_score(value).map_err(|source| InitError::OomScore { value, source }),
+            Some(value) => {
+                set_oom_score("self", value).map_err(|source| InitError::OomScore { value, source })
+            }
             None => Ok(()),
         }
     }
@@ -156,7 +158,7 @@ impl Entry<'_> {
     /// Limits, user and working directory. All permitted capabilities are still there afterwards.
     pub(crate) fn take_on_identity(&self, account: &Account) -> Result<PathBuf, InitError> {
         for rlimit in self.process.rlimits().iter().flatten() {
-            rlimits::set(rlimit)?;
+            rlimits::set(0, rlimit)?;
         }
         scheduling::apply(self.process)?;
         self.capabilities.check_held()?;
@@ -282,8 +284,8 @@ impl Entry<'_> {
 }
 
 /// Through the caller's `/proc`, where `self` is this process, too.
-fn set_oom_score(value: i32) -> io::Result<()> {
-    let file = "/proc/self/oom_score_adj";
+pub(crate) fn set_oom_score(process: &str, value: i32) -> io::Result<()> {
+    let file = &format!("/proc/{process}/oom_score_adj");
     match fs::write(file, value.to_string()) {
         // Not being allowed to change it is fine if it need not change.
         Err(error) => match fs::read_to_string(file) {

@@ -11,13 +11,14 @@
 //! Nothing of the container runs before `execve`, and no file of the caller's is open after it.
 
 use std::{
+    cell::RefCell,
     convert::Infallible,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{Linux, Spec};
+use oci_spec::runtime::{Linux, LinuxDevice, Spec};
 use rustix::system::{setdomainname, sethostname};
 
 use crate::{
@@ -45,6 +46,7 @@ use crate::{
     seccomp::SeccompError,
     syscalls,
     sysctls::{SysctlError, Sysctls},
+    user_namespace::{self, UserNamespaceError},
 };
 
 /// Everything that was worked out before the process was made.
@@ -62,10 +64,18 @@ pub(crate) struct Init<'a> {
     pub(crate) released: Option<BorrowedFd<'a>>,
     /// Whether to wait for that before anything of the container is made.
     pub(crate) released_early: bool,
+    /// What the parent has prepared, if the process cannot.
+    pub(crate) prepared: Option<RefCell<Prepared>>,
     /// Gets the terminal.
     pub(crate) console_socket: Option<BorrowedFd<'a>>,
     /// Makes the state that hooks get.
     pub(crate) hook_state: Option<HookState<'a>>,
+}
+
+/// What a process in a user namespace of its own could not get at.
+pub(crate) struct Prepared {
+    pub(crate) root: Option<OwnedFd>,
+    pub(crate) binds: Vec<Option<OwnedFd>>,
 }
 
 /// Why the process could not become the container's.
@@ -108,6 +118,8 @@ pub(crate) enum InitError {
     #[error(transparent)]
     Console(#[from] ConsoleError),
     #[error(transparent)]
+    UserNamespace(#[from] UserNamespaceError),
+    #[error(transparent)]
     Hook(#[from] HookError),
     #[error(transparent)]
     Program(#[from] ProgramError),
@@ -129,6 +141,9 @@ impl Init<'_> {
         let mut pid = None;
         if self.released_early {
             pid = Some(self.await_release().map_err(step("wait for the parent"))?);
+        }
+        if self.namespaces.has_user() {
+            user_namespace::become_root()?;
         }
         self.entry.become_undumpable()?;
         self.set_up_namespaces()?;
@@ -156,6 +171,11 @@ impl Init<'_> {
             syscalls::interface_up(c"lo").map_err(step("bring the loopback interface up"))?;
         }
         self.sysctls.apply()?;
+        let offsets = self.linux.time_offsets().iter().flatten();
+        let offsets = offsets.map(|(clock, offset)| {
+            (clock.as_str(), offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0))
+        });
+        self.namespaces.enter_time(&offsets.collect::<Vec<_>>())?;
         self.entry.set_oom_score()
     }
 
@@ -171,8 +191,23 @@ impl Init<'_> {
             };
             hooks::run("createContainer", listed, &state(pid, "creating"), &enter)?;
         }
-        let sources = mounts::open_sources(self.mounts, self.namespaces, self.cgroup)?;
-        let root = rootfs::mount(self.rootfs)?;
+        let (binds, root) = match &self.prepared {
+            Some(prepared) => {
+                let mut prepared = prepared.borrow_mut();
+                (std::mem::take(&mut prepared.binds), prepared.root.take())
+            }
+            None => (mounts::clone_binds(self.mounts, false)?, None),
+        };
+        let sources = mounts::open_sources(self.mounts, binds, self.namespaces, self.cgroup)?;
+        let is_bound = self.namespaces.has_user();
+        let devices = if is_bound { devices::open(self.listed_devices())? } else { Vec::new() };
+        let root = match (root, self.rootfs) {
+            (Some(root), Rootfs::Directory(path)) => {
+                rootfs::attach_clone(root.as_fd(), path)?;
+                root
+            }
+            _ => rootfs::mount(self.rootfs)?,
+        };
         rootfs::enter(root.as_fd())?;
         let mut in_cgroups = false;
         mounts::mount_all(root.as_fd(), self.mounts, sources, self.cgroup, || {
@@ -181,7 +216,20 @@ impl Init<'_> {
         if !in_cgroups {
             self.enter_cgroups(pid).map_err(step("enter the cgroup"))?;
         }
+        if is_bound && self.makes_dev() {
+            devices::bind(root.as_fd(), &devices)?;
+        }
         Ok(root)
+    }
+
+    fn listed_devices(&self) -> &[LinuxDevice] {
+        self.linux.devices().as_deref().unwrap_or_default()
+    }
+
+    /// What is bound to /dev from outside is complete as it is, and not ours to change.
+    fn makes_dev(&self) -> bool {
+        let dev = Path::new("/dev");
+        !self.mounts.iter().any(|mount| mount.destination() == dev && mount.is_bind())
     }
 
     fn enter_cgroups(&self, pid: Option<i32>) -> io::Result<()> {
@@ -202,16 +250,17 @@ impl Init<'_> {
     }
 
     fn set_up_files(&self, root: BorrowedFd<'_>) -> Result<(), InitError> {
-        let dev = Path::new("/dev");
-        // What is bound to /dev from outside is complete as it is, and not ours to change.
-        let is_own_dev = !self.mounts.iter().any(|mount| mount.destination() == dev && mount.is_bind());
-        if is_own_dev {
-            devices::create(root, self.linux.devices().as_deref().unwrap_or_default())?;
+        let is_own_dev = self.makes_dev();
+        if is_own_dev && !self.namespaces.has_user() {
+            devices::create(root, self.listed_devices())?;
         }
         if let Some(socket) = self.console_socket {
             console::set_up(root, self.entry.process, is_own_dev, socket)?;
         }
-        self.device_guard.map_or(Ok(()), DeviceGuard::enforce)?;
+        // From a user namespace, it is the parent who has to put it into force.
+        if !self.namespaces.has_user() {
+            self.device_guard.map_or(Ok(()), DeviceGuard::enforce)?;
+        }
         let cwd = self.entry.process.cwd();
         paths::open_or_make(root, cwd, Symlinks::Follow, Make::Directory)
             .map_err(|source| InitError::WorkingDirectory { path: cwd.clone(), source })?;

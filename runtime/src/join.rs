@@ -233,7 +233,7 @@ impl Child<'_> {
         self.entry.set_oom_score()?;
         for rlimit in self.entry.process.rlimits().iter().flatten() {
             // Once more than needed: in a user namespace only root of the machine could raise one.
-            rlimits::set(rlimit)?;
+            rlimits::set(0, rlimit)?;
         }
         if self.kinds != 0 {
             syscalls::join_namespaces(self.join.pidfd, self.kinds)

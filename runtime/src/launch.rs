@@ -13,25 +13,28 @@ use oci_spec::runtime::{Linux, Process, Spec};
 use rustix::{
     io::Errno,
     pipe::{PipeFlags, pipe_with},
-    process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
 use crate::{
     cgroup::{Cgroup, CgroupError, DeviceGuard},
     container::Container,
-    entry::Entry,
-    init::Init,
-    mounts::{Mount, MountError},
+    entry::{self, Entry},
+    init::{Init, Prepared},
+    mounts::{self, Mount, MountError},
     namespaces::{NamespaceError, Namespaces},
     process::{
         capabilities,
         program::{self, OwnProgram},
+        rlimits::{self, RlimitError},
     },
+    rootfs::{self, RootfsError},
     seccomp::{Filter, SeccompError},
     spec_check::{self, Means, SpecError},
     syscalls::{self, Cloned},
     sysctls::{SysctlError, Sysctls},
+    user_namespace::{self, UserNamespaceError},
     verdict,
 };
 
@@ -133,6 +136,15 @@ pub enum LaunchError {
     /// The cgroup could not be made or limited.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The user namespace could not be set up.
+    #[error(transparent)]
+    UserNamespace(#[from] UserNamespaceError),
+    /// A resource limit could not be set.
+    #[error(transparent)]
+    Rlimit(#[from] RlimitError),
+    /// The root file system could not be opened.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
     /// The PID namespace could not be joined.
     #[error(transparent)]
     Namespace(#[from] NamespaceError),
@@ -232,13 +244,16 @@ impl<'a> Plan<'a> {
         let strings = |what, strings: &Option<Vec<String>>| {
             program::c_strings(strings.iter().flatten()).ok_or(LaunchError::NulByte(what))
         };
+        let understood = Namespaces::from_spec(namespaces);
+        let has_user = understood.has_user();
         Ok(Self {
             linux,
             process,
-            namespaces: Namespaces::from_spec(namespaces),
+            namespaces: understood,
             sysctls: Sysctls::from_spec(linux.sysctl().as_ref(), namespaces)?,
             mounts: spec.mounts().iter().flatten().map(Mount::from_spec).collect::<Result<_, _>>()?,
-            capabilities: granted(process, launch.oci.warn)?,
+            // In a user namespace the process has all there are.
+            capabilities: granted(process, launch.oci.warn.filter(|_| !has_user))?,
             filter: linux.seccomp().as_ref().map(Filter::compile).transpose()?,
             args: strings("process.args", process.args())?,
             env: strings("process.env", process.env())?,
@@ -279,13 +294,31 @@ fn start(
     let oom_event = if limited { cgroup.oom_event()? } else { None };
     let device_guard = cgroup.device_guard(plan.linux.resources().as_ref())?;
     let mut child = spawn(launch, plan, cgroup, device_guard.as_ref())?;
-    match child.release(launch, cgroup).and_then(|()| child.read_verdict(cgroup, launch.oci.gate.is_some())) {
+    match child
+        .release(launch, plan, cgroup, device_guard.as_ref())
+        .and_then(|()| child.read_verdict(cgroup, launch.oci.gate.is_some()))
+    {
         Ok(()) => Ok((child, oom_event)),
         Err(error) => {
             child.kill();
             Err(error)
         }
     }
+}
+
+/// What the process itself could not get at, if the caller can: in a user namespace it has no rights over the caller's
+/// files, and in a PID namespace it cannot map users for a mount.
+fn prepare(launch: &Launch<'_>, plan: &Plan<'_>) -> Result<Option<Prepared>, LaunchError> {
+    let is_mapped = plan.mounts.iter().any(Mount::is_mapped);
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root || !is_mapped && !plan.namespaces.has_user() {
+        return Ok(None);
+    }
+    let root = match &launch.rootfs {
+        Rootfs::Directory(path) if plan.namespaces.has_user() => Some(rootfs::clone_directory(path)?),
+        Rootfs::Directory(_) | Rootfs::Layers { .. } => None,
+    };
+    Ok(Some(Prepared { root, binds: mounts::clone_binds(&plan.mounts, true)? }))
 }
 
 /// The process on its way to `execve`.
@@ -306,7 +339,8 @@ fn spawn(
 ) -> Result<Child, LaunchError> {
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(process_failed("make a pipe"));
     let (verdict, verdict_writer) = pipe()?;
-    let released_early = launch.oci.created.is_some();
+    let released_early = launch.oci.created.is_some() || plan.namespaces.has_user();
+    let prepared = prepare(launch, plan)?.map(RefCell::new);
     let is_held = released_early || cgroup.needs_attach() || launch.approve.is_some();
     let (attached, attached_writer) = if is_held { Some(pipe()?) } else { None }.unzip();
     match clone(&plan.namespaces, cgroup)? {
@@ -342,6 +376,7 @@ fn spawn(
                 device_guard,
                 released: attached.as_ref().map(AsFd::as_fd),
                 released_early,
+                prepared,
                 console_socket: launch.oci.console_socket,
                 hook_state: launch.oci.hook_state,
             })
@@ -349,9 +384,51 @@ fn spawn(
     }
 }
 
+/// Makes the process by way of another one, which joins namespaces first, and ends.
+fn clone_by_go_between(
+    namespaces: &Namespaces,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> Result<Cloned, LaunchError> {
+    let (news, news_writer) = pipe_with(PipeFlags::CLOEXEC).map_err(process_failed("make a pipe"))?;
+    match syscalls::clone3(0, None).map_err(process_failed("clone this process"))? {
+        Cloned::Child => {
+            drop(news);
+            let cloned = namespaces.join_all().map_err(|error| verdict::chain(&error)).and_then(|()| {
+                let cloned = syscalls::clone3_sibling(namespaces.clone_flags, cgroup);
+                cloned.map_err(|error| format!("cannot clone in the joined namespaces: {error}"))
+            });
+            let news = match cloned {
+                Ok(Cloned::Child) => return Ok(Cloned::Child),
+                Ok(Cloned::Parent { pid, .. }) => pid.to_string(),
+                Err(message) => message,
+            };
+            let _ = rustix::io::write(&news_writer, news.as_bytes());
+            syscalls::exit_now(0)
+        }
+        Cloned::Parent { pidfd, .. } => {
+            drop(news_writer);
+            let mut text = [0; 4096];
+            // One write, of which a pipe takes a page whole; the process itself has the other end, too, until it ends.
+            let count = rustix::io::retry_on_intr(|| rustix::io::read(&news, &mut text))
+                .map_err(process_failed("read from the process in between"))?;
+            let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+            let text = String::from_utf8_lossy(text.get(..count).unwrap_or_default()).into_owned();
+            let Some(pid) = text.parse().ok().and_then(Pid::from_raw) else {
+                return Err(LaunchError::Init { exit_code: 125, message: text });
+            };
+            // Not reaped, it is still the one that it was.
+            let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(process_failed("open the child"))?;
+            Ok(Cloned::Parent { pid: pid.as_raw_nonzero().get(), pidfd })
+        }
+    }
+}
+
 fn clone(namespaces: &Namespaces, cgroup: &Cgroup) -> Result<Cloned, LaunchError> {
     let directory = cgroup.clone_target()?;
     let directory = directory.as_ref().map(AsFd::as_fd);
+    if namespaces.need_go_between() {
+        return clone_by_go_between(namespaces, directory);
+    }
     let clone =
         || syscalls::clone3(namespaces.clone_flags, directory).map_err(process_failed("clone this process"));
     let Some(joined) = namespaces.joined_pid() else { return clone() };
@@ -374,13 +451,22 @@ fn run_init(init: &Init<'_>) -> ! {
 impl Child {
     /// Lets the child go on: approves of it and moves it into its v1 cgroups. It prepares its files meanwhile, since
     /// that can take milliseconds.
-    fn release(&mut self, launch: &Launch<'_>, cgroup: &Cgroup) -> Result<(), LaunchError> {
+    fn release(
+        &mut self,
+        launch: &Launch<'_>,
+        plan: &Plan<'_>,
+        cgroup: &Cgroup,
+        device_guard: Option<&DeviceGuard>,
+    ) -> Result<(), LaunchError> {
         let Some(attached) = self.attached.take() else { return Ok(()) };
         if !launch.approve.is_none_or(|approve| approve(self.pid)) {
             return Err(LaunchError::Rejected);
         }
         if cgroup.needs_attach() {
             cgroup.attach(self.pid)?;
+        }
+        if plan.namespaces.has_user() {
+            self.set_up_as_caller(plan, device_guard)?;
         }
         if let Some(created) = launch.oci.created {
             created(self.pid).map_err(LaunchError::Refused)?;
@@ -390,6 +476,27 @@ impl Child {
             Err(Errno::PIPE) => Ok(()),
             result => result.map(drop).map_err(process_failed("tell the child to go on")),
         }
+    }
+
+    /// Does what the process cannot do from within a user namespace.
+    fn set_up_as_caller(
+        &self,
+        plan: &Plan<'_>,
+        device_guard: Option<&DeviceGuard>,
+    ) -> Result<(), LaunchError> {
+        if plan.namespaces.new_user {
+            let maps = |maps: &Option<Vec<_>>| maps.clone().unwrap_or_default();
+            let (uids, gids) = (maps(plan.linux.uid_mappings()), maps(plan.linux.gid_mappings()));
+            user_namespace::map_ids(self.pid, &uids, &gids)?;
+        }
+        for rlimit in plan.process.rlimits().iter().flatten() {
+            rlimits::set(self.pid, rlimit)?;
+        }
+        if let Some(value) = plan.process.oom_score_adj() {
+            entry::set_oom_score(&self.pid.to_string(), value)
+                .map_err(process_failed("set the OOM score adjustment"))?;
+        }
+        Ok(device_guard.map_or(Ok(()), DeviceGuard::enforce)?)
     }
 
     /// Waits until the child has become the container's program, waits at its gate, or failed.

@@ -14,6 +14,10 @@ pub(crate) struct Namespaces {
     pub(crate) new_cgroup: bool,
     /// Whether the network namespace is new, and so lacks even a loopback interface that is up.
     pub(crate) new_network: bool,
+    /// Whether the user namespace is new.
+    pub(crate) new_user: bool,
+    /// Whether the time namespace is new. `clone3` cannot make one whose clocks are set.
+    pub(crate) new_time: bool,
     /// Those to join.
     pub(crate) joined: Vec<Joined>,
 }
@@ -41,6 +45,9 @@ pub enum NamespaceError {
     /// `unshare` failed.
     #[error("cannot make a cgroup namespace")]
     Cgroup(#[source] io::Error),
+    /// The time namespace could not be made, set, or entered.
+    #[error("cannot make a time namespace")]
+    Time(#[source] io::Error),
 }
 
 impl Namespaces {
@@ -52,10 +59,12 @@ impl Namespaces {
             match namespace.path() {
                 Some(path) => namespaces.joined.push(Joined { kind, path: path.clone() }),
                 None if kind == LinuxNamespaceType::Cgroup => namespaces.new_cgroup = true,
+                None if kind == LinuxNamespaceType::Time => namespaces.new_time = true,
                 None => {
                     // The enumeration's values are the kernel's flags.
                     namespaces.clone_flags |= kind as u64;
                     namespaces.new_network |= kind == LinuxNamespaceType::Network;
+                    namespaces.new_user |= kind == LinuxNamespaceType::User;
                 }
             }
         }
@@ -72,8 +81,53 @@ impl Namespaces {
         self.joined.iter().find(|joined| joined.kind == LinuxNamespaceType::Pid)
     }
 
-    /// Joins all but the PID namespace.
+    fn joins_user(&self) -> bool {
+        self.joined.iter().any(|joined| joined.kind == LinuxNamespaceType::User)
+    }
+
+    /// Whether the container's root is not the caller's.
+    pub(crate) fn has_user(&self) -> bool {
+        self.new_user || self.joins_user()
+    }
+
+    /// Whether a process in between has to join before the container's is made: new namespaces belong to the user
+    /// namespace that their maker is in, and from within a new one the caller's could not be joined.
+    pub(crate) fn need_go_between(&self) -> bool {
+        self.joins_user() || self.new_user && !self.joined.is_empty()
+    }
+
+    /// Joins all, the user namespace first.
+    pub(crate) fn join_all(&self) -> Result<(), NamespaceError> {
+        let is_user = |joined: &&Joined| joined.kind == LinuxNamespaceType::User;
+        self.joined.iter().filter(is_user).try_for_each(Joined::join)?;
+        self.joined.iter().filter(|joined| !is_user(joined)).try_for_each(Joined::join)
+    }
+
+    /// Makes the time namespace, if one is asked for, with these offsets of its clocks, and enters it.
+    pub(crate) fn enter_time(&self, offsets: &[(&str, i64, u32)]) -> Result<(), NamespaceError> {
+        if !self.new_time {
+            return Ok(());
+        }
+        let enter = || -> io::Result<()> {
+            crate::syscalls::unshare_time_namespace()?;
+            let lines = offsets
+                .iter()
+                .map(|(clock, seconds, nanoseconds)| format!("{clock} {seconds} {nanoseconds}\n"));
+            let text: String = lines.collect();
+            if !text.is_empty() {
+                std::fs::write("/proc/self/timens_offsets", text)?;
+            }
+            let namespace = File::open("/proc/self/ns/time_for_children")?;
+            Ok(move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Time))?)
+        };
+        enter().map_err(NamespaceError::Time)
+    }
+
+    /// Joins all but the PID namespace; none where a process in between has done so.
     pub(crate) fn join(&self) -> Result<(), NamespaceError> {
+        if self.need_go_between() {
+            return Ok(());
+        }
         self.joined.iter().filter(|joined| joined.kind != LinuxNamespaceType::Pid).try_for_each(Joined::join)
     }
 

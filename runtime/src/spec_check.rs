@@ -5,8 +5,8 @@
 //! has runtimes ignore those.
 
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxNetwork,
-    LinuxResources, LinuxSeccompAction, Mount, Process, Spec,
+    Hooks, Linux, LinuxBlockIo, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources,
+    LinuxSeccompAction, Process, Spec,
 };
 
 /// Why a spec was refused before anything was created.
@@ -94,9 +94,7 @@ pub(crate) fn check_with(spec: &Spec, means: Means) -> Result<(), SpecError> {
     if let Some(hooks) = spec.hooks().as_ref().filter(|_| !means.hooks) {
         self::hooks(&mut check, hooks);
     }
-    for mount in spec.mounts().iter().flatten() {
-        self::mount(&mut check, mount);
-    }
+    // `mounts` are acted on; see `mounts::options` for what is not.
     match spec.process() {
         Some(process) => self::process(&mut check, process, means),
         None => check.require(false, || "process is missing".into()),
@@ -116,12 +114,6 @@ fn hooks(check: &mut Check, hooks: &Hooks) {
     check.refuse("hooks.startContainer", !hooks.start_container().is_empty_or_absent());
     check.refuse("hooks.poststart", !hooks.poststart().is_empty_or_absent());
     check.refuse("hooks.poststop", !hooks.poststop().is_empty_or_absent());
-}
-
-fn mount(check: &mut Check, mount: &Mount) {
-    // `destination`, `type`, `source` and `options` are acted on; see `mounts::options` for the latter.
-    check.refuse("mounts[].uidMappings", !mount.uid_mappings().is_empty_or_absent());
-    check.refuse("mounts[].gidMappings", !mount.gid_mappings().is_empty_or_absent());
 }
 
 fn process(check: &mut Check, process: &Process, means: Means) {
@@ -146,14 +138,11 @@ fn process(check: &mut Check, process: &Process, means: Means) {
 fn linux(check: &mut Check, spec: &Spec, linux: &Linux) {
     // `sysctl`, `cgroupsPath`, `devices`, `maskedPaths` and `readonlyPaths` are acted on.
     check.refuse("linux.netDevices", !linux.net_devices().is_empty_or_absent());
-    check.refuse("linux.uidMappings", !linux.uid_mappings().is_empty_or_absent());
-    check.refuse("linux.gidMappings", !linux.gid_mappings().is_empty_or_absent());
     check.refuse("linux.mountLabel", is_set(linux.mount_label()));
     check.refuse("linux.intelRdt", linux.intel_rdt().is_some());
     check.refuse("linux.memoryPolicy", linux.memory_policy().is_some());
     let flags = linux.personality().as_ref().and_then(|personality| personality.flags().as_ref());
     check.refuse("linux.personality.flags", flags.is_some_and(|flags| !flags.is_empty()));
-    check.refuse("linux.timeOffsets", !linux.time_offsets().is_empty_or_absent());
     match linux.rootfs_propagation().as_deref() {
         None | Some("" | "private" | "rprivate" | "slave" | "rslave" | "unbindable" | "runbindable") => {}
         Some("shared" | "rshared") => check.refuse("linux.rootfsPropagation=shared", true),
@@ -171,12 +160,34 @@ fn linux(check: &mut Check, spec: &Spec, linux: &Linux) {
         check.refuse("linux.seccomp action SCMP_ACT_NOTIFY", uses_notify);
     }
     namespaces(check, spec, linux.namespaces().as_deref().unwrap_or_default());
+    let new = |kind| {
+        linux.namespaces().iter().flatten().any(|listed| listed.typ() == kind && listed.path().is_none())
+    };
+    let has_maps = [linux.uid_mappings(), linux.gid_mappings()].map(|maps| !maps.is_empty_or_absent());
+    if new(LinuxNamespaceType::User) {
+        check.require(has_maps == [true, true], || {
+            "a new user namespace needs linux.uidMappings and linux.gidMappings".into()
+        });
+    } else {
+        let joins =
+            linux.namespaces().iter().flatten().any(|listed| listed.typ() == LinuxNamespaceType::User);
+        check.require(joins || has_maps == [false, false], || {
+            "linux.uidMappings and linux.gidMappings need a user namespace".into()
+        });
+    }
+    let clocks = linux.time_offsets().iter().flatten();
+    check.require(clocks.clone().next().is_none() || new(LinuxNamespaceType::Time), || {
+        "linux.timeOffsets needs a new time namespace".into()
+    });
+    for (clock, _) in clocks {
+        check.require(matches!(clock.as_str(), "monotonic" | "boottime"), || {
+            format!("linux.timeOffsets has {clock:?}, which is neither monotonic nor boottime")
+        });
+    }
 }
 
 fn namespaces(check: &mut Check, spec: &Spec, namespaces: &[LinuxNamespace]) {
     let listed = |typ| namespaces.iter().filter(move |namespace| namespace.typ() == typ);
-    check.refuse("linux.namespaces[user]", listed(LinuxNamespaceType::User).next().is_some());
-    check.refuse("linux.namespaces[time]", listed(LinuxNamespaceType::Time).next().is_some());
     let mount = listed(LinuxNamespaceType::Mount);
     check.refuse("linux.namespaces[mount].path", mount.clone().any(|mount| mount.path().is_some()));
     check.require(mount.count() > 0, || "linux.namespaces has no mount namespace".into());
@@ -196,62 +207,32 @@ fn namespaces(check: &mut Check, spec: &Spec, namespaces: &[LinuxNamespace]) {
 }
 
 fn resources(check: &mut Check, resources: &LinuxResources) {
-    // `devices`, `pids` and `unified` are acted on.
+    // `devices`, `pids`, `cpu`, `hugepageLimits`, `network`, `rdma` and `unified` are acted on.
     if let Some(memory) = resources.memory() {
         self::memory(check, memory);
-    }
-    if let Some(cpu) = resources.cpu() {
-        self::cpu(check, cpu);
     }
     if let Some(block_io) = resources.block_io() {
         self::block_io(check, block_io);
     }
-    if let Some(network) = resources.network() {
-        self::network(check, network);
-    }
-    check.refuse("linux.resources.hugepageLimits", !resources.hugepage_limits().is_empty_or_absent());
-    check.refuse("linux.resources.rdma", !resources.rdma().is_empty_or_absent());
 }
 
 fn memory(check: &mut Check, memory: &LinuxMemory) {
-    // `limit`, `reservation` and `swap` are acted on; 0 means "not set" for each of them.
+    // All others are acted on; 0 means "not set" for limits. `useHierarchy` asks for what kernels do anyway (the file is
+    // read-only since Linux 5.11).
+    #[allow(deprecated)]
     check.refuse("linux.resources.memory.kernel", memory.kernel().is_some_and(|limit| limit != 0));
-    check.refuse("linux.resources.memory.kernelTCP", memory.kernel_tcp().is_some_and(|limit| limit != 0));
-    check.refuse("linux.resources.memory.swappiness", memory.swappiness().is_some());
-    check.refuse("linux.resources.memory.disableOOMKiller", memory.disable_oom_killer() == Some(true));
-    check.refuse("linux.resources.memory.useHierarchy", memory.use_hierarchy() == Some(true));
     check.refuse("linux.resources.memory.checkBeforeUpdate", memory.check_before_update() == Some(true));
 }
 
-fn cpu(check: &mut Check, cpu: &LinuxCpu) {
-    // `shares`, `quota`, `period`, `cpus` and `mems` are acted on.
-    check.refuse("linux.resources.cpu.burst", cpu.burst().is_some_and(|burst| burst != 0));
-    check.refuse("linux.resources.cpu.idle", cpu.idle().is_some_and(|idle| idle != 0));
-    check.refuse("linux.resources.cpu.realtimeRuntime", cpu.realtime_runtime().is_some_and(|time| time != 0));
-    check.refuse("linux.resources.cpu.realtimePeriod", cpu.realtime_period().is_some_and(|time| time != 0));
-}
-
 fn block_io(check: &mut Check, block_io: &LinuxBlockIo) {
-    check.refuse("linux.resources.blockIO.weight", block_io.weight().is_some_and(|weight| weight != 0));
-    check.refuse(
-        "linux.resources.blockIO.leafWeight",
-        block_io.leaf_weight().is_some_and(|weight| weight != 0),
-    );
-    check.refuse("linux.resources.blockIO.weightDevice", !block_io.weight_device().is_empty_or_absent());
-    let throttles = [
-        ("linux.resources.blockIO.throttleReadBpsDevice", block_io.throttle_read_bps_device()),
-        ("linux.resources.blockIO.throttleWriteBpsDevice", block_io.throttle_write_bps_device()),
-        ("linux.resources.blockIO.throttleReadIOPSDevice", block_io.throttle_read_iops_device()),
-        ("linux.resources.blockIO.throttleWriteIOPSDevice", block_io.throttle_write_iops_device()),
-    ];
-    for (name, throttle) in throttles {
-        check.refuse(name, !throttle.is_empty_or_absent());
-    }
-}
-
-fn network(check: &mut Check, network: &LinuxNetwork) {
-    check.refuse("linux.resources.network.classID", network.class_id().is_some_and(|class| class != 0));
-    check.refuse("linux.resources.network.priorities", !network.priorities().is_empty_or_absent());
+    // Weights of leaves are cgroup v1's CFQ scheduler's, which kernels have not had since 5.0.
+    let of_device = block_io
+        .weight_device()
+        .iter()
+        .flatten()
+        .any(|device| device.leaf_weight().is_some_and(|weight| weight != 0));
+    let leaf = block_io.leaf_weight().is_some_and(|weight| weight != 0);
+    check.refuse("linux.resources.blockIO.leafWeight", leaf || of_device);
 }
 
 #[cfg(test)]

@@ -45,12 +45,22 @@ struct CloneArgs {
 ///
 /// The caller must be single-threaded: only then is every lock free in the child, and allocation allowed.
 pub fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+    clone3_as(flags, libc::SIGCHLD, cgroup)
+}
+
+/// As [`clone3`], but the new process is not the caller's child: it is its parent's.
+pub(crate) fn clone3_sibling(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+    // clone(2): with CLONE_PARENT, the signal is the one of the caller.
+    clone3_as(flags | libc::CLONE_PARENT as u64, 0, cgroup)
+}
+
+fn clone3_as(flags: u64, exit_signal: c_int, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut pidfd: c_int = -1;
     let mut args = CloneArgs {
         flags: flags | libc::CLONE_PIDFD as u64,
         pidfd: &raw mut pidfd as u64,
-        exit_signal: libc::SIGCHLD as u64,
+        exit_signal: exit_signal as u64,
         ..CloneArgs::default()
     };
     if let Some(cgroup) = cgroup {
@@ -75,6 +85,13 @@ pub fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> 
 pub(crate) fn unshare_cgroup_namespace() -> io::Result<()> {
     // SAFETY: this flag affects neither memory nor descriptors.
     check(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }.into())
+}
+
+/// Makes a time namespace, which this process is not in yet.
+pub(crate) fn unshare_time_namespace() -> io::Result<()> {
+    const CLONE_NEWTIME: c_int = 0x80;
+    // SAFETY: this flag affects neither memory nor descriptors.
+    check(unsafe { libc::unshare(CLONE_NEWTIME) }.into())
 }
 
 /// Sends a signal, also one of those that have no name.
@@ -171,11 +188,16 @@ pub(crate) fn join_session_keyring(name: &CStr) -> io::Result<()> {
     check(result)
 }
 
-/// Sets a soft and a hard resource limit of this process.
-pub(crate) fn set_rlimit(resource: libc::__rlimit_resource_t, soft: u64, hard: u64) -> io::Result<()> {
+/// Sets a soft and a hard resource limit of a process; 0 is this one.
+pub(crate) fn set_rlimit(
+    pid: i32,
+    resource: libc::__rlimit_resource_t,
+    soft: u64,
+    hard: u64,
+) -> io::Result<()> {
     let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
-    // SAFETY: `limit` is a live `rlimit`.
-    check(unsafe { libc::setrlimit(resource, &raw const limit) }.into())
+    // SAFETY: `limit` is a live `rlimit`; the old limit is not asked for.
+    check(unsafe { libc::prlimit(pid, resource, &raw const limit, ptr::null_mut()) }.into())
 }
 
 /// The hard resource limit of this process.
@@ -196,6 +218,8 @@ pub(crate) struct MountAttr {
     userns_fd: u64,
 }
 
+const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
+
 impl MountAttr {
     /// Sets these attributes and changes nothing else.
     pub(crate) const fn setting(set: u64) -> Self {
@@ -205,6 +229,11 @@ impl MountAttr {
     /// Sets this propagation, `MS_…`, and changes nothing else.
     pub(crate) const fn propagating(propagation: u64) -> Self {
         Self { set: 0, clear: 0, propagation, userns_fd: 0 }
+    }
+
+    /// Shows files with the owners that a user namespace maps theirs to.
+    pub(crate) fn mapping(namespace: BorrowedFd<'_>) -> Self {
+        Self { set: MOUNT_ATTR_IDMAP, clear: 0, propagation: 0, userns_fd: namespace.as_raw_fd() as u64 }
     }
 
     /// Whether applying it would change nothing.

@@ -1,6 +1,6 @@
 //! What can be typed as an OCI runtime's command line, and nothing about what it does.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -126,6 +126,30 @@ pub enum Verb {
         /// The container's id
         id: String,
     },
+    /// Change the limits of a container
+    Update(Box<Update>),
+    /// Print what a container uses, and when it runs out of memory, as lines of JSON
+    Events {
+        /// Print one report and exit
+        #[arg(long)]
+        stats: bool,
+        /// Time between reports, such as 5s or 500ms
+        #[arg(long, value_name = "TIME", default_value = "5s", value_parser = duration)]
+        interval: Duration,
+        /// The container's id
+        id: String,
+    },
+    /// Write a configuration to start from
+    Spec {
+        /// Directory of the bundle
+        #[arg(short, long, value_name = "DIR", default_value = ".")]
+        bundle: PathBuf,
+        /// For a plain user, who becomes root in the container
+        #[arg(long)]
+        rootless: bool,
+    },
+    /// Print what this runtime can do, as JSON
+    Features,
 }
 
 #[derive(Debug, Args)]
@@ -231,6 +255,108 @@ pub struct Exec {
     /// Command and arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche-container update --memory 64m --cpu-quota 50000 c1
+  echo '{\"pids\": {\"limit\": 100}}' | cloche-container update --resources - c1
+
+Sizes may have a suffix k, m, g, t; -1 is no limit.")]
+pub struct Update {
+    /// File with limits as `linux.resources` in a configuration, or - for stdin
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = LIMITS)]
+    pub resources: Option<PathBuf>,
+    /// Relative share of block I/O, 10 to 1000
+    #[arg(long, value_name = "WEIGHT")]
+    pub blkio_weight: Option<u16>,
+    /// CPU period in microseconds
+    #[arg(long, value_name = "TIME")]
+    pub cpu_period: Option<u64>,
+    /// CPU time in microseconds for each period
+    #[arg(long, value_name = "TIME", allow_negative_numbers = true)]
+    pub cpu_quota: Option<i64>,
+    /// CPU time in microseconds that may be saved up
+    #[arg(long, value_name = "TIME")]
+    pub cpu_burst: Option<u64>,
+    /// Relative share of CPU time
+    #[arg(long, value_name = "SHARES")]
+    pub cpu_share: Option<u64>,
+    /// Run only where nobody else wants to: 1, or 0
+    #[arg(long, value_name = "NUMBER")]
+    pub cpu_idle: Option<i64>,
+    /// Period of real-time scheduling in microseconds
+    #[arg(long, value_name = "TIME")]
+    pub cpu_rt_period: Option<u64>,
+    /// Real-time scheduling in microseconds for each period
+    #[arg(long, value_name = "TIME")]
+    pub cpu_rt_runtime: Option<i64>,
+    /// CPUs to run on, such as 0-1
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_cpus: Option<String>,
+    /// Memory nodes to use
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_mems: Option<String>,
+    /// Memory
+    #[arg(short, long, value_name = "SIZE", value_parser = size, allow_negative_numbers = true)]
+    pub memory: Option<i64>,
+    /// Memory that is reclaimed last
+    #[arg(long, value_name = "SIZE", value_parser = size, allow_negative_numbers = true)]
+    pub memory_reservation: Option<i64>,
+    /// Memory and swap together
+    #[arg(long, value_name = "SIZE", value_parser = size, allow_negative_numbers = true)]
+    pub memory_swap: Option<i64>,
+    /// Processes and threads
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    pub pids_limit: Option<i64>,
+    /// The container's id
+    pub id: String,
+}
+
+const LIMITS: [&str; 14] = [
+    "blkio_weight",
+    "cpu_period",
+    "cpu_quota",
+    "cpu_burst",
+    "cpu_share",
+    "cpu_idle",
+    "cpu_rt_period",
+    "cpu_rt_runtime",
+    "cpuset_cpus",
+    "cpuset_mems",
+    "memory",
+    "memory_reservation",
+    "memory_swap",
+    "pids_limit",
+];
+
+/// Bytes, with a suffix or without.
+fn size(text: &str) -> Result<i64, String> {
+    let refused = || format!("`{text}` is no size; write one such as 64m, 1g, 4096 or -1");
+    let lower = text.trim().to_ascii_lowercase();
+    let lower = lower.strip_suffix('b').unwrap_or(&lower);
+    let (number, shift) = match lower.as_bytes().last() {
+        Some(b'k') => (&lower[..lower.len() - 1], 10),
+        Some(b'm') => (&lower[..lower.len() - 1], 20),
+        Some(b'g') => (&lower[..lower.len() - 1], 30),
+        Some(b't') => (&lower[..lower.len() - 1], 40),
+        _ => (lower, 0),
+    };
+    let number: i64 = number.parse().map_err(|_| refused())?;
+    number.checked_mul(1 << shift).filter(|bytes| *bytes >= -1).ok_or_else(refused)
+}
+
+/// A time with its unit.
+fn duration(text: &str) -> Result<Duration, String> {
+    let refused = || format!("`{text}` is no time; write one such as 5s or 500ms");
+    let (number, unit) = match (text.strip_suffix("ms"), text.strip_suffix('s')) {
+        (Some(number), _) => (number, 1),
+        (None, Some(number)) => (number, 1000),
+        _ => return Err(refused()),
+    };
+    let milliseconds = number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
+    milliseconds.filter(|time| *time > 0).map(Duration::from_millis).ok_or_else(refused)
 }
 
 /// A signal by name or number.

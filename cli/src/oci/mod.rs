@@ -5,6 +5,7 @@ mod arguments;
 mod exec;
 mod log;
 mod show;
+mod update;
 
 use std::{
     ffi::{OsStr, OsString},
@@ -81,6 +82,17 @@ fn carry_out(arguments: &Arguments, preserved: &Preserved, log: &log::Log) -> Re
         Verb::Ps { format, id, options } => show::processes(&home, id, *format, options),
         Verb::Pause { id } => cloche_oci::pause(&home, id).map(|()| 0),
         Verb::Resume { id } => cloche_oci::resume(&home, id).map(|()| 0),
+        Verb::Update(update) => update::update(&home, update),
+        Verb::Events { stats: true, id, .. } => {
+            cloche_oci::events::statistics(&home, id).map(|report| show::line(&report.to_string()))
+        }
+        Verb::Events { interval, id, .. } => cloche_oci::events::watch(&home, id, *interval, &mut |event| {
+            show::line(&event.to_string());
+            crate::output::has_reader()
+        })
+        .map(|()| 0),
+        Verb::Spec { bundle, rootless } => cloche_oci::template::write(bundle, *rootless).map(|()| 0),
+        Verb::Features => Ok(show::line(&format!("{:#}", cloche_oci::features()))),
     }
 }
 

@@ -5,6 +5,7 @@ mod hooks;
 mod hostile;
 mod life;
 mod processes;
+mod spaces;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -20,7 +21,7 @@ use tests;
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let all = [life::all(), processes::all(), hooks::all(), hostile::all()].concat();
+    let all = [life::all(), processes::all(), spaces::all(), hooks::all(), hostile::all()].concat();
     let missing = fixture::missing();
     let trials = all.into_iter().map(|(name, body)| match &missing {
         None => Trial::test(name, move || checked(body)),

@@ -78,7 +78,7 @@ pub(super) fn read_field(directory: &Path, file: &str, key: &str) -> Option<u64>
     field(&read(directory, file).ok()?, key)
 }
 
-fn field(text: &str, key: &str) -> Option<u64> {
+pub(super) fn field(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
 }
 

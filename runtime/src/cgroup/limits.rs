@@ -1,6 +1,8 @@
 //! The limits of a spec's `linux.resources` in the terms that both cgroup versions are set from.
 
-use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
+use oci_spec::runtime::{
+    LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice, LinuxWeightDevice,
+};
 
 use super::{
     CgroupError,
@@ -37,6 +39,33 @@ impl Limit {
     }
 }
 
+/// A limit that is one write to one file, in one of the versions or both.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Setting {
+    /// The spec's field.
+    pub(super) field: &'static str,
+    /// The controller that it needs.
+    pub(super) controller: &'static str,
+    /// The file of v1, if v1 has this limit.
+    pub(super) v1: Option<String>,
+    /// The file of v2, if v2 has it.
+    pub(super) v2: Option<String>,
+    pub(super) value: V1V2,
+}
+
+/// What to write: the same to both, or a line of each version's own.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct V1V2 {
+    pub(super) v1: String,
+    pub(super) v2: String,
+}
+
+impl V1V2 {
+    fn same(value: impl ToString) -> Self {
+        Self { v1: value.to_string(), v2: value.to_string() }
+    }
+}
+
 /// What to set; `None` and empty leave the kernel's default.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Limits {
@@ -60,6 +89,8 @@ pub(super) struct Limits {
     pub(super) pids: Option<Limit>,
     /// Device access, unless everything is allowed.
     pub(super) devices: Option<DevicePolicy>,
+    /// All that need no thought.
+    pub(super) settings: Vec<Setting>,
     /// Files of the v2 directory and what to write to them.
     pub(super) unified: Vec<(String, String)>,
 }
@@ -74,6 +105,10 @@ impl Limits {
         if let Some(cpu) = resources.cpu() {
             limits.set_cpu(cpu);
         }
+        if let Some(block_io) = resources.block_io() {
+            limits.set_block_io(block_io);
+        }
+        limits.set_others(resources)?;
         // Docker and podman write 0 and -1 for "no limit".
         limits.pids = resources.pids().as_ref().map(|pids| match pids.limit() {
             ..=0 => Limit::Unlimited,
@@ -100,6 +135,18 @@ impl Limits {
         self.memory = limit(memory.limit());
         self.memory_reservation = limit(memory.reservation());
         self.memory_and_swap = limit(memory.swap());
+        if let Some(swappiness) = memory.swappiness() {
+            let files = (Some("memory.swappiness"), None);
+            self.set("linux.resources.memory.swappiness", "memory", files, swappiness);
+        }
+        if memory.disable_oom_killer() == Some(true) {
+            let files = (Some("memory.oom_control"), None);
+            self.set("linux.resources.memory.disableOOMKiller", "memory", files, 1);
+        }
+        if let Some(tcp) = memory.kernel_tcp().filter(|&limit| limit != 0) {
+            let files = (Some("memory.kmem.tcp.limit_in_bytes"), None);
+            self.set("linux.resources.memory.kernelTCP", "memory", files, tcp);
+        }
         let refused = match (self.memory, self.memory_and_swap) {
             (None | Some(Limit::Unlimited), Some(Limit::At(_))) => Some("it needs a memory limit"),
             (Some(Limit::At(memory)), Some(Limit::At(both))) if both < memory => {
@@ -115,7 +162,101 @@ impl Limits {
         }
     }
 
+    /// A setting with the same value in both versions.
+    fn set(
+        &mut self,
+        field: &'static str,
+        controller: &'static str,
+        files: (Option<&str>, Option<&str>),
+        value: impl ToString,
+    ) {
+        let (v1, v2) = (files.0.map(str::to_owned), files.1.map(str::to_owned));
+        self.settings.push(Setting { field, controller, v1, v2, value: V1V2::same(value) });
+    }
+
+    fn set_block_io(&mut self, block_io: &LinuxBlockIo) {
+        if let Some(weight) = block_io.weight().filter(|weight| *weight != 0) {
+            let files = (Some("blkio.bfq.weight"), Some("io.bfq.weight"));
+            self.set("linux.resources.blockIO.weight", "blkio", files, weight);
+        }
+        for device in block_io.weight_device().iter().flatten() {
+            let weight = LinuxWeightDevice::weight(device).unwrap_or(0);
+            let line = format!("{}:{} {weight}", device.major(), device.minor());
+            let files = (Some("blkio.bfq.weight_device"), Some("io.bfq.weight"));
+            self.set("linux.resources.blockIO.weightDevice", "blkio", files, line);
+        }
+        let mut throttle = |field, devices: &Option<Vec<LinuxThrottleDevice>>, file: &str, key: &str| {
+            for device in devices.iter().flatten() {
+                let (number, rate) = (format!("{}:{}", device.major(), device.minor()), device.rate());
+                // 0 lifts the limit in v1.
+                let limit = if rate == 0 { "max".to_owned() } else { rate.to_string() };
+                self.settings.push(Setting {
+                    field,
+                    controller: "blkio",
+                    v1: Some(format!("blkio.throttle.{file}")),
+                    v2: Some("io.max".into()),
+                    value: V1V2 { v1: format!("{number} {rate}"), v2: format!("{number} {key}={limit}") },
+                });
+            }
+        };
+        let field = "linux.resources.blockIO.throttleReadBpsDevice";
+        throttle(field, block_io.throttle_read_bps_device(), "read_bps_device", "rbps");
+        let field = "linux.resources.blockIO.throttleWriteBpsDevice";
+        throttle(field, block_io.throttle_write_bps_device(), "write_bps_device", "wbps");
+        let field = "linux.resources.blockIO.throttleReadIOPSDevice";
+        throttle(field, block_io.throttle_read_iops_device(), "read_iops_device", "riops");
+        let field = "linux.resources.blockIO.throttleWriteIOPSDevice";
+        throttle(field, block_io.throttle_write_iops_device(), "write_iops_device", "wiops");
+    }
+
+    fn set_others(&mut self, resources: &LinuxResources) -> Result<(), CgroupError> {
+        for limit in resources.hugepage_limits().iter().flatten() {
+            let size = limit.page_size();
+            if size.is_empty() || !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+                let limit = format!("linux.resources.hugepageLimits {size:?}");
+                return Err(CgroupError::Limit { limit, reason: "it is not a size such as 2MB" });
+            }
+            let (v1, v2) = (format!("hugetlb.{size}.limit_in_bytes"), format!("hugetlb.{size}.max"));
+            let files = (Some(v1.as_str()), Some(v2.as_str()));
+            self.set("linux.resources.hugepageLimits", "hugetlb", files, limit.limit());
+        }
+        let mut rdma: Vec<_> = resources.rdma().iter().flatten().collect();
+        rdma.sort_by_key(|(device, _)| *device);
+        for (device, limit) in rdma {
+            let number = |number: Option<u32>| number.map_or("max".to_owned(), |number| number.to_string());
+            let (handles, objects) = (number(limit.hca_handles()), number(limit.hca_objects()));
+            let line = format!("{device} hca_handle={handles} hca_object={objects}");
+            self.set("linux.resources.rdma", "rdma", (Some("rdma.max"), Some("rdma.max")), line);
+        }
+        let Some(network) = resources.network() else { return Ok(()) };
+        if let Some(class) = network.class_id().filter(|class| *class != 0) {
+            let files = (Some("net_cls.classid"), None);
+            self.set("linux.resources.network.classID", "net_cls", files, class);
+        }
+        for priority in network.priorities().iter().flatten() {
+            let line = format!("{} {}", priority.name(), priority.priority());
+            let files = (Some("net_prio.ifpriomap"), None);
+            self.set("linux.resources.network.priorities", "net_prio", files, line);
+        }
+        Ok(())
+    }
+
     fn set_cpu(&mut self, cpu: &LinuxCpu) {
+        if let Some(burst) = cpu.burst() {
+            let files = (Some("cpu.cfs_burst_us"), Some("cpu.max.burst"));
+            self.set("linux.resources.cpu.burst", "cpu", files, burst);
+        }
+        if let Some(idle) = cpu.idle() {
+            self.set("linux.resources.cpu.idle", "cpu", (Some("cpu.idle"), Some("cpu.idle")), idle);
+        }
+        if let Some(period) = cpu.realtime_period().filter(|&period| period != 0) {
+            let files = (Some("cpu.rt_period_us"), None);
+            self.set("linux.resources.cpu.realtimePeriod", "cpu", files, period);
+        }
+        if let Some(runtime) = cpu.realtime_runtime().filter(|&runtime| runtime != 0) {
+            let files = (Some("cpu.rt_runtime_us"), None);
+            self.set("linux.resources.cpu.realtimeRuntime", "cpu", files, runtime);
+        }
         let text = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
         self.cpu_shares = cpu.shares().filter(|&shares| shares != 0);
         self.cpu_quota = cpu.quota().filter(|&quota| quota != 0).map(Limit::from_spec);
@@ -139,6 +280,9 @@ impl Limits {
         need("pids", self.pids.is_some_and(|pids| pids != Limit::Unlimited), "linux.resources.pids");
         need("cpu", cpu, "linux.resources.cpu");
         need("cpuset", cpuset, "linux.resources.cpu.cpus");
+        for setting in &self.settings {
+            need(setting.controller, true, setting.field);
+        }
         for (file, _) in &self.unified {
             let (controller, _) = file.split_once('.').unwrap_or((file, ""));
             need(controller, true, "linux.resources.unified");

@@ -11,6 +11,7 @@ mod device_policy;
 mod files;
 mod freezer;
 mod limits;
+mod oom;
 mod removal;
 mod usage;
 mod v1;
@@ -27,6 +28,7 @@ use oci_spec::runtime::LinuxResources;
 pub use device_policy::DeviceRuleError;
 pub use freezer::thaw_process;
 use limits::Limits;
+pub use oom::OomWatch;
 pub use usage::Usage;
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -202,6 +204,31 @@ impl Cgroup {
         self.apply_limits(&Limits::from_spec(Some(resources))?)
     }
 
+    /// As [`Cgroup::apply`], for a container whose cgroup is at `path`. In v1 hierarchies, where a container has a cgroup
+    /// only if a limit needed it, what is missing is made now, and all of its processes are moved there.
+    pub fn update(&mut self, path: &Path, resources: &LinuxResources) -> Result<(), CgroupError> {
+        let limits = Limits::from_spec(Some(resources))?;
+        if self.layout != Layout::V2 {
+            let present = self.v1.len();
+            let processes = self.processes()?;
+            let made = v1::create(Path::new(ROOT), &relative(path)?, &limits, &[], &mut self.v1);
+            let moved = made.and_then(|()| {
+                let new = self.v1.iter().skip(present);
+                new.flat_map(|new| processes.iter().map(move |pid| (new, pid))).try_for_each(|(new, pid)| {
+                    match files::write(new.path(), "cgroup.procs", &pid.to_string()) {
+                        // It has ended meanwhile.
+                        Err(CgroupError::Io { source, .. }) if source.raw_os_error() == Some(libc::ESRCH) => {
+                            Ok(())
+                        }
+                        result => result,
+                    }
+                })
+            });
+            moved?;
+        }
+        self.apply(resources)
+    }
+
     fn apply_limits(&self, limits: &Limits) -> Result<(), CgroupError> {
         match (self.layout, &self.unified) {
             (Layout::V2, Some(unified)) => v2::apply(unified, limits),
@@ -297,6 +324,22 @@ impl Cgroup {
     /// whole cgroup then (`memory.oom.group`).
     pub(crate) fn oom_event(&self) -> Result<Option<OwnedFd>, CgroupError> {
         v1::of(&self.v1, "memory").map(v1::oom_event).transpose()
+    }
+
+    /// News of processes killed for want of memory.
+    pub fn watch_oom(&self) -> Result<OomWatch, CgroupError> {
+        OomWatch::new(self)
+    }
+
+    /// The directory that has a controller's files, if it has one.
+    pub fn directory_of(&self, controller: &str) -> Option<PathBuf> {
+        let unified = self.unified.as_deref().filter(|_| self.layout == Layout::V2);
+        unified.or(v1::of(&self.v1, controller)).map(Path::to_owned)
+    }
+
+    /// Its directory in the v2 hierarchy.
+    pub fn unified_directory(&self) -> Option<&Path> {
+        self.unified.as_deref()
     }
 
     /// How many processes the kernel has killed because the memory limit was hit.

@@ -17,7 +17,10 @@ use super::{
 };
 
 /// Controllers that this runtime sets anything in.
-const CONTROLLERS: [&str; 7] = ["memory", "pids", "devices", "cpu", "cpuset", "freezer", "cpuacct"];
+const CONTROLLERS: [&str; 12] = [
+    "memory", "pids", "devices", "cpu", "cpuset", "freezer", "cpuacct", "blkio", "hugetlb", "rdma",
+    "net_cls", "net_prio",
+];
 /// Used for every container where they exist: for its memory, and to find and kill its processes.
 pub(super) const WANTED: [&str; 2] = ["memory", "pids"];
 /// As [`WANTED`] where there is no v2 hierarchy beside them, which freezes and tells of CPU time.
@@ -172,10 +175,26 @@ pub(super) fn apply(directories: &[Directory], limits: &Limits) -> Result<(), Cg
         }),
     };
     if let Some(memory) = limits.memory {
-        write("memory", "linux.resources.memory", "memory.limit_in_bytes", &memory.or_minus_one())?;
+        let set =
+            || write("memory", "linux.resources.memory", "memory.limit_in_bytes", &memory.or_minus_one());
+        match (set(), limits.memory_and_swap) {
+            // Memory alone cannot be more than memory and swap together, so which of them goes first depends.
+            (Err(_), Some(both)) => {
+                set_memory_and_swap(of(directories, "memory"), limits.memory, both)?;
+                set()?;
+            }
+            (result, _) => result?,
+        }
     }
     if let Some(both) = limits.memory_and_swap {
         set_memory_and_swap(of(directories, "memory"), limits.memory, both)?;
+    }
+    for setting in &limits.settings {
+        let Some(file) = &setting.v1 else {
+            let reason = "cgroup v1 has no such limit";
+            return Err(CgroupError::Limit { limit: setting.field.into(), reason });
+        };
+        write(setting.controller, setting.field, file, &setting.value.v1)?;
     }
     if let Some(reservation) = limits.memory_reservation {
         let value = reservation.or_minus_one();

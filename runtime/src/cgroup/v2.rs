@@ -13,7 +13,12 @@ const WANTED: [&str; 3] = ["memory", "pids", "io"];
 
 /// Makes `relative` under `root` with the controllers that `limits` need.
 pub(super) fn create(root: &Path, relative: &Path, limits: &Limits) -> Result<PathBuf, CgroupError> {
-    let needed = limits.controllers();
+    let mut needed = limits.controllers();
+    for (controller, _) in &mut needed {
+        if controller == "blkio" {
+            "io".clone_into(controller);
+        }
+    }
     let mut directory = root.to_owned();
     let mut names = relative.iter().peekable();
     while let Some(name) = names.next() {
@@ -120,6 +125,13 @@ pub(super) fn apply(directory: &Path, limits: &Limits) -> Result<(), CgroupError
                 reason,
             });
         }
+    }
+    for setting in &limits.settings {
+        let Some(file) = &setting.v2 else {
+            let reason = "cgroup v2 has no such limit";
+            return Err(CgroupError::Limit { limit: setting.field.into(), reason });
+        };
+        files::write(directory, file, &setting.value.v2)?;
     }
     limits.unified.iter().try_for_each(|(file, value)| files::write(directory, file, value))
 }

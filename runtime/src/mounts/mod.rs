@@ -17,7 +17,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::Mount as SpecMount;
+use oci_spec::runtime::{LinuxIdMapping, Mount as SpecMount};
 use rustix::{
     fs::CWD,
     io::Errno,
@@ -31,9 +31,10 @@ use crate::{
     cgroup::Cgroup,
     namespaces::Namespaces,
     syscalls::{MountAttr, mount_setattr},
+    user_namespace,
 };
-pub use options::OptionError;
 use options::{ATTR_RDONLY, Bind, Options, Propagation};
+pub use options::{KNOWN as MOUNT_OPTIONS, OptionError};
 use paths::{Make, Symlinks};
 
 /// Why a mount could not be made.
@@ -95,6 +96,8 @@ pub(crate) struct Mount {
     destination: PathBuf,
     kind: Kind,
     options: Options,
+    /// Maps of users and groups, if its files belong to other users than they say.
+    maps: Option<(Vec<LinuxIdMapping>, Vec<LinuxIdMapping>)>,
 }
 
 #[derive(Debug)]
@@ -129,7 +132,7 @@ impl Mount {
         let options = options::parse(listed).map_err(of_option)?;
         let is_bind = options.bind.is_some() || mount.typ().as_deref() == Some("bind");
         if !is_bind {
-            options.check_for_file_system().map_err(of_option)?;
+            options.check_for_file_system(mount.typ().as_deref().unwrap_or_default()).map_err(of_option)?;
         }
         let source = mount.source().as_deref();
         let kind = match (options.bind, mount.typ().as_deref()) {
@@ -147,11 +150,30 @@ impl Mount {
             },
             _ => return Err(invalid("it has neither a type nor the option bind")),
         };
-        Ok(Self { destination, kind, options })
+        let maps = (mount.uid_mappings().clone(), mount.gid_mappings().clone());
+        let maps = match maps {
+            (Some(uids), Some(gids)) if !uids.is_empty() && !gids.is_empty() => Some((uids, gids)),
+            (uids, gids) if uids.iter().chain(&gids).any(|maps| !maps.is_empty()) => {
+                return Err(invalid("uidMappings and gidMappings go together"));
+            }
+            _ if options.idmap.is_some() => {
+                return Err(invalid("idmap needs uidMappings and gidMappings of the mount"));
+            }
+            _ => None,
+        };
+        if maps.is_some() && !matches!(kind, Kind::Bind { .. }) {
+            return Err(invalid("uidMappings and gidMappings are for bind mounts"));
+        }
+        Ok(Self { destination, kind, options, maps })
     }
 
     pub(crate) fn destination(&self) -> &Path {
         &self.destination
+    }
+
+    /// Whether only a process of the caller's PID namespace can make it.
+    pub(crate) fn is_mapped(&self) -> bool {
+        self.maps.is_some()
     }
 
     pub(crate) fn is_bind(&self) -> bool {
@@ -169,28 +191,57 @@ impl Mount {
     }
 }
 
-/// Mounts cloned from the caller's side, by position in the spec.
+/// Mounts made on the caller's side, by position in the spec.
 #[derive(Debug)]
 pub(crate) struct Sources {
-    binds: Vec<Option<OwnedFd>>,
+    made: Vec<Option<OwnedFd>>,
     cgroups: Vec<OwnedFd>,
 }
 
-/// Opens what the mounts need from the caller's side.
+/// Clones the sources of bind mounts, and gives them their properties; by position in the spec. Where this process's
+/// mounts are the caller's, `isolate` keeps what happens to the clones from the caller.
+pub(crate) fn clone_binds(mounts: &[Mount], isolate: bool) -> Result<Vec<Option<OwnedFd>>, MountError> {
+    let clone = |mount: &Mount| -> Result<Option<OwnedFd>, MountError> {
+        let Kind::Bind { origin, extent } = &mount.kind else { return Ok(None) };
+        let tree = clone_tree(CWD, origin, *extent).map_err(|errno| MountError::Source {
+            origin: origin.clone(),
+            destination: mount.destination.clone(),
+            source: errno.into(),
+        })?;
+        if isolate {
+            mount_setattr(tree.as_fd(), true, MountAttr::propagating(libc::MS_SLAVE))
+                .map_err(mount.failed("make it independent of the caller's"))?;
+        }
+        if let Some((uids, gids)) = &mount.maps {
+            let namespace = user_namespace::of_maps(uids, gids)
+                .map_err(|error| mount.failed("map its users")(io::Error::other(error)))?;
+            let recursive = mount.options.idmap == Some(Bind::WithSubmounts);
+            mount_setattr(tree.as_fd(), recursive, MountAttr::mapping(namespace.as_fd()))
+                .map_err(mount.failed("map its users; does its file system allow that?"))?;
+        }
+        if !mount.options.copy_up {
+            set_properties(mount, tree.as_fd())?;
+        }
+        Ok(Some(tree))
+    };
+    mounts.iter().map(clone).collect()
+}
+
+/// Makes what the mounts need from the caller's side: file systems, as long as the caller's are seen, which in a user
+/// namespace the kernel wants for some kinds; and views of cgroups. `binds` are from [`clone_binds`].
 pub(crate) fn open_sources(
     mounts: &[Mount],
+    binds: Vec<Option<OwnedFd>>,
     namespaces: &Namespaces,
     cgroup: &Cgroup,
 ) -> Result<Sources, MountError> {
-    let mut sources = Sources { binds: Vec::new(), cgroups: Vec::new() };
-    for mount in mounts {
+    let mut sources = Sources { made: Vec::new(), cgroups: Vec::new() };
+    for (mount, bind) in mounts.iter().zip(binds) {
         let source = match &mount.kind {
-            Kind::Bind { origin, extent } => {
-                Some(clone_tree(CWD, origin, *extent).map_err(|errno| MountError::Source {
-                    origin: origin.clone(),
-                    destination: mount.destination.clone(),
-                    source: errno.into(),
-                })?)
+            Kind::Bind { .. } => bind,
+            Kind::FileSystem { name, source } => {
+                let made = make(name, source, &mount.options);
+                Some(made.map_err(|(step, error)| mount.failed(step)(error))?)
             }
             // Without a namespace of its own, a new mount would show the caller's whole hierarchy.
             Kind::Cgroup if !namespaces.has_cgroup() && sources.cgroups.is_empty() => {
@@ -204,7 +255,7 @@ pub(crate) fn open_sources(
             }
             _ => None,
         };
-        sources.binds.push(source);
+        sources.made.push(source);
     }
     Ok(sources)
 }
@@ -218,21 +269,23 @@ pub(crate) fn mount_all(
     cgroup: &Cgroup,
     mut before_cgroups: impl FnMut() -> Result<(), io::Error>,
 ) -> Result<(), MountError> {
-    for (mount, source) in mounts.iter().zip(sources.binds) {
+    for (mount, source) in mounts.iter().zip(sources.made) {
         match (&mount.kind, source) {
             (Kind::Bind { .. }, Some(tree)) => attach_bind(root, mount, tree.as_fd())?,
-            (Kind::FileSystem { name, source }, _) => {
-                let made =
-                    make(name, source, &mount.options).map_err(|(step, error)| mount.failed(step)(error))?;
+            (Kind::FileSystem { name, .. }, Some(made)) => {
                 let symlinks =
                     if name == "proc" || name == "sysfs" { Symlinks::Refuse } else { Symlinks::Follow };
+                if mount.options.tmp_copy_up {
+                    copy_up::fill(root, &mount.destination, made.as_fd())
+                        .map_err(mount.failed("fill it with what it covers"))?;
+                }
                 attach(root, mount, made.as_fd(), symlinks, Make::Directory)?;
             }
             (Kind::Cgroup, _) => {
                 before_cgroups().map_err(mount.failed("enter the cgroup"))?;
                 cgroups::mount(root, mount, cgroup, &sources.cgroups)?;
             }
-            (Kind::Bind { .. }, None) => {}
+            (Kind::Bind { .. } | Kind::FileSystem { .. }, None) => {}
         }
     }
     Ok(())
@@ -258,12 +311,24 @@ fn attach_bind(root: BorrowedFd<'_>, mount: &Mount, tree: BorrowedFd<'_>) -> Res
         copy_up::fill(root, &mount.destination, tree)
             .map_err(mount.failed("fill it with the image's files"))?;
     }
+    if mount.options.copy_up {
+        set_properties(mount, tree)?;
+    }
+    attach(root, mount, tree, Symlinks::Follow, make)
+}
+
+fn set_properties(mount: &Mount, tree: BorrowedFd<'_>) -> Result<(), MountError> {
     for (attr, recursive) in [(mount.options.attr, false), (mount.options.recursive_attr, true)] {
         if !attr.is_noop() {
             mount_setattr(tree, recursive, attr).map_err(mount.failed("set its options"))?;
         }
     }
-    attach(root, mount, tree, Symlinks::Follow, make)
+    Ok(())
+}
+
+/// Clones the mount that a file is on, so that it shows this file only.
+pub(crate) fn clone_file(file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    clone_tree(file, Path::new(""), Bind::Alone)
 }
 
 /// Shows one file at the place of another.
@@ -340,7 +405,7 @@ fn attach(
     Ok(())
 }
 
-fn attach_at(made: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<(), Errno> {
+pub(crate) fn attach_at(made: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<(), Errno> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(made, "", target, "", flags)
 }

@@ -26,6 +26,10 @@ pub(super) struct Options {
     pub(super) propagation: Vec<Propagation>,
     /// For bind mounts: whether an empty source is filled with what is at the destination. This runtime's own.
     pub(super) copy_up: bool,
+    /// For a tmpfs: whether it is filled with what is at the destination.
+    pub(super) tmp_copy_up: bool,
+    /// Whether, and how far, files belong to other users than they say.
+    pub(super) idmap: Option<Bind>,
     /// Given to the file system.
     pub(super) data: Vec<Datum>,
 }
@@ -64,7 +68,50 @@ const SUPERBLOCK: [&str; 8] =
     ["sync", "async", "dirsync", "lazytime", "nolazytime", "mand", "nomand", "iversion"];
 
 /// Options that other runtimes give a meaning of their own.
-const UNSUPPORTED: [&str; 6] = ["remount", "tmpcopyup", "idmap", "ridmap", "copy-symlink", "noiversion"];
+const UNSUPPORTED: [&str; 3] = ["remount", "copy-symlink", "noiversion"];
+
+/// The options that have a meaning for mounts of all kinds; others are a file system's own. Those of attributes can have an
+/// `r` before them, for all mounts below.
+pub const KNOWN: &[&str] = &[
+    "async",
+    "atime",
+    "bind",
+    "copyup",
+    "defaults",
+    "dev",
+    "diratime",
+    "dirsync",
+    "exec",
+    "iversion",
+    "lazytime",
+    "loud",
+    "mand",
+    "noatime",
+    "nodev",
+    "nodiratime",
+    "noexec",
+    "nolazytime",
+    "nomand",
+    "norelatime",
+    "nostrictatime",
+    "nosuid",
+    "nosymfollow",
+    "private",
+    "rbind",
+    "relatime",
+    "ro",
+    "rprivate",
+    "rshared",
+    "rslave",
+    "runbindable",
+    "rw",
+    "shared",
+    "slave",
+    "strictatime",
+    "suid",
+    "symfollow",
+    "sync",
+];
 
 pub(super) fn parse(options: &[String]) -> Result<Options, OptionError> {
     let mut parsed = Options::default();
@@ -83,6 +130,9 @@ pub(super) fn parse(options: &[String]) -> Result<Options, OptionError> {
                 "bind" => parsed.bind = parsed.bind.or(Some(Bind::Alone)),
                 "rbind" => parsed.bind = Some(Bind::WithSubmounts),
                 "copyup" => parsed.copy_up = true,
+                "tmpcopyup" => parsed.tmp_copy_up = true,
+                "idmap" => parsed.idmap = Some(Bind::Alone),
+                "ridmap" => parsed.idmap = Some(Bind::WithSubmounts),
                 // What one gets anyway.
                 "defaults" | "norelatime" | "nostrictatime" | "silent" | "loud" | "" => {}
                 option => {
@@ -100,15 +150,21 @@ pub(super) fn parse(options: &[String]) -> Result<Options, OptionError> {
 
 impl Options {
     /// Only a bind mount has a source that can be filled.
-    pub(super) fn check_for_file_system(&self) -> Result<(), OptionError> {
+    pub(super) fn check_for_file_system(&self, name: &str) -> Result<(), OptionError> {
         if self.copy_up {
             return Err(OptionError { option: "copyup".into(), reason: "is for bind mounts only" });
+        }
+        if self.tmp_copy_up && name != "tmpfs" {
+            return Err(OptionError { option: "tmpcopyup".into(), reason: "is for tmpfs only" });
         }
         Ok(())
     }
 
     /// A bind mount has no file system to give parameters to, and shares the flags of a whole file system.
     pub(super) fn check_for_bind(&self) -> Result<(), OptionError> {
+        if self.tmp_copy_up {
+            return Err(OptionError { option: "tmpcopyup".into(), reason: "is for tmpfs only" });
+        }
         let Some(datum) = self.data.first() else { return Ok(()) };
         let reason = if SUPERBLOCK.contains(&datum.key.as_str()) {
             "concerns a whole file system, and cannot be changed by a bind mount"
@@ -215,11 +271,11 @@ mod tests {
     #[test]
     fn options_that_cannot_be_honoured_are_refused_by_name() {
         let refused = |option: &str| parse(&[option.to_owned()]).unwrap_err().to_string();
-        assert_eq!(refused("tmpcopyup"), "option \"tmpcopyup\" is not supported yet");
+        assert_eq!(refused("copy-symlink"), "option \"copy-symlink\" is not supported yet");
         let error = parsed("bind,size=1m").check_for_bind().unwrap_err().to_string();
         assert_eq!(error, "option \"size\" means nothing for a bind mount");
         assert!(parsed("bind,sync").check_for_bind().is_err());
         assert!(parsed("rbind,ro,rslave,copyup").check_for_bind().is_ok());
-        assert!(parsed("copyup").check_for_file_system().is_err());
+        assert!(parsed("copyup").check_for_file_system("tmpfs").is_err());
     }
 }

@@ -131,6 +131,11 @@ fn set(listed: &Option<Capabilities>) -> CapabilitySet {
     CapabilitySet::from_bits_retain(numbers.fold(0, |set, (number, _)| set | 1 << number))
 }
 
+/// All names that the runtime spec knows.
+pub fn names() -> Vec<String> {
+    ALL.iter().map(|capability| format!("CAP_{capability}")).collect()
+}
+
 /// `CAP_…` of the lowest capability of a set.
 fn name(capability: CapabilitySet) -> String {
     let number = capability.bits().trailing_zeros();

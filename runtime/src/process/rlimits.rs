@@ -36,11 +36,11 @@ pub enum RlimitError {
     },
 }
 
-/// Sets one limit of this process.
-pub(crate) fn set(rlimit: &PosixRlimit) -> Result<(), RlimitError> {
+/// Sets one limit of a process; 0 is this one.
+pub(crate) fn set(pid: i32, rlimit: &PosixRlimit) -> Result<(), RlimitError> {
     let (limit, soft, hard) = (rlimit.typ(), rlimit.soft(), rlimit.hard());
     let resource = resource(limit);
-    syscalls::set_rlimit(resource, soft, hard).map_err(|source| match syscalls::hard_rlimit(resource) {
+    syscalls::set_rlimit(pid, resource, soft, hard).map_err(|source| match syscalls::hard_rlimit(resource) {
         Ok(present) if source.raw_os_error() == Some(Errno::PERM.raw_os_error()) && hard > present => {
             RlimitError::NotPermitted { limit, present: show(present), wanted: show(hard) }
         }

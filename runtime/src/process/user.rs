@@ -28,7 +28,11 @@ pub(crate) fn own_stdio(account: &Account) -> Result<(), UserError> {
     for stdio in [stdin(), stdout(), stderr()] {
         let stat = fstat(stdio).map_err(failed)?;
         if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo && stat.st_uid != account.uid {
-            fchown(stdio, Some(Uid::from_raw(account.uid)), None).map_err(failed)?;
+            match fchown(stdio, Some(Uid::from_raw(account.uid)), None) {
+                // In a user namespace, a pipe of somebody outside stays theirs.
+                Ok(()) | Err(Errno::PERM | Errno::INVAL) => {}
+                Err(errno) => return Err(failed(errno)),
+            }
         }
     }
     Ok(())

@@ -89,6 +89,23 @@ pub(crate) fn mount(rootfs: &Rootfs) -> Result<OwnedFd, RootfsError> {
     }
 }
 
+/// Clones the mounts of a directory, for a process that could not. What the caller mounts there later does not arrive.
+pub(crate) fn clone_directory(path: &Path) -> Result<OwnedFd, RootfsError> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::from_bits_retain(libc::AT_RECURSIVE as u32);
+    let failed = |source| RootfsError::Directory { path: path.to_owned(), source };
+    let tree = open_tree(CWD, path, flags).map_err(|errno| failed(errno.into()))?;
+    let private = crate::syscalls::MountAttr::propagating(libc::MS_PRIVATE);
+    crate::syscalls::mount_setattr(tree.as_fd(), true, private).map_err(failed)?;
+    Ok(tree)
+}
+
+/// Attaches what [`clone_directory`] has returned.
+pub(crate) fn attach_clone(tree: BorrowedFd<'_>, path: &Path) -> Result<(), RootfsError> {
+    cover_root(tree).map_err(|errno| RootfsError::Directory { path: path.to_owned(), source: errno.into() })
+}
+
 fn mount_directory(path: &Path) -> Result<OwnedFd, RootfsError> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC

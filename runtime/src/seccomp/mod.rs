@@ -57,6 +57,18 @@ pub enum SeccompError {
     },
 }
 
+/// The actions that policies may have.
+pub const ACTIONS: [&str; 8] = [
+    "SCMP_ACT_ALLOW",
+    "SCMP_ACT_ERRNO",
+    "SCMP_ACT_KILL",
+    "SCMP_ACT_KILL_PROCESS",
+    "SCMP_ACT_KILL_THREAD",
+    "SCMP_ACT_LOG",
+    "SCMP_ACT_TRACE",
+    "SCMP_ACT_TRAP",
+];
+
 /// A compiled policy.
 #[derive(Debug)]
 pub(crate) struct Filter {

@@ -1,0 +1,223 @@
+//! Namespaces, mounts and limits that only an engine's configuration asks for.
+
+use std::{fs, os::unix::fs::MetadataExt, process::Stdio};
+
+use serde_json::{Value, json};
+
+use crate::{
+    Test,
+    fixture::{Bundle, await_that, text},
+};
+
+pub fn all() -> Vec<Test> {
+    crate::tests![
+        root_of_a_user_namespace_is_somebody_else_outside,
+        user_namespace_can_be_joined_with_new_namespaces_in_it,
+        map_that_is_missing_is_asked_for,
+        idmapped_mount_shows_other_owners,
+        clocks_of_a_time_namespace_are_set,
+        tmpcopyup_fills_a_tmpfs,
+        domain_name_scheduler_and_io_priority_are_set,
+        limits_are_changed_while_it_runs,
+        statistics_tell_what_is_used,
+        running_out_of_memory_is_an_event,
+        template_is_what_spec_writes,
+    ]
+}
+
+fn namespaces(kinds: &[&str]) -> Value {
+    kinds.iter().map(|kind| json!({ "type": kind })).collect()
+}
+
+fn maps(host: u32) -> Value {
+    json!([{ "containerID": 0, "hostID": host, "size": 1000 }])
+}
+
+fn in_user_namespace(script: &str) -> Bundle {
+    let bundle = Bundle::script(script)
+        .with("/linux/namespaces", namespaces(&["user", "pid", "network", "ipc", "uts", "mount", "cgroup"]))
+        .with("/linux/uidMappings", maps(100_000))
+        .with("/linux/gidMappings", maps(200_000))
+        .with("/mounts/-", json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs" }))
+        .with("/mounts/-", json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs" }));
+    // Whoever root is outside has to reach the root file system.
+    for name in ["dev", "sys"] {
+        fs::create_dir(bundle.path("rootfs").join(name)).unwrap();
+    }
+    for path in [bundle.path(""), bundle.path("rootfs")] {
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    bundle
+}
+
+fn root_of_a_user_namespace_is_somebody_else_outside() {
+    let bundle = in_user_namespace(
+        "id -u; cat /proc/self/uid_map; echo x > /dev/null && echo null; touch /tmp/f; sleep 100",
+    );
+    bundle.start();
+    bundle.await_output("null");
+    let output = bundle.output();
+    assert_eq!(output.split_whitespace().collect::<Vec<_>>(), ["0", "0", "100000", "1000", "null"]);
+    let pid = bundle.state()["pid"].as_i64().unwrap();
+    let process = fs::metadata(format!("/proc/{pid}")).unwrap();
+    assert_eq!((process.uid(), process.gid()), (100_000, 200_000));
+    assert_eq!(
+        bundle
+            .ok(&["exec", &bundle.id, "sh", "-c", "id -u; cat /proc/self/uid_map | head -c 12"])
+            .lines()
+            .next(),
+        Some("0")
+    );
+}
+
+fn user_namespace_can_be_joined_with_new_namespaces_in_it() {
+    let pod = in_user_namespace("sleep 100");
+    pod.start();
+    let pid = pod.state()["pid"].as_i64().unwrap();
+    let path = |kind: &str, file: &str| json!({ "type": kind, "path": format!("/proc/{pid}/ns/{file}") });
+    let mut joined = namespaces(&["pid", "mount", "uts"]);
+    joined.as_array_mut().unwrap().extend([path("user", "user"), path("network", "net"), path("ipc", "ipc")]);
+    let bundle = Bundle::script("id -u; readlink /proc/self/ns/user; readlink /proc/self/ns/net; echo $$")
+        .with("/linux/namespaces", joined);
+    fs::create_dir(bundle.path("rootfs/dev")).unwrap();
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(bundle.path(""), fs::Permissions::from_mode(0o755)).unwrap();
+    let output = bundle.ok(&["run", &bundle.id]);
+    let link = |kind| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap().display().to_string();
+    assert_eq!(output, format!("0\n{}\n{}\n1", link("user"), link("net")));
+}
+
+fn map_that_is_missing_is_asked_for() {
+    let bundle = Bundle::new(&["true"]).with("/linux/namespaces", namespaces(&["user", "uts", "mount"]));
+    assert!(
+        bundle.refused(&["create", &bundle.id]).contains("needs linux.uidMappings and linux.gidMappings")
+    );
+}
+
+fn idmapped_mount_shows_other_owners() {
+    let bundle = Bundle::script("ls -ln /data");
+    fs::create_dir(bundle.path("data")).unwrap();
+    fs::write(bundle.path("data/file"), "").unwrap();
+    std::os::unix::fs::chown(bundle.path("data/file"), Some(5), Some(6)).unwrap();
+    let source = bundle.path("data").display().to_string();
+    let bundle = bundle.with(
+        "/mounts/-",
+        json!({
+            "destination": "/data", "type": "bind", "source": source, "options": ["rbind"],
+            "uidMappings": [{ "containerID": 5, "hostID": 2005, "size": 1 }],
+            "gidMappings": [{ "containerID": 6, "hostID": 2006, "size": 1 }],
+        }),
+    );
+    let output = bundle.ok(&["run", &bundle.id]);
+    let line = output.lines().find(|line| line.ends_with("file")).unwrap();
+    assert_eq!(line.split_whitespace().skip(2).take(2).collect::<Vec<_>>(), ["2005", "2006"]);
+}
+
+fn clocks_of_a_time_namespace_are_set() {
+    let kinds = ["pid", "network", "ipc", "uts", "mount", "time"];
+    let bundle = Bundle::new(&["cat", "/proc/uptime"]).with("/linux/namespaces", namespaces(&kinds)).with(
+        "/linux/timeOffsets",
+        json!({ "boottime": { "secs": 1_000_000_000 }, "monotonic": { "secs": 7 } }),
+    );
+    let uptime = bundle.ok(&["run", &bundle.id]);
+    let seconds: f64 = uptime.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(seconds > 1e9, "{uptime}");
+}
+
+fn tmpcopyup_fills_a_tmpfs() {
+    let bundle = Bundle::script("cat /etc/note; echo changed > /etc/note; mount | grep -c ' /etc '");
+    fs::write(bundle.path("rootfs/etc/note"), "from the image\n").unwrap();
+    let bundle = bundle.with(
+        "/mounts/-",
+        json!({
+            "destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "nodev"],
+        }),
+    );
+    fs::copy(bundle.path("rootfs/bin/busybox"), bundle.path("rootfs/bin/grep")).unwrap();
+    assert_eq!(bundle.ok(&["run", &bundle.id]), "from the image\n1");
+    assert_eq!(fs::read_to_string(bundle.path("rootfs/etc/note")).unwrap(), "from the image\n");
+}
+
+fn domain_name_scheduler_and_io_priority_are_set() {
+    let bundle = Bundle::new(&["sleep", "100"])
+        .with("/domainname", json!("garden"))
+        .with("/process/scheduler", json!({ "policy": "SCHED_BATCH", "nice": 5 }))
+        .with("/process/ioPriority", json!({ "class": "IOPRIO_CLASS_IDLE", "priority": 0 }));
+    bundle.start();
+    assert_eq!(bundle.ok(&["exec", &bundle.id, "cat", "/proc/sys/kernel/domainname"]), "garden");
+    let stat = bundle.ok(&["exec", &bundle.id, "cat", "/proc/1/stat"]);
+    let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    // proc(5): nice is field 19, policy field 41, counted from the state, which is 3.
+    assert_eq!((fields[16], fields[38]), ("5", "3"));
+}
+
+fn limits_are_changed_while_it_runs() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    bundle.ok(&["update", "--memory", "64m", "--pids-limit", "50", "--cpu-share", "512", &bundle.id]);
+    fs::write(bundle.path("limits"), json!({ "pids": { "limit": 30 } }).to_string()).unwrap();
+    let stats: Value = serde_json::from_str(&bundle.ok(&["events", "--stats", &bundle.id])).unwrap();
+    assert_eq!(stats["data"]["memory"]["usage"]["limit"], 64 << 20);
+    assert_eq!(stats["data"]["pids"]["limit"], 50);
+    bundle.ok(&["update", "--resources", bundle.path("limits").to_str().unwrap(), &bundle.id]);
+    let stats: Value = serde_json::from_str(&bundle.ok(&["events", "--stats", &bundle.id])).unwrap();
+    assert_eq!(stats["data"]["pids"]["limit"], 30);
+    // Also where the limit's controller was not in use before.
+    let pid = bundle.state()["pid"].as_i64().unwrap();
+    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let shares = |path: &str| fs::read_to_string(path).is_ok_and(|shares| shares.trim() == "512");
+    let v1 = cgroups.lines().find_map(|line| line.split_once(":cpu:").or(line.split_once(":cpu,cpuacct:")));
+    match v1 {
+        Some((_, path)) => assert!(shares(&format!("/sys/fs/cgroup/cpu{path}/cpu.shares")), "{cgroups}"),
+        None => assert!(cgroups.starts_with("0::"), "{cgroups}"),
+    }
+    assert!(bundle.refused(&["update", "--memory", "lots", &bundle.id]).contains("`lots` is no size"));
+}
+
+fn statistics_tell_what_is_used() {
+    let bundle = Bundle::script("x=0; while [ $x -lt 20000 ]; do x=$((x+1)); done; echo done; sleep 100");
+    bundle.start();
+    bundle.await_output("done");
+    let stats: Value = serde_json::from_str(&bundle.ok(&["events", "--stats", &bundle.id])).unwrap();
+    assert_eq!((&stats["type"], &stats["id"]), (&json!("stats"), &json!(bundle.id)));
+    assert!(stats["data"]["cpu"]["usage"]["total"].as_u64().unwrap() > 1_000_000, "{stats}");
+    assert!(stats["data"]["memory"]["usage"]["usage"].as_u64().unwrap() > 4096, "{stats}");
+    assert_eq!(stats["data"]["pids"]["current"], 1);
+}
+
+fn running_out_of_memory_is_an_event() {
+    let script = "read go < /tmp/go; x=0123456789abcdef; while :; do x=$x$x; done";
+    let bundle = Bundle::script(&format!(
+        "echo up; sleep 1; sh -c '{}'; sleep 100",
+        script.replace("read go < /tmp/go; ", "")
+    ))
+    .with("/linux/resources", json!({ "memory": { "limit": 32 << 20, "swap": 32 << 20 } }));
+    bundle.create();
+    let events = fs::File::create(bundle.path("events")).unwrap();
+    let words = ["events", "--interval", "50s", &bundle.id];
+    let mut watcher = bundle.command(&words).stdout(events).stderr(Stdio::null()).spawn().unwrap();
+    let read = || fs::read_to_string(bundle.path("events")).unwrap();
+    await_that("it is watched", || read().contains("\"stats\""));
+    bundle.ok(&["start", &bundle.id]);
+    await_that("it is told", || read().contains("\"oom\""));
+    bundle.ok(&["delete", "--force", &bundle.id]);
+    assert!(watcher.wait().unwrap().success());
+    assert!(text(read().as_bytes()).lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
+}
+
+fn template_is_what_spec_writes() {
+    let bundle = Bundle::new(&["true"]);
+    fs::create_dir(bundle.path("new")).unwrap();
+    let path = bundle.path("new").display().to_string();
+    bundle.ok(&["spec", "--bundle", &path]);
+    assert!(bundle.refused(&["spec", "--bundle", &path]).contains("exists. Remove it first"));
+    let mut config: Value =
+        serde_json::from_slice(&fs::read(bundle.path("new/config.json")).unwrap()).unwrap();
+    config["process"]["terminal"] = false.into();
+    config["process"]["args"] = json!(["echo", "hi"]);
+    config["root"]["path"] = bundle.path("rootfs").to_str().unwrap().into();
+    fs::write(bundle.path("new/config.json"), config.to_string()).unwrap();
+    let id = format!("{}-template", bundle.id);
+    assert_eq!(bundle.ok(&["run", "--bundle", &path, &id]), "hi");
+}

@@ -1,0 +1,170 @@
+//! `events`: what a container uses, and when it runs out of memory. The kernel tells of the latter; nothing is sampled
+//! for it.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use cloche_runtime::cgroup::{Cgroup, Layout, OomWatch};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    error::{Error, system},
+    state::{Home, Known, Status},
+};
+
+/// One report of what a container uses, in the form that other runtimes print, and with its pressure stalls.
+pub fn statistics(home: &Home, id: &str) -> Result<Value, Error> {
+    let known = home.find(id)?;
+    if known.status() == Status::Stopped {
+        return Err(Error::NotRunning(id.to_owned(), "stopped"));
+    }
+    Ok(json!({ "type": "stats", "id": id, "data": report(&known.cgroup()?) }))
+}
+
+/// Reports statistics at every interval and out-of-memory events as they come, until the container ends or nobody
+/// listens any more.
+pub fn watch(
+    home: &Home,
+    id: &str,
+    interval: Duration,
+    tell: &mut dyn FnMut(&Value) -> bool,
+) -> Result<(), Error> {
+    let known = home.find(id)?;
+    let (pidfd, cgroup) = (open_first(&known)?, known.cgroup()?);
+    let mut oom = cgroup.watch_oom().ok();
+    let mut next = Instant::now();
+    loop {
+        if Instant::now() >= next {
+            if !tell(&json!({ "type": "stats", "id": id, "data": report(&cgroup) })) {
+                return Ok(());
+            }
+            next = Instant::now() + interval;
+        }
+        let (has_ended, may_be_oom) = wait(pidfd.as_fd(), oom.as_ref(), next)?;
+        // Before the end is, since one is often the cause of the other.
+        if may_be_oom
+            && let Some(oom) = &mut oom
+            && oom.take().unwrap_or(false)
+            && !tell(&json!({ "type": "oom", "id": id }))
+        {
+            return Ok(());
+        }
+        if has_ended {
+            return Ok(());
+        }
+    }
+}
+
+fn open_first(known: &Known) -> Result<OwnedFd, Error> {
+    let process = known.record.process.ok_or_else(|| Error::NotRunning(known.id().to_owned(), "stopped"))?;
+    let pidfd = process.open().map_err(system("open the container's process"))?;
+    pidfd.ok_or_else(|| Error::NotRunning(known.id().to_owned(), "stopped"))
+}
+
+fn wait(pidfd: BorrowedFd<'_>, oom: Option<&OomWatch>, until: Instant) -> Result<(bool, bool), Error> {
+    let left = until.saturating_duration_since(Instant::now());
+    let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+    let mut fds = vec![PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
+    if let Some(oom) = oom {
+        fds.push(PollFd::from_borrowed_fd(oom.as_fd(), oom.events()));
+    }
+    match poll(&mut fds, Some(&left)) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(errno) => return Err(system("wait for events")(errno)),
+    }
+    let is_ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+    Ok((is_ready(0), is_ready(1) || is_ready(0)))
+}
+
+fn report(cgroup: &Cgroup) -> Value {
+    let usage = cgroup.usage();
+    let number = |reading: Result<u64, &'static str>| reading.unwrap_or(0);
+    let find = |controller: &str| cgroup.directory_of(controller);
+    let memory = find("memory");
+    let raw = memory.as_deref().map(|directory| numbers(directory, "memory.stat")).unwrap_or_default();
+    let limit = usage.memory_limit_bytes.unwrap_or(u64::MAX);
+    let mut data = json!({
+        "cpu": { "usage": { "total": number(usage.cpu_ns), "kernel": 0, "user": 0 }, "throttling": {} },
+        "memory": {
+            "usage": {
+                "limit": limit,
+                "usage": number(usage.memory_bytes),
+                "max": cgroup.memory_peak_bytes().unwrap_or(0),
+                "failcnt": cgroup.oom_kills(),
+            },
+            "raw": raw,
+        },
+        "pids": { "current": number(usage.pids), "limit": find("pids").and_then(|directory| one(&directory, "pids.max")).unwrap_or(0) },
+        "blkio": {
+            "readBytes": usage.block_read_bytes.ok(),
+            "writtenBytes": usage.block_written_bytes.ok(),
+        },
+        "hugetlb": {},
+        "intel_rdt": {},
+        "network_interfaces": null,
+    });
+    if let Some(unified) = cgroup.unified_directory() {
+        let cpu = numbers(unified, "cpu.stat");
+        let ns = |key: &str| cpu.get(key).and_then(Value::as_u64).unwrap_or(0).saturating_mul(1000);
+        data["cpu"]["usage"]["user"] = ns("user_usec").into();
+        data["cpu"]["usage"]["kernel"] = ns("system_usec").into();
+        if cgroup.layout() == Layout::V2 {
+            data["cpu"]["throttling"] = json!({
+                "periods": cpu.get("nr_periods"),
+                "throttledPeriods": cpu.get("nr_throttled"),
+                "throttledTime": ns("throttled_usec"),
+            });
+        }
+        for (resource, file) in
+            [("cpu", "cpu.pressure"), ("memory", "memory.pressure"), ("blkio", "io.pressure")]
+        {
+            if let Some(pressure) = pressure(unified, file) {
+                data[resource]["psi"] = pressure;
+            }
+        }
+    }
+    data
+}
+
+fn text(directory: &Path, file: &str) -> io::Result<String> {
+    const ENOUGH_BYTES: u64 = 1 << 16;
+    let mut text = String::new();
+    File::open(directory.join(file))?.take(ENOUGH_BYTES).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn one(directory: &Path, file: &str) -> Option<u64> {
+    text(directory, file).ok()?.trim().parse().ok()
+}
+
+/// Lines such as `anon 4096`.
+fn numbers(directory: &Path, file: &str) -> Map<String, Value> {
+    let text = text(directory, file).unwrap_or_default();
+    let pairs = text.lines().filter_map(|line| line.split_once(' '));
+    pairs
+        .filter_map(|(key, value)| Some((key.to_owned(), value.trim().parse::<u64>().ok()?.into())))
+        .collect()
+}
+
+/// Lines such as `some avg10=0.00 avg60=0.00 avg300=0.00 total=0` (kernel: `accounting/psi.rst`).
+fn pressure(directory: &Path, file: &str) -> Option<Value> {
+    let text = text(directory, file).ok()?;
+    let lines = text.lines().filter_map(|line| {
+        let (kind, fields) = line.split_once(' ')?;
+        let fields = fields.split_whitespace().filter_map(|field| {
+            let (key, value) = field.split_once('=')?;
+            Some((key.to_owned(), value.parse::<f64>().ok()?.into()))
+        });
+        Some((kind.to_owned(), Value::Object(fields.collect())))
+    });
+    Some(Value::Object(lines.collect()))
+}
