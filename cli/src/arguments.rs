@@ -20,6 +20,7 @@ pub struct Arguments {
 
 const EXAMPLES: &str = "\
 Examples:
+  cloche pull debian:bookworm
   cloche image load busybox.tar
   cloche run busybox sh -c 'uname -r; id'                          # in a microVM, the default
   cloche run --isolation container busybox sh -c 'uname -r; id'    # in a container
@@ -59,6 +60,14 @@ pub enum Verb {
     Console(ConsoleArguments),
     /// Remove sandboxes
     Rm(Rm),
+    /// Get images from their registries
+    Pull(Pull),
+    /// Put images into their registries
+    Push(Push),
+    /// Prove to a registry who you are, for `pull` and `push`
+    Login(Login),
+    /// Forget who you are to a registry
+    Logout(Logout),
     /// Manage images
     #[command(subcommand, visible_alias = "images")]
     Image(Image),
@@ -171,6 +180,11 @@ pub struct Run {
     /// Guest kernel to boot: a vmlinux or bzImage (default: that of `cloche kernel path`)
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
+    /// When to get the image from its registry
+    #[arg(long, env = "CLOCHE_PULL", value_name = "WHEN", default_value = "missing", hide_env_values = true)]
+    pub pull: PullPolicy,
+    #[command(flatten)]
+    pub registry: Registry,
     /// Print when each step of the start and end happened, on stderr
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
     pub trace: Option<TraceFormat>,
@@ -187,6 +201,90 @@ fn millicpus(text: &str) -> Result<u64, String> {
         Ok(cpus) if cpus.is_finite() && (0.0..=1e6).contains(&cpus) => Ok((cpus * 1000.0).round() as u64),
         _ => Err(format!("`{text}` is not a number of CPUs; write one such as 0.5 or 2")),
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PullPolicy {
+    /// If it is not here
+    Missing,
+    /// Each time, as it may have changed there
+    Always,
+    /// Not at all
+    Never,
+}
+
+#[derive(Debug, Args)]
+pub struct Registry {
+    /// `false` lets a registry on this machine do without encryption, or with any certificate; others never
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1,
+        require_equals = true, default_missing_value = "true")]
+    pub tls_verify: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche pull debian:bookworm
+  cloche pull quay.io/podman/hello@sha256:…
+  cloche pull --tls-verify=false localhost:5000/app
+
+Names are Docker's: `debian` is docker.io/library/debian:latest. Logins are those of `cloche login` and `docker login`
+(~/.docker/config.json and its credential helpers). Certificate authorities: the system's, and /etc/docker/certs.d/HOST
+or /etc/containers/certs.d/HOST. A pull that was broken off goes on where it ended.")]
+pub struct Pull {
+    #[command(flatten)]
+    pub registry: Registry,
+    /// Print nothing but the images' digests
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Names
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche push ghcr.io/me/app:v1
+  cloche push --tls-verify=false localhost:5000/app
+
+Where an image goes is in its name; `cloche tag` gives it another. What the registry has is not sent again. An image
+that was pulled, or loaded with a manifest, has the same digest there.")]
+pub struct Push {
+    #[command(flatten)]
+    pub registry: Registry,
+    /// Print nothing but the images' digests
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Names
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche login                                        # docker.io; asks for user and password
+  echo \"$TOKEN\" | cloche login -u me --password-stdin ghcr.io")]
+pub struct Login {
+    #[command(flatten)]
+    pub registry: Registry,
+    /// User
+    #[arg(short, long)]
+    pub username: Option<String>,
+    /// Read the password from stdin
+    #[arg(long)]
+    pub password_stdin: bool,
+    /// Host of the registry, and port if any
+    #[arg(default_value = "docker.io")]
+    pub server: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Logout {
+    /// Host of the registry, and port if any
+    #[arg(default_value = "docker.io")]
+    pub server: String,
 }
 
 #[derive(Debug, Args)]

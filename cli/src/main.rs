@@ -11,6 +11,7 @@ mod arguments;
 mod commands;
 mod oci;
 mod render;
+mod terminal;
 
 use std::process::ExitCode;
 
@@ -51,6 +52,10 @@ fn dispatch(Arguments { global, verb }: Arguments, started_ns: u64) -> anyhow::R
         Verb::Kill(arguments) => commands::steer::kill(&global, &arguments),
         Verb::Console(arguments) => commands::steer::console(&global, &arguments),
         Verb::Rm(arguments) => commands::sandbox::rm(&global, &arguments),
+        Verb::Pull(arguments) => commands::registry::pull(&global, &arguments),
+        Verb::Push(arguments) => commands::registry::push(&global, &arguments),
+        Verb::Login(arguments) => commands::registry::login(&arguments),
+        Verb::Logout(arguments) => commands::registry::logout(&arguments),
         Verb::Image(verb) => commands::image::image(&global, verb),
         Verb::Volume(verb) => commands::volume::volume(&global, verb),
         Verb::Kernel(verb) => commands::kernel::kernel(verb),

@@ -3,13 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::fs::{self, File};
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::Store;
 use crate::digest::Digest;
-use crate::layer::{ExpectedLayer, convert};
+use crate::layer::{ExpectedLayer, Rebuilt, convert};
 use crate::load::plan_archive;
 
 const BLOCK: usize = 512;
@@ -20,11 +21,19 @@ pub fn layer(bytes: &[u8]) {
     for block in archive.chunks_exact_mut(BLOCK).filter(|block| &block[257..262] == b"ustar") {
         set_checksum(block);
     }
-    let output = File::from(memfd_create("layer", MemfdFlags::CLOEXEC).unwrap());
+    let memory = |name| File::from(memfd_create(name, MemfdFlags::CLOEXEC).unwrap());
+    let (output, recipe) = (memory("layer"), memory("recipe"));
     let expected = ExpectedLayer { blob: None, diff_id: Digest::of(&archive) };
-    if let Ok(length) = convert(archive.as_slice(), &expected, &output, |_| {}) {
+    if let Ok((length, digests)) = convert(archive.as_slice(), &expected, &output, &recipe, |_| {}) {
         assert_eq!(output.metadata().unwrap().len(), length);
         assert!(length.is_multiple_of(512) && length > 0, "{length}");
+        if digests.blob == digests.diff_id {
+            let mut recipe = recipe;
+            recipe.rewind().unwrap();
+            let mut again = Vec::new();
+            Rebuilt::open(recipe, output).unwrap().read_to_end(&mut again).unwrap();
+            assert_eq!(again, archive);
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use oci_spec::image::ImageConfiguration;
 use crate::digest::Digest;
 use crate::inspect::{self, Inspect};
 use crate::reference::Reference;
+use crate::store::ImageRecord;
 
 /// One image. A snapshot: what is removed from the store later still stands here.
 #[derive(Debug, Clone)]
@@ -25,6 +26,9 @@ pub struct Image {
     pub config: ImageConfiguration,
     /// The layers, bottom first.
     pub layers: Vec<Layer>,
+    /// Repositories with the digest under which a registry has the image: of its manifest, or of the index that it
+    /// was chosen from.
+    pub repo_digests: Vec<Reference>,
     raw_config: Vec<u8>,
 }
 
@@ -41,16 +45,16 @@ pub struct Layer {
 
 impl Image {
     pub(crate) fn new(
-        id: Digest,
-        manifest: Option<Digest>,
+        record: &ImageRecord,
         names: Vec<Reference>,
         layers: Vec<Layer>,
         raw_config: Vec<u8>,
     ) -> Result<Image, serde_json::Error> {
         let config: ImageConfiguration = serde_json::from_slice(&raw_config)?;
         Ok(Image {
-            id,
-            manifest,
+            id: record.id,
+            manifest: record.manifest,
+            repo_digests: record.digests.iter().filter_map(|name| name.parse().ok()).collect(),
             names,
             created: config.created().clone(),
             size: layers.iter().map(|layer| layer.erofs_bytes).sum(),

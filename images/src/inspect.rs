@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::digest::Digest;
 use crate::image::Image;
+use crate::reference::Reference;
 
 /// An image as `docker image inspect` shows it. Serialise it for JSON; Docker wraps it in an array.
 #[derive(Debug, Clone, Serialize)]
@@ -84,13 +85,16 @@ pub(crate) fn of(image: &Image) -> Inspect {
         config: Option<InspectConfig>,
     }
     let outer = serde_json::from_slice::<Outer>(image.raw_config()).ok();
-    let digests: std::collections::BTreeSet<String> = image
-        .manifest
+    // Repositories from which the image came, and those of names under which an archive had it.
+    let pulled = image.repo_digests.iter().map(Reference::short);
+    let is_pulled =
+        |name: &Reference| image.repo_digests.iter().any(|digest| digest.repository() == name.repository());
+    let loaded = image
+        .names
         .iter()
-        .flat_map(|digest| {
-            image.names.iter().map(move |name| format!("{}@{digest}", name.short_repository()))
-        })
-        .collect();
+        .filter(|name| !is_pulled(name))
+        .filter_map(|name| image.manifest.map(|digest| format!("{}@{digest}", name.short_repository())));
+    let digests: std::collections::BTreeSet<String> = pulled.chain(loaded).collect();
     Inspect {
         id: image.id,
         repo_tags: image.names.iter().map(|name| name.short()).collect(),

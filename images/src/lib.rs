@@ -26,8 +26,10 @@ mod layer;
 mod limits;
 mod load;
 pub mod reference;
+pub mod registry;
 mod store;
 mod tar;
+mod travel;
 mod tree;
 
 pub use digest::{Digest, ParseDigestError};
@@ -39,3 +41,4 @@ pub use load::{LayerStart, LoadError, LoadOptions, Loaded, NoProgress, Progress}
 pub use reference::{Reference, ReferenceError};
 pub use store::{Hold, RemoveError, Removed, ResolveError, Store, StoreError};
 pub use tar::{TarError, TarProblem};
+pub use travel::TravelError;

@@ -106,6 +106,8 @@ impl<'a> Bed<'a> {
     pub fn cloche(&self) -> Command {
         let mut command = Command::new(&self.world.cloche);
         command.arg("--root").arg(&self.root).arg("--state").arg(&self.state);
+        // A misspelt name is no reason to ask anybody outside.
+        command.env("CLOCHE_PULL", "never");
         command
     }
 

@@ -12,7 +12,7 @@ use cloche_images::{Image as StoredImage, LayerStart, LoadOptions, NoProgress, P
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use super::print_json;
+use super::{each, print_json};
 use crate::{
     arguments::{Global, Image},
     render,
@@ -40,18 +40,6 @@ pub fn image(global: &Global, verb: Image) -> anyhow::Result<ExitCode> {
             code
         }
     }
-}
-
-/// Does all of several things, and fails at the end if any of them failed.
-fn each(names: &[String], mut action: impl FnMut(&str) -> anyhow::Result<()>) -> anyhow::Result<ExitCode> {
-    let mut code = ExitCode::SUCCESS;
-    for name in names {
-        if let Err(error) = action(name) {
-            eprintln!("cloche: {error:#}");
-            code = ExitCode::FAILURE;
-        }
-    }
-    Ok(code)
 }
 
 fn load(store: &Store, file: &Path, name: Option<&str>, quiet: bool) -> anyhow::Result<ExitCode> {

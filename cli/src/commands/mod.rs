@@ -4,6 +4,7 @@ pub mod compare;
 pub mod doctor;
 pub mod image;
 pub mod kernel;
+pub mod registry;
 pub mod run;
 pub mod sandbox;
 pub mod share;
@@ -11,6 +12,8 @@ pub mod stats;
 pub mod steer;
 pub mod vmm;
 pub mod volume;
+
+use std::process::ExitCode;
 
 use clap::CommandFactory;
 use cloche_engine::{
@@ -42,4 +45,16 @@ fn reconciled(home: &Home) -> anyhow::Result<Sandboxes> {
 fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     println!("{}", serde_json::to_string_pretty(value)?);
     Ok(())
+}
+
+/// Does all of several things, and fails at the end if any of them failed.
+fn each(names: &[String], mut action: impl FnMut(&str) -> anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+    let mut code = ExitCode::SUCCESS;
+    for name in names {
+        if let Err(error) = action(name) {
+            eprintln!("cloche: {error:#}");
+            code = ExitCode::FAILURE;
+        }
+    }
+    Ok(code)
 }

@@ -5,13 +5,18 @@ use std::process::ExitCode;
 use cloche_engine::{
     compare::{RunTrace, TraceLine, steps},
     request::RunRequest,
-    run,
+    run::{self, RunError},
     trace::{Mark, Trace},
 };
 
-use super::{home, reconciled};
+use cloche_images::ResolveError;
+
+use super::{
+    home, reconciled,
+    registry::{options, pull_for_run},
+};
 use crate::{
-    arguments::{Global, Run, TraceFormat},
+    arguments::{Global, PullPolicy, Run, TraceFormat},
     render,
 };
 
@@ -21,12 +26,23 @@ const KILLED: u8 = 137;
 /// Runs the sandbox in the foreground; its exit code becomes ours.
 pub fn run(global: &Global, arguments: Run, started_ns: u64) -> anyhow::Result<ExitCode> {
     let format = arguments.trace;
+    let (policy, registry) = (arguments.pull, options(&arguments.registry)?);
     let request = request(arguments);
     let home = home(global)?;
     let mut trace = Trace::default();
     trace.mark_at(Mark::CliExec, started_ns);
     reconciled(&home)?;
-    let outcome = run::run(&home, &request, &mut trace)?;
+    if policy == PullPolicy::Always {
+        pull_for_run(global, &request.image, &registry)?;
+    }
+    let outcome = match run::run(&home, &request, &mut trace) {
+        // Looked for only where it was missed, so that a run of what is here pays nothing.
+        Err(RunError::Image(ResolveError::NotFound(_))) if policy == PullPolicy::Missing => {
+            pull_for_run(global, &request.image, &registry)?;
+            run::run(&home, &request, &mut trace)?
+        }
+        result => result?,
+    };
     let exit_code = outcome.exit.status.shell_code();
     if outcome.exit.oom_killed && exit_code == KILLED {
         match request.memory_bytes {

@@ -19,6 +19,15 @@ pub(crate) enum FileData {
     Chunks { chunk_bits: u8, runs: Box<[Run]> },
 }
 
+/// Where some bytes of a file went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stored {
+    /// Into the blob, at this offset in bytes.
+    At { offset: u64, bytes: u64 },
+    /// They are zeros, and may be nowhere.
+    Zeros(u64),
+}
+
 /// Consecutive chunks in consecutive blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Run {
@@ -75,15 +84,18 @@ impl<'a, 'b> DataWriter<'a, 'b> {
         (chunk - self.position % chunk).min(self.size - self.position)
     }
 
-    /// The next bytes. More than the file's size are an error of the caller, and are cut off.
-    pub(crate) fn write(&mut self, mut bytes: &[u8]) -> Result<(), BlobError> {
+    /// The next bytes; `note` is told where they go. More than the file's size are an error of the caller, and are
+    /// cut off.
+    pub(crate) fn write(&mut self, mut bytes: &[u8], mut note: impl FnMut(Stored)) -> Result<(), BlobError> {
         while !bytes.is_empty() && self.position < self.size {
             let step = self.left_in_chunk().min(bytes.len() as u64);
             let (now, later) = bytes.split_at(step as usize);
             if !self.stored && is_zero(now) {
                 self.zeros += step;
+                note(Stored::Zeros(step));
             } else {
                 self.store_chunk()?;
+                note(Stored::At { offset: self.blob.position(), bytes: step });
                 self.blob.write(now)?;
             }
             self.advance(step);
@@ -179,7 +191,7 @@ mod tests {
         let mut blob = BlobWriter::new(&file);
         let mut writer = DataWriter::new(&mut blob, content.len() as u64);
         for piece in content.chunks(piece) {
-            writer.write(piece).unwrap();
+            writer.write(piece, |_| ()).unwrap();
         }
         let data = writer.finish().unwrap();
         blob.finish(&[]).unwrap();

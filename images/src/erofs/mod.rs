@@ -25,7 +25,7 @@ mod xattr;
 
 pub use blob::BlobError;
 pub(crate) use blob::BlobWriter;
-pub(crate) use data::{DataWriter, FileData};
+pub(crate) use data::{DataWriter, FileData, Stored};
 pub(crate) use format::encode_device;
 pub(crate) use metadata::finish;
 pub(crate) use xattr::{EncodedXattrs, XattrProblem};

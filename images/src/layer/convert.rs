@@ -1,10 +1,12 @@
 //! One layer's conversion: archive entries into file data and a tree, then the checks, then the blob's end.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Read};
 
 use super::builder::{EntryProblem, LayerBuilder};
 use super::decode::{self, DecodeError, Digests, LayerStream};
+use super::recipe::{Recipe, Recorded};
 use crate::digest::{Digest, HashingReader};
 use crate::erofs::{self, BlobError, BlobWriter, DataWriter, FileData};
 use crate::limits::{MAX_CHUNKS, MAX_ENTRIES, MAX_TREE_BYTES, PATH_MAX};
@@ -41,6 +43,9 @@ pub enum LayerError {
     /// The blob could not be written.
     #[error(transparent)]
     Blob(#[from] BlobError),
+    /// What the archive is put together from again could not be written.
+    #[error("writing down how the archive is made failed")]
+    Recipe(#[source] io::Error),
     /// The blob is not the one that was asked for.
     #[error("the blob has the digest {actual}, expected was {expected}; get the image again")]
     BlobDigest {
@@ -75,17 +80,19 @@ pub(crate) struct ExpectedLayer {
     pub(crate) diff_id: Digest,
 }
 
-/// Converts the layer in `source` into `output`, an empty file, which is complete only if this succeeds. Returns its
-/// length in bytes.
+/// Converts the layer in `source` into `output`, an empty file, which is complete only if this succeeds. If the source
+/// is an archive that is not compressed, its recipe goes into `recipe`, another empty file. Returns the length of
+/// `output` in bytes, and what the source turned out to be.
 pub(crate) fn convert(
     source: impl Read + Send,
     expected: &ExpectedLayer,
     output: &File,
+    recipe: &File,
     seen: impl FnMut(u64) + Send,
-) -> Result<u64, LayerError> {
+) -> Result<(u64, Digests), LayerError> {
     let mut conversion =
         Conversion { blob: BlobWriter::new(output), builder: LayerBuilder::new(), entries: 0, chunks: 0 };
-    let ((), digests) = decode::decode(source, seen, |stream| conversion.run(stream))?;
+    let ((), digests) = decode::decode(source, seen, |stream| conversion.record(stream, recipe))?;
     verify(&digests, expected)?;
     let tree = conversion.builder.finish().map_err(|problem| entry_error(b"", &problem))?;
     let mut uuid = [0; 16];
@@ -93,7 +100,7 @@ pub(crate) fn convert(
     // RFC 9562 §5.8: version 8, a value of our own making.
     uuid[6] = uuid[6] & 0x0f | 0x80;
     uuid[8] = uuid[8] & 0x3f | 0x80;
-    Ok(erofs::finish(&tree, conversion.blob, uuid)?)
+    Ok((erofs::finish(&tree, conversion.blob, uuid)?, digests))
 }
 
 /// Checks a layer that needs no conversion any more.
@@ -101,9 +108,10 @@ pub(crate) fn check(
     source: impl Read + Send,
     expected: &ExpectedLayer,
     seen: impl FnMut(u64) + Send,
-) -> Result<(), LayerError> {
+) -> Result<Digests, LayerError> {
     let ((), digests) = decode::decode(source, seen, |_| Ok::<_, LayerError>(()))?;
-    verify(&digests, expected)
+    verify(&digests, expected)?;
+    Ok(digests)
 }
 
 /// What a failed layer's error should be: that of a damaged blob, if the blob is not the one that was asked for. That
@@ -146,14 +154,26 @@ struct Conversion<'a> {
 }
 
 impl Conversion<'_> {
-    fn run(&mut self, stream: &mut LayerStream) -> Result<(), LayerError> {
+    fn record(&mut self, stream: &mut LayerStream, output: &File) -> Result<(), LayerError> {
+        if !stream.is_plain() {
+            return self.run(&mut Recorded { stream, recipe: None });
+        }
+        let recipe = RefCell::new(Recipe::begin(output).map_err(LayerError::Recipe)?);
+        let mut recorded = Recorded { stream, recipe: Some(&recipe) };
+        self.run(&mut recorded)?;
+        recorded.drain()?;
+        recipe.into_inner().finish().map_err(LayerError::Recipe)
+    }
+
+    fn run(&mut self, stream: &mut Recorded<'_, '_, '_>) -> Result<(), LayerError> {
+        let recipe = stream.recipe;
         let mut tar = TarReader::new(stream);
         while let Some(entry) = tar.next()? {
             self.entries += 1;
             if self.entries > MAX_ENTRIES {
                 return Err(LayerError::TooManyEntries(MAX_ENTRIES));
             }
-            self.add(&mut tar, entry)?;
+            self.add(&mut tar, entry, recipe)?;
             if self.builder.bytes() > MAX_TREE_BYTES {
                 return Err(LayerError::TreeTooLarge(MAX_TREE_BYTES >> 20));
             }
@@ -161,13 +181,18 @@ impl Conversion<'_> {
         Ok(())
     }
 
-    fn add(&mut self, tar: &mut TarReader<&mut LayerStream>, entry: Entry) -> Result<(), LayerError> {
+    fn add(
+        &mut self,
+        tar: &mut TarReader<&mut Recorded<'_, '_, '_>>,
+        entry: Entry,
+        recipe: Option<&RefCell<Recipe<'_>>>,
+    ) -> Result<(), LayerError> {
         let Entry { path, mode, uid, gid, mtime, xattrs, kind } = entry;
         let error = |problem: EntryProblem| entry_error(&path, &problem);
         let body = match kind {
             EntryKind::HardLink { target } => return self.builder.link(&path, &target).map_err(error),
             EntryKind::File { size, extents } => {
-                let data = self.copy_data(tar, size, extents)?;
+                let data = self.copy_data(tar, size, extents, recipe)?;
                 self.chunks += data.chunks(size);
                 if self.chunks > MAX_CHUNKS {
                     return Err(LayerError::TooManyChunks(MAX_CHUNKS));
@@ -195,15 +220,17 @@ impl Conversion<'_> {
 
     fn copy_data(
         &mut self,
-        tar: &mut TarReader<&mut LayerStream>,
+        tar: &mut TarReader<&mut Recorded<'_, '_, '_>>,
         size: u64,
         extents: Option<Vec<Extent>>,
+        recipe: Option<&RefCell<Recipe<'_>>>,
     ) -> Result<FileData, LayerError> {
         let mut data = DataWriter::new(&mut self.blob, size);
         let mut position = 0;
         for extent in extents.unwrap_or_else(|| vec![Extent { offset: 0, length: size }]) {
             data.skip(extent.offset - position)?;
-            tar.copy_data(extent.length, |piece| data.write(piece).map_err(LayerError::from))?;
+            let note = |stored| recipe.into_iter().for_each(|recipe| recipe.borrow_mut().stored(stored));
+            tar.copy_data(extent.length, |piece| data.write(piece, note).map_err(LayerError::from))?;
             position = extent.offset + extent.length;
         }
         data.skip(size - position)?;

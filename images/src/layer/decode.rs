@@ -8,7 +8,6 @@ use flate2::bufread::MultiGzDecoder;
 
 use crate::digest::{Digest, Hasher, HashingReader};
 use crate::limits::{MAX_LAYER_BYTES, MAX_ZSTD_WINDOW_LOG};
-use crate::tar::Input;
 
 /// Bytes handed from thread to thread at once.
 const PIECE: usize = 1 << 20;
@@ -68,12 +67,12 @@ pub(crate) fn decompressor<'a, R: BufRead + 'a>(
 
 /// What a stream turned out to be, once read to its end.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Digests {
+pub(crate) struct Digests {
     /// Of the bytes as they came.
-    pub(super) blob: Digest,
-    pub(super) blob_bytes: u64,
+    pub(crate) blob: Digest,
+    pub(crate) blob_bytes: u64,
     /// Of the tar archive in them.
-    pub(super) diff_id: Digest,
+    pub(crate) diff_id: Digest,
 }
 
 /// Reads `source` on a second thread while `consume` takes the decompressed stream on this one. What `consume`
@@ -169,6 +168,16 @@ pub(super) struct LayerStream {
 }
 
 impl LayerStream {
+    /// Whether the stream is the archive itself, as it came.
+    pub(super) fn is_plain(&self) -> bool {
+        self.hasher.is_none()
+    }
+
+    /// What the last `fill_buf` gave and was not consumed.
+    pub(super) fn unread(&self) -> &[u8] {
+        self.current.get(self.used..).unwrap_or_default()
+    }
+
     fn drain(&mut self) -> Result<(), DecodeError> {
         loop {
             let length = self.fill_buf()?.len();
@@ -207,12 +216,10 @@ impl BufRead for LayerStream {
                 hasher.update(&self.current);
             }
         }
-        Ok(self.current.get(self.used..).unwrap_or_default())
+        Ok(self.unread())
     }
 
     fn consume(&mut self, count: usize) {
         self.used = (self.used + count).min(self.current.len());
     }
 }
-
-impl Input for &mut LayerStream {}

@@ -29,9 +29,11 @@ mod builder;
 mod convert;
 mod decode;
 mod path;
+mod recipe;
 
 pub use convert::LayerError;
 pub(crate) use convert::{ExpectedLayer, blame, check, convert};
 pub use decode::DecodeError;
 pub(crate) use decode::{Encoding, decompressor, detect};
 pub use path::PathProblem;
+pub(crate) use recipe::Rebuilt;

@@ -4,21 +4,22 @@
 //! An archive that is bad in any part is refused as a whole, and nothing of it stays in the store.
 
 mod docker_archive;
+pub(crate) mod manifest;
 mod oci_layout;
 mod source;
 
-use std::{
-    collections::HashMap,
-    path::{Path, PathBuf},
-};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
 
 use oci_spec::image::{Arch, ImageConfiguration, Os};
 
 use crate::digest::Digest;
-use crate::layer::{self, DecodeError, ExpectedLayer, LayerError};
+use crate::layer::{self, DecodeError, Encoding, ExpectedLayer, LayerError};
 use crate::limits::{MAX_LAYERS, MAX_METADATA_BYTES};
 use crate::reference::Reference;
-use crate::store::{ImageRecord, LayerRecord, Store, StoreError};
+use crate::store::{BlobRecord, ImageRecord, LayerRecord, Store, StoreError};
 use crate::tar::TarError;
 
 use source::Source;
@@ -213,16 +214,16 @@ pub enum LoadError {
 }
 
 /// An image in the archive, checked in all but its layers.
-struct PlannedImage {
-    names: Vec<Reference>,
-    config: Vec<u8>,
-    manifest: Option<Vec<u8>>,
-    layers: Vec<PlannedLayer>,
+pub(crate) struct PlannedImage {
+    pub(crate) names: Vec<Reference>,
+    pub(crate) config: Vec<u8>,
+    pub(crate) manifest: Option<Vec<u8>>,
+    pub(crate) layers: Vec<PlannedLayer>,
 }
 
-struct PlannedLayer {
+pub(crate) struct PlannedLayer {
     member: String,
-    expected: ExpectedLayer,
+    pub(crate) expected: ExpectedLayer,
 }
 
 /// Reads an archive's metadata, and tells how many images it describes; nothing is stored.
@@ -283,7 +284,7 @@ impl Store {
             let manifest = image.manifest.as_ref().map(|manifest| self.put_blob(manifest)).transpose()?;
             let id = self.put_blob(&image.config)?;
             let names = image.names.iter().map(Reference::to_string).collect();
-            records.push(ImageRecord { id, manifest, names, layers });
+            records.push(ImageRecord { id, manifest, digests: Vec::new(), names, layers });
             loaded.push(Loaded { id, names: image.names.clone() });
         }
         self.commit(records)?;
@@ -301,9 +302,11 @@ impl Store {
         const MANIFEST: &str = "the image's manifest";
         let diff_id = layer.expected.diff_id;
         let member = source.require(&layer.member, MANIFEST)?;
-        // One that has lost its length is made again and replaced.
-        let is_whole = |metadata: &std::fs::Metadata| self.layer_is_whole(diff_id, metadata.len());
-        let present = std::fs::metadata(self.layer_path(diff_id)).ok().filter(is_whole);
+        // What came compressed is kept as it came, and of what did not there is a recipe.
+        let head = source.require(&layer.member, MANIFEST)?.reader;
+        let is_plain = layer::detect(head).is_ok_and(|(encoding, _)| encoding == Encoding::Plain);
+        let plain = BlobRecord { digest: diff_id, bytes: member.bytes };
+        let present = self.whole_layer(diff_id).filter(|_| !is_plain || self.has_archive(diff_id, &plain));
         progress.layer_started(&LayerStart {
             index,
             count,
@@ -325,20 +328,41 @@ impl Store {
                 source: Box::new(error),
             }
         };
-        let erofs_bytes = match present {
-            Some(metadata) => {
-                layer::check(member.reader, &layer.expected, seen).map_err(bad)?;
-                metadata.len()
-            }
+        let is_kept = layer.expected.blob.is_some_and(|(digest, bytes)| self.has_blob(digest, bytes));
+        let copy = if is_plain || is_kept { None } else { Some(self.new_blob()?) };
+        let reader = Copying { inner: member.reader, copy: copy.as_ref().map(|copy| copy.file()) };
+        let (erofs_bytes, digests) = match present {
+            Some(bytes) => (bytes, layer::check(reader, &layer.expected, seen).map_err(bad)?),
             None => {
                 let new = self.new_layer()?;
-                let bytes = layer::convert(member.reader, &layer.expected, new.file(), seen).map_err(bad)?;
-                new.publish(diff_id)?;
-                bytes
+                let converted = layer::convert(reader, &layer.expected, new.blob(), new.recipe(), seen);
+                let converted = converted.map_err(bad)?;
+                new.publish(diff_id, is_plain)?;
+                converted
             }
         };
+        if let Some(copy) = copy {
+            copy.publish(digests.blob)?;
+        }
+        let blob = Some(BlobRecord { digest: digests.blob, bytes: digests.blob_bytes });
         progress.layer_finished();
-        Ok(LayerRecord { diff_id, erofs_bytes })
+        Ok(LayerRecord { diff_id, erofs_bytes, blob })
+    }
+}
+
+/// Copies to a file what is read through it.
+struct Copying<'a, R> {
+    inner: R,
+    copy: Option<&'a File>,
+}
+
+impl<R: Read> Read for Copying<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        if let Some(mut copy) = self.copy {
+            copy.write_all(buffer.get(..count).unwrap_or_default())?;
+        }
+        Ok(count)
     }
 }
 

@@ -25,6 +25,10 @@ pub(crate) struct ImageRecord {
     pub(crate) id: Digest,
     /// Of the manifest, if the image came with one.
     pub(crate) manifest: Option<Digest>,
+    /// Repositories with the digest under which a registry has the image, `docker.io/library/busybox@sha256:…`: of its
+    /// manifest, or of the index that it was chosen from.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) digests: Vec<String>,
     /// Full names. An image that has lost its last name stays, as in Docker, until it is removed by its ID.
     pub(crate) names: Vec<String>,
     /// Bottom first.
@@ -36,6 +40,16 @@ pub(crate) struct ImageRecord {
 pub(crate) struct LayerRecord {
     pub(crate) diff_id: Digest,
     pub(crate) erofs_bytes: u64,
+    /// The layer as it travels, if it is kept in that form.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) blob: Option<BlobRecord>,
+}
+
+/// A layer's blob under `blobs/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BlobRecord {
+    pub(crate) digest: Digest,
+    pub(crate) bytes: u64,
 }
 
 /// What became of an image by [`Index::remove`].
@@ -81,8 +95,18 @@ impl Index {
         match self.images.iter_mut().find(|image| image.id == record.id) {
             Some(image) => {
                 image.names.extend(record.names);
-                image.manifest = record.manifest.or(image.manifest);
-                image.layers = record.layers;
+                let of = |name: &str| name.split_once('@').map(|(repository, _)| repository.to_owned());
+                image.digests.retain(|old| !record.digests.iter().any(|new| of(new) == of(old)));
+                image.digests.extend(record.digests);
+                // Manifest and blobs go together: one names the others.
+                if record.manifest.is_some() || image.manifest.is_none() {
+                    image.manifest = record.manifest;
+                    image.layers = record.layers;
+                } else {
+                    for (old, new) in image.layers.iter_mut().zip(record.layers) {
+                        old.erofs_bytes = new.erofs_bytes;
+                    }
+                }
             }
             None => self.images.push(record),
         }
@@ -116,6 +140,7 @@ mod tests {
         ImageRecord {
             id: Digest::of(content.as_bytes()),
             manifest: None,
+            digests: Vec::new(),
             names: names.iter().map(|&name| name.to_owned()).collect(),
             layers: Vec::new(),
         }

@@ -5,17 +5,20 @@
 //!   index.json               images and their names; replaced whole, by rename
 //!   index.lock               held (flock, exclusive) while index.json is read, changed and replaced
 //!   lock                     held shared by whoever uses or adds blobs, exclusive by whoever deletes some
-//!   blobs/sha256/HEX         configurations and manifests, byte for byte
+//!   blobs/sha256/HEX         configurations, manifests, and layers as they came compressed, byte for byte
 //!   layers/sha256/HEX.erofs  converted layers; HEX is the layer's diffID, the digest of its tar archive
+//!   recipes/sha256/HEX       how such a layer's archive is put together again, if it came uncompressed
+//!   partial/sha256/HEX       blobs that are on their way from a registry, or wait for the rest of their image
 //! ```
 //!
-//! The compressed layer blobs are not kept. A push will need them; they then go under `blobs/` like the rest, and
-//! nothing here changes.
+//! A layer is kept twice: converted, to run, and as it came, so that a push or `save` gives back the very image that
+//! was pulled (`docs/decisions/0026-layers-are-kept-as-they-came.md`).
 //!
 //! **Always whole.** Blobs and layers are written without a name and linked once they are complete and on disk
 //! (`files`), and `index.json` is replaced by rename after all it refers to is there. So whatever has a name is
 //! complete, and a process killed at any moment, or a full disk, leaves no half of anything. It may leave complete
-//! blobs that no image refers to; the next sweep deletes them.
+//! blobs that no image refers to; the next sweep deletes them. The exception are the files under `partial/`, which grow
+//! under their names, and are looked at as a whole before they move to `blobs/` (`partial`).
 //!
 //! **The roots** are the images in `index.json`; a blob that none of them refers to is garbage. A sweep runs after
 //! each removal and each load, if it gets `lock` exclusively at once. If not, someone is adding or using blobs, and
@@ -27,6 +30,7 @@
 
 mod files;
 mod index;
+mod partial;
 
 use std::collections::HashSet;
 use std::io::{Read, Write};
@@ -35,12 +39,14 @@ use std::{fs, io};
 
 use crate::digest::Digest;
 use crate::image::{Image, Layer};
+use crate::layer::Rebuilt;
 use crate::limits::MAX_CONFIG_BYTES;
 use crate::reference::{Reference, ReferenceError};
 
 use files::{Lock, NewFile};
 use index::Index;
-pub(crate) use index::{ImageRecord, LayerRecord};
+pub(crate) use index::{BlobRecord, ImageRecord, LayerRecord};
+pub(crate) use partial::Partial;
 
 /// The images on this machine. Cheap to open; any number of processes may use the same store.
 #[derive(Debug)]
@@ -85,7 +91,7 @@ pub enum StoreError {
 #[non_exhaustive]
 pub enum ResolveError {
     /// There is no such image.
-    #[error("there is no image {0}; load it with `cloche image load`, or see `cloche image ls`")]
+    #[error("there is no image {0}; `cloche pull` or `cloche load` it, or see `cloche image ls`")]
     NotFound(String),
     /// Several images' IDs start like this.
     #[error("{count} images have IDs that start with {prefix}; give more digits")]
@@ -143,7 +149,7 @@ impl Store {
     pub fn open(root: &Path) -> Result<Store, StoreError> {
         let root = std::path::absolute(root).map_err(io_error("find", root))?;
         let store = Store { root };
-        for directory in [store.blobs(), store.layers()] {
+        for directory in [store.blobs(), store.layers(), store.recipes(), store.partials()] {
             fs::create_dir_all(&directory).map_err(io_error("create", &directory))?;
         }
         Ok(store)
@@ -204,6 +210,29 @@ impl Store {
         self.write_index(&index)
     }
 
+    /// What is known of an image.
+    pub(crate) fn record(&self, id: Digest) -> Result<ImageRecord, StoreError> {
+        let found = self.records()?.into_iter().find(|record| record.id == id);
+        let path = self.index_path();
+        found.ok_or(StoreError::Damaged { image: id, path, problem: "does not name it any more" })
+    }
+
+    /// What is known of all images.
+    pub(crate) fn records(&self) -> Result<Vec<ImageRecord>, StoreError> {
+        Ok(self.read_index()?.images)
+    }
+
+    /// A configuration or manifest, whose digest is looked at.
+    pub(crate) fn read_blob(&self, digest: Digest) -> Result<Vec<u8>, StoreError> {
+        let path = self.blob_path(digest);
+        let content = read_bounded(&path, MAX_CONFIG_BYTES).map_err(io_error("read", &path))?;
+        if Digest::of(&content) != digest {
+            let problem = "does not have its digest";
+            return Err(StoreError::Damaged { image: digest, path, problem });
+        }
+        Ok(content)
+    }
+
     /// Stores a configuration or manifest.
     pub(crate) fn put_blob(&self, content: &[u8]) -> Result<Digest, StoreError> {
         let digest = Digest::of(content);
@@ -222,9 +251,27 @@ impl Store {
         self.layers().join(layer_name(diff_id))
     }
 
-    /// A nameless file that is to become a layer.
+    /// Nameless files that are to become a layer.
     pub(crate) fn new_layer(&self) -> Result<NewLayer, StoreError> {
-        Ok(NewLayer { file: self.new_file(&self.layers())?, directory: self.layers() })
+        let (layers, recipes) = (self.layers(), self.recipes());
+        let (blob, recipe) = (self.new_file(&layers)?, self.new_file(&recipes)?);
+        Ok(NewLayer { blob, layers, recipe, recipes })
+    }
+
+    /// Whether a layer's archive can be had again: as it was compressed, or from its recipe if it was not.
+    pub(crate) fn has_archive(&self, diff_id: Digest, blob: &BlobRecord) -> bool {
+        let is_plain = blob.digest == diff_id;
+        self.has_blob(blob.digest, blob.bytes) || is_plain && self.recipes().join(diff_id.hex()).exists()
+    }
+
+    /// A layer as it travels, from its start. Nobody has checked its digest.
+    pub(crate) fn open_archive(&self, diff_id: Digest, blob: &BlobRecord) -> Result<Archive, StoreError> {
+        let recipe = self.recipes().join(diff_id.hex());
+        if blob.digest != diff_id || !recipe.exists() {
+            return self.open_blob(blob.digest, blob.bytes).map(Archive::File);
+        }
+        let open = || Rebuilt::open(fs::File::open(&recipe)?, fs::File::open(self.layer_path(diff_id))?);
+        open().map(|rebuilt| Archive::Rebuilt(Box::new(rebuilt))).map_err(io_error("read", &recipe))
     }
 
     /// A nameless file on the store's file system, for what must be seekable for a while.
@@ -242,8 +289,12 @@ impl Store {
         let index = self.read_index()?;
         let blobs = index.images.iter().flat_map(|image| [Some(image.id), image.manifest]).flatten();
         let layers = index.images.iter().flat_map(|image| &image.layers);
-        sweep_directory(&self.blobs(), blobs.map(|digest| digest.hex()).collect())?;
-        sweep_directory(&self.layers(), layers.map(|layer| layer_name(layer.diff_id)).collect())
+        let travelling = layers.clone().filter_map(|layer| Some(layer.blob?.digest));
+        sweep_directory(&self.blobs(), blobs.chain(travelling).map(|digest| digest.hex()).collect())?;
+        sweep_directory(&self.layers(), layers.map(|layer| layer_name(layer.diff_id)).collect())?;
+        let recipes = index.images.iter().flat_map(|image| &image.layers).map(|layer| layer.diff_id.hex());
+        sweep_directory(&self.recipes(), recipes.collect())?;
+        self.sweep_partials(Some(partial::KEPT_FOR)).map(|_| ())
     }
 
     fn image(&self, record: &ImageRecord) -> Result<Image, StoreError> {
@@ -261,7 +312,7 @@ impl Store {
             return Err(damaged(&path, "does not have its digest"));
         }
         let mut layers = Vec::new();
-        for &LayerRecord { diff_id, erofs_bytes } in &record.layers {
+        for &LayerRecord { diff_id, erofs_bytes, .. } in &record.layers {
             let erofs = self.layer_path(diff_id);
             match fs::metadata(&erofs) {
                 Ok(metadata) if metadata.len() == erofs_bytes => {}
@@ -271,12 +322,43 @@ impl Store {
             layers.push(Layer { diff_id, erofs, erofs_bytes });
         }
         let names = record.names.iter().filter_map(|name| name.parse().ok()).collect();
-        Image::new(record.id, record.manifest, names, layers, raw_config)
+        Image::new(record, names, layers, raw_config)
             .map_err(|_| damaged(&path, "is not an image configuration"))
     }
 
     fn blobs(&self) -> PathBuf {
         self.root.join("blobs/sha256")
+    }
+
+    fn recipes(&self) -> PathBuf {
+        self.root.join("recipes/sha256")
+    }
+
+    fn partials(&self) -> PathBuf {
+        self.root.join("partial/sha256")
+    }
+
+    /// Whether a blob is there in its whole length.
+    pub(crate) fn has_blob(&self, digest: Digest, bytes: u64) -> bool {
+        fs::metadata(self.blob_path(digest)).is_ok_and(|metadata| metadata.len() == bytes)
+    }
+
+    /// Where the blob of this digest lies, whether it is there or not.
+    pub(crate) fn blob_path(&self, digest: Digest) -> PathBuf {
+        self.blobs().join(digest.hex())
+    }
+
+    /// A nameless file that is to become a blob.
+    pub(crate) fn new_blob(&self) -> Result<NewBlob, StoreError> {
+        Ok(NewBlob { file: self.new_file(&self.blobs())?, directory: self.blobs() })
+    }
+
+    /// Whether an image has this layer in this form.
+    pub(crate) fn knows_pair(&self, diff_id: Digest, blob: Digest) -> Result<bool, StoreError> {
+        let index = self.read_index()?;
+        let mut layers = index.images.iter().flat_map(|image| &image.layers);
+        Ok(layers
+            .any(|layer| layer.diff_id == diff_id && layer.blob.is_some_and(|known| known.digest == blob)))
     }
 
     fn layers(&self) -> PathBuf {
@@ -297,8 +379,14 @@ impl Store {
         Index::read(&path).map_err(io_error("read", &path))
     }
 
+    /// The length of a converted layer, if it is there. One that has lost its length is made again and replaced.
+    pub(crate) fn whole_layer(&self, diff_id: Digest) -> Option<u64> {
+        let bytes = fs::metadata(self.layer_path(diff_id)).ok()?.len();
+        self.layer_is_whole(diff_id, bytes).then_some(bytes)
+    }
+
     /// Whether a layer's file has the length that the images which use it have it down with.
-    pub(crate) fn layer_is_whole(&self, diff_id: Digest, bytes: u64) -> bool {
+    fn layer_is_whole(&self, diff_id: Digest, bytes: u64) -> bool {
         // An index that cannot be read fails the load later, with its own words.
         let Ok(index) = self.read_index() else { return true };
         let mut layers = index.images.iter().flat_map(|image| &image.layers);
@@ -321,22 +409,65 @@ impl Store {
     }
 }
 
+/// A layer's archive.
+pub(crate) enum Archive {
+    File(fs::File),
+    Rebuilt(Box<Rebuilt>),
+}
+
+impl Read for Archive {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Archive::File(file) => file.read(buffer),
+            Archive::Rebuilt(rebuilt) => rebuilt.read(buffer),
+        }
+    }
+}
+
 /// A layer that is being written.
 pub(crate) struct NewLayer {
+    blob: NewFile,
+    layers: PathBuf,
+    recipe: NewFile,
+    recipes: PathBuf,
+}
+
+impl NewLayer {
+    pub(crate) fn blob(&self) -> &fs::File {
+        self.blob.file()
+    }
+
+    pub(crate) fn recipe(&self) -> &fs::File {
+        self.recipe.file()
+    }
+
+    /// Makes the layer appear, and its recipe before it, if it has one.
+    pub(crate) fn publish(self, diff_id: Digest, has_recipe: bool) -> Result<(), StoreError> {
+        if has_recipe {
+            let path = self.recipes.join(diff_id.hex());
+            self.recipe.publish(&diff_id.hex()).map_err(io_error("write", &path))?;
+        }
+        let name = layer_name(diff_id);
+        let path = self.layers.join(&name);
+        self.blob.publish(&name).map_err(io_error("write", &path))
+    }
+}
+
+/// A blob that is being written.
+pub(crate) struct NewBlob {
     file: NewFile,
     directory: PathBuf,
 }
 
-impl NewLayer {
+impl NewBlob {
     pub(crate) fn file(&self) -> &fs::File {
         self.file.file()
     }
 
-    /// Makes the layer appear.
-    pub(crate) fn publish(self, diff_id: Digest) -> Result<(), StoreError> {
-        let name = layer_name(diff_id);
-        let path = self.directory.join(&name);
-        self.file.publish(&name).map_err(io_error("write", &path))
+    /// Makes the blob appear.
+    pub(crate) fn publish(self, digest: Digest) -> Result<(), StoreError> {
+        let path = self.directory.join(digest.hex());
+        self.file.publish(&digest.hex()).map_err(io_error("write", &path))
     }
 }
 
@@ -377,7 +508,8 @@ fn has_name(image: &ImageRecord, reference: &Reference) -> bool {
             let of_repository = |name: &String| {
                 name.parse::<Reference>().is_ok_and(|name| name.repository() == reference.repository())
             };
-            image.manifest == Some(digest) && image.names.iter().any(of_repository)
+            image.digests.contains(&format!("{}@{digest}", reference.repository()))
+                || image.manifest == Some(digest) && image.names.iter().any(of_repository)
         }
         None => image.names.contains(&reference.to_string()),
     }
@@ -397,7 +529,7 @@ fn sweep_directory(directory: &Path, keep: HashSet<String>) -> Result<(), StoreE
     Ok(())
 }
 
-fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     fs::File::open(path)?.take(limit).read_to_end(&mut content)?;
     Ok(content)

@@ -24,6 +24,21 @@ pub(crate) trait Input: BufRead {
         }
         Ok(skipped)
     }
+
+    /// As `consume`, for what was given out as a file's data.
+    fn consume_data(&mut self, count: usize) {
+        self.consume(count);
+    }
+}
+
+impl<T: Input> Input for &mut T {
+    fn skip(&mut self, count: u64) -> io::Result<u64> {
+        (**self).skip(count)
+    }
+
+    fn consume_data(&mut self, count: usize) {
+        (**self).consume_data(count);
+    }
 }
 
 /// A regular file passes over data without reading them.
@@ -92,7 +107,7 @@ impl<R: Input> TarReader<R> {
                 }
                 Err(source) => return Err(self.locate(self.read_problem(source, WHAT)).into()),
             };
-            self.input.consume(step);
+            self.input.consume_data(step);
             self.position += step as u64;
             self.remaining -= step as u64;
             left -= step as u64;

@@ -9,11 +9,19 @@ use crate::bed::{Failure, chain};
 
 /// First argument of such a process.
 const FLAG: &str = "--load-into";
+/// First argument of one that pulls.
+const PULL_FLAG: &str = "--pull-into";
 
 /// If this process is to be one: loads, prints its peak memory in KiB, and says how it went.
 pub fn run() -> Option<ExitCode> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [flag, store, archives @ ..] = arguments.as_slice() else { return None };
+    if let (PULL_FLAG, [image]) = (flag.as_str(), archives) {
+        return Some(match pull(store, image) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        });
+    }
     if flag != FLAG {
         return None;
     }
@@ -40,6 +48,11 @@ fn load(store: &str, archives: &[String]) -> Result<u64, (String, u64)> {
     Ok(peak_memory_kib())
 }
 
+fn pull(store: &str, image: &str) -> Result<(), Failure> {
+    crate::registry::pull(&Store::open(Path::new(store))?, image)?;
+    Ok(())
+}
+
 fn peak_memory_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -51,6 +64,13 @@ pub fn spawn(store: &Path, archives: &[&Path]) -> Result<Child, Failure> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg(FLAG).arg(store).args(archives);
     Ok(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+}
+
+/// Starts a pull.
+pub fn spawn_pull(store: &Path, image: &str) -> Result<Child, Failure> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg(PULL_FLAG).arg(store).arg(image);
+    Ok(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?)
 }
 
 /// How a load ended.

@@ -11,9 +11,12 @@ mod child;
 mod differential;
 mod erofs;
 mod formats;
+mod hostile;
 mod killed;
 mod layers;
 mod model;
+mod registry;
+mod server;
 mod tarball;
 mod tree;
 
@@ -23,7 +26,14 @@ fn main() -> std::process::ExitCode {
     }
     bed::enter_mount_namespace();
     let arguments = libtest_mimic::Arguments::from_args();
-    let tests =
-        [differential::tests(), formats::tests(), bad_input::tests(), killed::tests(), model::tests()];
+    let tests = [
+        differential::tests(),
+        formats::tests(),
+        bad_input::tests(),
+        killed::tests(),
+        model::tests(),
+        registry::tests(),
+        hostile::tests(),
+    ];
     libtest_mimic::run(&arguments, tests.into_iter().flatten().collect()).exit_code()
 }

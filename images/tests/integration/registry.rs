@@ -1,0 +1,385 @@
+//! Pulling and pushing, against Debian's docker-registry, with skopeo as the other client.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use cloche_images::registry::{
+    CredentialStore, PullError, Pulled, PushError, Pushed, RegistryOptions, Repository,
+};
+use cloche_images::{NoProgress, Reference, Store};
+use libtest_mimic::Trial;
+
+use crate::archive::{Packing, TestImage, tar_of};
+use crate::bed::{Bed, Failure, Need, chain, run, test};
+use crate::layers::noise;
+use crate::tarball::{Item, Tarball};
+
+const REGISTRY: Need = Need::Tool("docker-registry");
+const SKOPEO: Need = Need::Tool("skopeo");
+const OPENSSL: Need = Need::Tool("openssl");
+
+/// The password `opensesame`, as htpasswd -B has it.
+const HTPASSWD: &str = "me:$2b$04$dzO5wzmDxMIwYxXndSOHaO3n.evu4i4KdEnd2CDciwPmoKBWCu3uO\n";
+
+pub fn tests() -> Vec<Trial> {
+    vec![
+        test("pushed_image_is_pulled_by_skopeo_with_its_digest", &[REGISTRY, SKOPEO], we_push),
+        test("image_pushed_by_skopeo_is_pulled_with_its_digest", &[REGISTRY, SKOPEO], they_push),
+        test("image_without_manifest_has_the_same_digest_each_time", &[REGISTRY], digest_is_stable),
+        test("only_what_is_missing_travels", &[REGISTRY], missing_only),
+        test("layer_of_another_repository_is_taken_over", &[REGISTRY], mounted),
+        test("password_is_asked_for_and_checked", &[REGISTRY], password),
+        test("certificate_is_trusted_only_if_named", &[REGISTRY, OPENSSL], certificates),
+        test("real_image_comes_back_from_a_registry_as_it_was_loaded", &[REGISTRY, Need::RealImages], real),
+    ]
+}
+
+/// A registry in a directory of the bed, gone with this.
+struct Registry {
+    child: Child,
+    host: String,
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Registry {
+    fn start(bed: &Bed, more: &str, http: &str) -> Result<Registry, Failure> {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let host = format!("127.0.0.1:{port}");
+        let directory = bed.path("registry");
+        let config = format!(
+            "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\n{more}http:\n  addr: {host}\n{http}",
+            directory.display()
+        );
+        let path = bed.write("registry.yml", config.as_bytes())?;
+        let log = fs::File::create(bed.path("registry.log"))?;
+        let mut command = Command::new("docker-registry");
+        command.arg("serve").arg(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let mut registry = Registry { child: command.spawn()?, host };
+        let patience = Instant::now() + Duration::from_secs(60);
+        while std::net::TcpStream::connect(&registry.host).is_err() {
+            if Instant::now() > patience || registry.child.try_wait()?.is_some() {
+                let log = fs::read_to_string(bed.path("registry.log"))?;
+                return Err(format!("docker-registry does not start: {log}").into());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(registry)
+    }
+
+    fn plain(bed: &Bed) -> Result<Registry, Failure> {
+        Registry::start(bed, "", "")
+    }
+
+    fn image(&self, name: &str) -> String {
+        format!("{}/{name}", self.host)
+    }
+
+    fn skopeo(&self, name: &str) -> String {
+        format!("docker://{}/{name}", self.host)
+    }
+
+    /// The digest under which a tag is known, as skopeo sees it.
+    fn digest(&self, name: &str) -> Result<String, Failure> {
+        let format = ["inspect", "--tls-verify=false", "--format", "{{.Digest}}"];
+        Ok(run("skopeo", &[&format[..], &[&self.skopeo(name)]].concat())?.trim().to_owned())
+    }
+}
+
+pub fn on_this_machine() -> RegistryOptions {
+    RegistryOptions { trust_loopback: true, ..RegistryOptions::default() }
+}
+
+fn pull_with(store: &Store, image: &str, options: &RegistryOptions) -> Result<Pulled, PullError> {
+    let reference: Reference = image.parse().expect("tests have good names");
+    let repository = Repository::open(&reference, false, options)?;
+    store.pull(&reference, &repository, &NoProgress)
+}
+
+pub fn pull(store: &Store, image: &str) -> Result<Pulled, PullError> {
+    pull_with(store, image, &on_this_machine())
+}
+
+fn push_with(store: &Store, image: &str, options: &RegistryOptions) -> Result<Pushed, PushError> {
+    let reference: Reference = image.parse().expect("tests have good names");
+    let mut repository = Repository::open(&reference, true, options)?;
+    store.push(&reference, &mut repository, &NoProgress)
+}
+
+pub fn push(store: &Store, image: &str) -> Result<Pushed, PushError> {
+    push_with(store, image, &on_this_machine())
+}
+
+fn expect(what: &str, condition: bool) -> Result<(), Failure> {
+    if condition { Ok(()) } else { Err(format!("expected: {what}").into()) }
+}
+
+fn other_store(bed: &Bed, name: &str) -> Result<Store, Failure> {
+    Ok(Store::open(&bed.path(name))?)
+}
+
+/// Two layers, one of them with holes and a long name.
+fn sample(name: &str, packing: Packing) -> TestImage {
+    let long = format!("{}/file", "a-name-longer-than-a-header-has-room-for/".repeat(4));
+    let mut sparse = noise(200_000, 3);
+    sparse[70_000..180_000].fill(0);
+    let base = Tarball::of([
+        Item::directory("etc"),
+        Item::file("etc/motd", "hello"),
+        Item::file("noise", noise(300_000, 7)),
+        Item::file("holes", sparse),
+        Item::file("zeros", vec![0; 100_000]),
+        Item::file("empty", ""),
+    ]);
+    let top = Tarball::of([Item::file(&long, "deep"), Item::file(".wh.noise", "")]);
+    TestImage { name: Some(name.to_owned()), ..TestImage::of([base, top]) }.packed(packing)
+}
+
+fn manifest_digest(files: &[(String, Vec<u8>)]) -> Result<String, Failure> {
+    let index = files.iter().find(|(name, _)| name == "index.json").ok_or("no index")?;
+    let index: serde_json::Value = serde_json::from_slice(&index.1)?;
+    Ok(index["manifests"][0]["digest"].as_str().ok_or("no digest")?.to_owned())
+}
+
+fn we_push(bed: &Bed) -> Result<(), Failure> {
+    let registry = Registry::plain(bed)?;
+    for (number, packing) in [Packing::Gzip, Packing::Zstd, Packing::Plain].into_iter().enumerate() {
+        let name = registry.image(&format!("app:{number}"));
+        let files = sample(&name, packing).oci_files()?;
+        bed.load(&bed.write("image.tar", &tar_of(&files))?)?;
+        let pushed = push(&bed.store, &name).map_err(|error| chain(&error))?;
+        let expected = manifest_digest(&files)?;
+        expect("the digest of the layout", pushed.digest.to_string() == expected)?;
+        expect("skopeo sees the same", registry.digest(&format!("app:{number}"))? == expected)?;
+        let layout = bed.path(&format!("layout-{number}"));
+        let copy = [
+            "copy",
+            "-q",
+            "--preserve-digests",
+            "--src-tls-verify=false",
+            &registry.skopeo(&format!("app:{number}")),
+        ];
+        let target = format!("oci:{}:x", layout.display());
+        run("skopeo", &[&copy[..], &[&target]].concat())?;
+        let blob = layout.join("blobs/sha256").join(expected.trim_start_matches("sha256:"));
+        expect("skopeo has the manifest", blob.is_file())?;
+    }
+    Ok(())
+}
+
+fn they_push(bed: &Bed) -> Result<(), Failure> {
+    let registry = Registry::plain(bed)?;
+    let image = sample("docker.io/library/x:latest", Packing::Plain);
+    let archive = bed.write("image.tar", &tar_of(&image.docker_files()?))?;
+    let from = format!("docker-archive:{}", archive.display());
+    for (number, format) in
+        [["-f", "v2s2"].as_slice(), &["-f", "oci"], &["-f", "oci", "--dest-compress-format=zstd"]]
+            .into_iter()
+            .enumerate()
+    {
+        let name = format!("app:{number}");
+        let to = registry.skopeo(&name);
+        let copy = [&["copy", "-q", "--dest-tls-verify=false"], format, &[&from, &to]].concat();
+        run("skopeo", &copy)?;
+        let pulled = pull(&bed.store, &registry.image(&name)).map_err(|error| chain(&error))?;
+        let digest = registry.digest(&name)?;
+        expect("the registry's digest", pulled.digest.to_string() == digest)?;
+        let found = bed.store.resolve(&format!("{}@{digest}", registry.image("app")))?;
+        expect("it is found by its digest", found.id == pulled.id && found.manifest == Some(pulled.digest))?;
+        // (The configuration is not: skopeo writes its own.)
+        let layers = found.layers.iter().map(|layer| layer.diff_id.hex());
+        let expected = image.layers.iter().map(|layer| crate::bed::sha256(layer));
+        expect("its layers are those of the archive", layers.eq(expected))?;
+        let pushed = push(&bed.store, &registry.image(&name)).map_err(|error| chain(&error))?;
+        expect("a push gives the digest back", pushed.digest == pulled.digest)?;
+    }
+    let by_digest = format!("{}@{}", registry.image("app"), registry.digest("app:1")?);
+    let store = other_store(bed, "by-digest")?;
+    pull(&store, &by_digest).map_err(|error| chain(&error))?;
+    expect("what is pulled by digest has no tag", store.resolve(&by_digest)?.names.is_empty())
+}
+
+fn digest_is_stable(bed: &Bed) -> Result<(), Failure> {
+    let registry = Registry::plain(bed)?;
+    let name = registry.image("app:1");
+    let archive = bed.write("image.tar", &tar_of(&sample(&name, Packing::Plain).docker_files()?))?;
+    let mut digests = Vec::new();
+    for store in ["a", "b"] {
+        let store = other_store(bed, store)?;
+        store.load(&archive, &Default::default(), &NoProgress)?;
+        digests.push(push(&store, &name).map_err(|error| chain(&error))?.digest);
+        store.load(&archive, &Default::default(), &NoProgress)?;
+        digests.push(push(&store, &name).map_err(|error| chain(&error))?.digest);
+    }
+    expect("four pushes of one digest", digests.windows(2).all(|pair| pair[0] == pair[1]))?;
+    let pulled = pull(&bed.store, &name).map_err(|error| chain(&error))?;
+    expect("it is pulled with it", Some(&pulled.digest) == digests.first())
+}
+
+/// What the registry's log would tell, from its storage: how many uploads there were.
+fn blobs_in(bed: &Bed) -> Result<usize, Failure> {
+    let mut count = 0;
+    for prefix in fs::read_dir(bed.path("registry/docker/registry/v2/blobs/sha256"))? {
+        count += fs::read_dir(prefix?.path())?.count();
+    }
+    Ok(count)
+}
+
+fn missing_only(bed: &Bed) -> Result<(), Failure> {
+    let registry = Registry::plain(bed)?;
+    let base = Tarball::of([Item::file("base", noise(400_000, 1))]);
+    let image = |name: &str, own: &str| {
+        let own = Tarball::of([Item::file("own", own)]);
+        TestImage { name: Some(registry.image(name)), ..TestImage::of([base.clone(), own]) }
+            .packed(Packing::Zstd)
+    };
+    for (name, own) in [("app:1", "one"), ("app:2", "two")] {
+        bed.load(&bed.write("image.tar", &tar_of(&image(name, own).oci_files()?))?)?;
+        push(&bed.store, &registry.image(name)).map_err(|error| chain(&error))?;
+    }
+    expect("the shared layer is there once: 3 layers, 2 manifests, 2 configurations", blobs_in(bed)? == 7)?;
+    let store = other_store(bed, "other")?;
+    pull(&store, &registry.image("app:1")).map_err(|error| chain(&error))?;
+    let shared = fs::read_dir(store.root().join("blobs/sha256"))?
+        .filter_map(Result::ok)
+        .max_by_key(|entry| entry.metadata().map(|metadata| metadata.len()).unwrap_or_default());
+    let shared = shared.ok_or("no blobs")?;
+    // If it travelled again, it would have to come from here.
+    let hex = shared.file_name().into_string().map_err(|_| "odd name")?;
+    let data = bed.path("registry/docker/registry/v2/blobs/sha256").join(&hex[..2]).join(&hex).join("data");
+    fs::write(&data, "no more")?;
+    pull(&store, &registry.image("app:2")).map_err(|error| chain(&error))?;
+    let error =
+        pull(&other_store(bed, "fresh")?, &registry.image("app:2")).err().ok_or("a torn layer was pulled")?;
+    expect("a fresh store notices", chain(&error).contains(&hex))
+}
+
+fn mounted(bed: &Bed) -> Result<(), Failure> {
+    let registry = Registry::plain(bed)?;
+    let load = |name: &str| -> Result<(), Failure> {
+        let image = sample(&registry.image(name), Packing::Gzip);
+        bed.load(&bed.write("image.tar", &tar_of(&image.oci_files()?))?)?;
+        Ok(())
+    };
+    load("first:1")?;
+    push(&bed.store, &registry.image("first:1")).map_err(|error| chain(&error))?;
+    load("second:1")?;
+    push(&bed.store, &registry.image("second:1")).map_err(|error| chain(&error))?;
+    // An upload that was begun and given up leaves a directory; one that was not needed leaves none.
+    let uploads = bed.path("registry/docker/registry/v2/repositories/second/_uploads");
+    let begun = fs::read_dir(uploads).map(|entries| entries.count()).unwrap_or(0);
+    expect("no upload is left in the middle", begun == 0)?;
+    pull(&other_store(bed, "other")?, &registry.image("second:1")).map_err(|error| chain(&error))?;
+    Ok(())
+}
+
+fn password(bed: &Bed) -> Result<(), Failure> {
+    let file = bed.write("htpasswd", HTPASSWD.as_bytes())?;
+    let auth = format!("auth:\n  htpasswd: {{realm: test, path: {}}}\n", file.display());
+    let registry = Registry::start(bed, &auth, "")?;
+    let name = registry.image("app:1");
+    bed.load(&bed.write("image.tar", &tar_of(&sample(&name, Packing::Gzip).oci_files()?))?)?;
+    let error = push(&bed.store, &name).err().ok_or("a stranger pushed")?;
+    expect("a stranger is told to log in", chain(&error).contains("cloche login"))?;
+
+    let config = bed.path("docker/config.json");
+    let options = |trust_loopback| RegistryOptions {
+        trust_loopback,
+        credentials: Some(CredentialStore::at(&config)),
+        ..RegistryOptions::default()
+    };
+    let reference: Reference = name.parse()?;
+    let wrong = Repository::open_as(&reference, "me", "closesesame", &options(true))?.greet();
+    expect(
+        "a wrong password is refused",
+        wrong.is_err_and(|error| chain(&error).contains("refuses your credentials")),
+    )?;
+    Repository::open_as(&reference, "me", "opensesame", &options(true))?
+        .greet()
+        .map_err(|error| chain(&error))?;
+    CredentialStore::at(&config).put(&registry.host, "me", "opensesame")?;
+    push_with(&bed.store, &name, &options(true)).map_err(|error| chain(&error))?;
+    pull_with(&other_store(bed, "other")?, &name, &options(true)).map_err(|error| chain(&error))?;
+    Ok(())
+}
+
+/// A certificate authority by form and a server's by use, as `openssl req -x509` makes them.
+fn certificate(bed: &Bed, name: &str) -> Result<(PathBuf, PathBuf), Failure> {
+    let (cert, key) = (bed.path(&format!("{name}.crt")), bed.path(&format!("{name}.pem")));
+    let text = |path: &Path| path.display().to_string();
+    run(
+        "openssl",
+        &[
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=test",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-keyout",
+            &text(&key),
+            "-out",
+            &text(&cert),
+        ],
+    )?;
+    Ok((cert, key))
+}
+
+fn certificates(bed: &Bed) -> Result<(), Failure> {
+    let (cert, key) = certificate(bed, "server")?;
+    let tls = format!("  tls: {{certificate: {}, key: {}}}\n", cert.display(), key.display());
+    let registry = Registry::start(bed, "", &tls)?;
+    let name = registry.image("app:1");
+    bed.load(&bed.write("image.tar", &tar_of(&sample(&name, Packing::Gzip).oci_files()?))?)?;
+    let verify = RegistryOptions::default();
+    let error = push_with(&bed.store, &name, &verify).err().ok_or("an unknown certificate was trusted")?;
+    expect("the certificate is named as the cause", chain(&error).contains("certificate"))?;
+    push(&bed.store, &name).map_err(|error| chain(&error))?;
+
+    // Named for this host, in the user's own folder.
+    let home = std::env::var_os("HOME").ok_or("no HOME")?;
+    let folder = Path::new(&home).join(".config/containers/certs.d").join(&registry.host);
+    fs::create_dir_all(&folder)?;
+    let trusted = (|| -> Result<(), Failure> {
+        fs::copy(&cert, folder.join("ca.crt"))?;
+        pull_with(&other_store(bed, "trusting")?, &name, &verify).map_err(|error| chain(&error))?;
+        // Another one of the same form is none of ours.
+        fs::copy(certificate(bed, "other")?.0, folder.join("ca.crt"))?;
+        let pulled = pull_with(&other_store(bed, "wary")?, &name, &verify);
+        expect("another certificate is not trusted", pulled.is_err())
+    })();
+    fs::remove_dir_all(&folder)?;
+    trusted
+}
+
+fn real(bed: &Bed) -> Result<(), Failure> {
+    let registry = Registry::plain(bed)?;
+    let archive = crate::bed::real_image("busybox").ok_or("no busybox")?;
+    let name: Reference = registry.image("busybox:1").parse()?;
+    let options = cloche_images::LoadOptions { name: Some(name.clone()) };
+    let loaded = bed.store.load(&archive, &options, &NoProgress)?;
+    push(&bed.store, &name.to_string()).map_err(|error| chain(&error))?;
+    let store = other_store(bed, "other")?;
+    let pulled = pull(&store, &name.to_string()).map_err(|error| chain(&error))?;
+    expect("the same image", loaded.first().is_some_and(|image| image.id == pulled.id))?;
+    let layers = |store: &Store| -> Result<Vec<Vec<u8>>, Failure> {
+        let image = store.resolve(&pulled.id.to_string())?;
+        image.layers.iter().map(|layer| Ok(fs::read(&layer.erofs)?)).collect()
+    };
+    expect("the same layers", layers(&store)? == layers(&bed.store)?)
+}
