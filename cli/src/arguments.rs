@@ -1,6 +1,10 @@
 //! What can be typed, and nothing about what it does.
 
+mod images;
+
 use std::path::PathBuf;
+
+pub use images::*;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cloche_engine::{
@@ -68,9 +72,24 @@ pub enum Verb {
     Login(Login),
     /// Forget who you are to a registry
     Logout(Logout),
+    /// Load images from an archive or a directory
+    Load(Load),
+    /// Save images to an archive or a directory
+    Save(Save),
+    /// Give an image one more name
+    Tag(Tag),
+    /// List images
+    Images(ImageLs),
+    /// Remove images
+    Rmi(ImageNames),
+    /// Show how an image was made
+    History(History),
     /// Manage images
-    #[command(subcommand, visible_alias = "images")]
+    #[command(subcommand)]
     Image(Image),
+    /// See to what Cloche keeps on disk
+    #[command(subcommand)]
+    System(System),
     /// Manage volumes
     #[command(subcommand, visible_alias = "volumes")]
     Volume(Volume),
@@ -203,90 +222,6 @@ fn millicpus(text: &str) -> Result<u64, String> {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum PullPolicy {
-    /// If it is not here
-    Missing,
-    /// Each time, as it may have changed there
-    Always,
-    /// Not at all
-    Never,
-}
-
-#[derive(Debug, Args)]
-pub struct Registry {
-    /// `false` lets a registry on this machine do without encryption, or with any certificate; others never
-    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1,
-        require_equals = true, default_missing_value = "true")]
-    pub tls_verify: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  cloche pull debian:bookworm
-  cloche pull quay.io/podman/hello@sha256:…
-  cloche pull --tls-verify=false localhost:5000/app
-
-Names are Docker's: `debian` is docker.io/library/debian:latest. Logins are those of `cloche login` and `docker login`
-(~/.docker/config.json and its credential helpers). Certificate authorities: the system's, and /etc/docker/certs.d/HOST
-or /etc/containers/certs.d/HOST. A pull that was broken off goes on where it ended.")]
-pub struct Pull {
-    #[command(flatten)]
-    pub registry: Registry,
-    /// Print nothing but the images' digests
-    #[arg(short, long)]
-    pub quiet: bool,
-    /// Names
-    #[arg(required = true, value_name = "IMAGE")]
-    pub images: Vec<String>,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  cloche push ghcr.io/me/app:v1
-  cloche push --tls-verify=false localhost:5000/app
-
-Where an image goes is in its name; `cloche tag` gives it another. What the registry has is not sent again. An image
-that was pulled, or loaded with a manifest, has the same digest there.")]
-pub struct Push {
-    #[command(flatten)]
-    pub registry: Registry,
-    /// Print nothing but the images' digests
-    #[arg(short, long)]
-    pub quiet: bool,
-    /// Names
-    #[arg(required = true, value_name = "IMAGE")]
-    pub images: Vec<String>,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  cloche login                                        # docker.io; asks for user and password
-  echo \"$TOKEN\" | cloche login -u me --password-stdin ghcr.io")]
-pub struct Login {
-    #[command(flatten)]
-    pub registry: Registry,
-    /// User
-    #[arg(short, long)]
-    pub username: Option<String>,
-    /// Read the password from stdin
-    #[arg(long)]
-    pub password_stdin: bool,
-    /// Host of the registry, and port if any
-    #[arg(default_value = "docker.io")]
-    pub server: String,
-}
-
-#[derive(Debug, Args)]
-pub struct Logout {
-    /// Host of the registry, and port if any
-    #[arg(default_value = "docker.io")]
-    pub server: String,
-}
-
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  cloche compare -n 20 busybox -- true")]
 pub struct Compare {
@@ -394,43 +329,6 @@ pub struct Rm {
     /// Ids, beginnings of ids, or names
     #[arg(required = true, value_name = "SANDBOX")]
     pub sandboxes: Vec<String>,
-}
-
-#[derive(Debug, Subcommand)]
-pub enum Image {
-    /// Load images from an archive or a directory, as made by `docker save`, skopeo, umoci or buildah
-    Load {
-        /// A docker-archive or OCI layout: a tar (plain, gzip, zstd), a directory, or - for stdin
-        file: PathBuf,
-        /// Name for an image that the archive does not name
-        #[arg(long)]
-        name: Option<String>,
-        /// Print nothing but the images' names
-        #[arg(short, long)]
-        quiet: bool,
-    },
-    /// List images
-    #[command(visible_alias = "list")]
-    Ls {
-        /// Print JSON
-        #[arg(long, conflicts_with = "quiet")]
-        json: bool,
-        /// Print ids only
-        #[arg(short, long)]
-        quiet: bool,
-    },
-    /// Remove images
-    Rm {
-        /// Names or ids
-        #[arg(required = true)]
-        images: Vec<String>,
-    },
-    /// Print everything about images, as JSON
-    Inspect {
-        /// Names or ids
-        #[arg(required = true)]
-        images: Vec<String>,
-    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -32,6 +32,7 @@ mod plain_user;
 mod probe;
 mod process;
 mod procfs;
+mod registry;
 mod sandbox;
 mod suite;
 mod tar;

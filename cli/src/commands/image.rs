@@ -1,8 +1,9 @@
 //! `cloche image`.
 
 use std::{
-    io::{self, IsTerminal, Seek, Write, stderr},
-    os::fd::AsRawFd,
+    fs::Permissions,
+    io::{self, BufWriter, IsTerminal, Seek, Write, stderr},
+    os::{fd::AsRawFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -12,25 +13,28 @@ use cloche_images::{Image as StoredImage, LayerStart, LoadOptions, NoProgress, P
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use super::{each, print_json};
+use super::{each, layers, print_json, registry, system};
 use crate::{
-    arguments::{Global, Image},
+    arguments::{Global, Image, ImageLs, ImageNames, Load, Save, Tag},
     render,
 };
 
 /// Carries out the verb.
 pub fn image(global: &Global, verb: Image) -> anyhow::Result<ExitCode> {
-    let store = Store::open(super::home(global)?.images())?;
     match verb {
-        Image::Load { file, name, quiet } => load(&store, &file, name.as_deref(), quiet),
-        Image::Ls { json, quiet } => list(&store, json, quiet),
-        Image::Rm { images } => each(&images, |image| {
-            let removed = store.remove(image)?;
-            removed.untagged.iter().for_each(|name| println!("Untagged: {name}"));
-            removed.deleted.iter().for_each(|id| println!("Deleted: {id}"));
-            Ok(())
-        }),
-        Image::Inspect { images } => {
+        Image::Pull(arguments) => registry::pull(global, &arguments),
+        Image::Push(arguments) => registry::push(global, &arguments),
+        Image::Load(arguments) => load(global, &arguments),
+        Image::Save(arguments) => save(global, &arguments),
+        Image::Tag(arguments) => tag(global, &arguments),
+        Image::Ls(arguments) => list(global, &arguments),
+        Image::Rm(arguments) => remove(global, &arguments),
+        Image::History(arguments) => layers::history(global, &arguments),
+        Image::Layers(arguments) => layers::layers(global, &arguments),
+        Image::Verify { images } => system::verify(global, &images),
+        Image::Prune { all } => system::prune(global, all),
+        Image::Inspect(ImageNames { images }) => {
+            let store = store(global)?;
             let mut found = Vec::new();
             let code = each(&images, |image| {
                 found.push(store.resolve(image)?.inspect());
@@ -42,8 +46,66 @@ pub fn image(global: &Global, verb: Image) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn load(store: &Store, file: &Path, name: Option<&str>, quiet: bool) -> anyhow::Result<ExitCode> {
-    let options = LoadOptions { name: name.map(str::parse::<Reference>).transpose()? };
+/// The image store.
+pub fn store(global: &Global) -> anyhow::Result<Store> {
+    Ok(Store::open(super::home(global)?.images())?)
+}
+
+/// Removes names, and with the last one the image.
+pub fn remove(global: &Global, arguments: &ImageNames) -> anyhow::Result<ExitCode> {
+    let store = store(global)?;
+    each(&arguments.images, |image| {
+        let removed = store.remove(image)?;
+        removed.untagged.iter().for_each(|name| println!("Untagged: {name}"));
+        removed.deleted.iter().for_each(|id| println!("Deleted: {id}"));
+        Ok(())
+    })
+}
+
+/// Gives an image one more name.
+pub fn tag(global: &Global, arguments: &Tag) -> anyhow::Result<ExitCode> {
+    let name: Reference = arguments.name.parse()?;
+    anyhow::ensure!(
+        name.digest().is_none(),
+        "{} has a digest; a name that is given has a tag",
+        arguments.name
+    );
+    store(global)?.tag(&arguments.image, &name)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Saves images.
+pub fn save(global: &Global, arguments: &Save) -> anyhow::Result<ExitCode> {
+    let store = store(global)?;
+    let images = &arguments.images;
+    if let Some(directory) = &arguments.directory {
+        store.save_to_directory(images, directory)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(path) = &arguments.output else {
+        anyhow::ensure!(
+            !io::stdout().is_terminal(),
+            "stdout is a terminal; pipe it somewhere, or give --output FILE"
+        );
+        store.save(images, &mut BufWriter::with_capacity(1 << 20, io::stdout().lock()))?;
+        return Ok(ExitCode::SUCCESS);
+    };
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // Under its name only when it is whole.
+    let new = tempfile::Builder::new().permissions(Permissions::from_mode(0o644)).tempfile_in(directory);
+    let mut new = new.with_context(|| format!("cannot create a file in {}", directory.display()))?;
+    store.save(images, &mut BufWriter::with_capacity(1 << 20, new.as_file_mut()))?;
+    new.as_file().sync_all().with_context(|| format!("cannot write {}", path.display()))?;
+    new.persist(path).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Loads images.
+pub fn load(global: &Global, arguments: &Load) -> anyhow::Result<ExitCode> {
+    let store = store(global)?;
+    let file = arguments.input.as_ref().unwrap_or(&arguments.file);
+    let (name, quiet) = (&arguments.name, arguments.quiet);
+    let options = LoadOptions { name: name.as_deref().map(str::parse::<Reference>).transpose()? };
     // Kept open until the end: the path of a spooled stdin leads through it.
     let (path, _spool) = match file.as_os_str() == "-" {
         true => spool_stdin()?,
@@ -119,13 +181,14 @@ struct Line {
     bytes: u64,
 }
 
-fn list(store: &Store, json: bool, quiet: bool) -> anyhow::Result<ExitCode> {
-    let images = store.images()?;
-    if json {
+/// Lists images.
+pub fn list(global: &Global, arguments: &ImageLs) -> anyhow::Result<ExitCode> {
+    let images = store(global)?.images()?;
+    if arguments.json {
         print_json(&images.iter().map(line).collect::<Vec<_>>())?;
         return Ok(ExitCode::SUCCESS);
     }
-    if quiet {
+    if arguments.quiet {
         images.iter().for_each(|image| println!("{}", short_id(image)));
         return Ok(ExitCode::SUCCESS);
     }

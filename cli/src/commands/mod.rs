@@ -4,12 +4,14 @@ pub mod compare;
 pub mod doctor;
 pub mod image;
 pub mod kernel;
+pub mod layers;
 pub mod registry;
 pub mod run;
 pub mod sandbox;
 pub mod share;
 pub mod stats;
 pub mod steer;
+pub mod system;
 pub mod vmm;
 pub mod volume;
 

@@ -14,7 +14,7 @@ use cloche_images::{
 };
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use super::each;
+use super::{each, image::store};
 use crate::{
     arguments::{Global, Login, Logout, Pull, Push, Registry},
     terminal,
@@ -35,7 +35,7 @@ pub fn options(registry: &Registry) -> anyhow::Result<RegistryOptions> {
 
 /// Pulls images.
 pub fn pull(global: &Global, arguments: &Pull) -> anyhow::Result<ExitCode> {
-    let store = Store::open(super::home(global)?.images())?;
+    let store = store(global)?;
     let options = options(&arguments.registry)?;
     each(&arguments.images, |image| {
         let reference: Reference = image.parse()?;
@@ -52,7 +52,7 @@ pub fn pull(global: &Global, arguments: &Pull) -> anyhow::Result<ExitCode> {
 
 /// Pushes images.
 pub fn push(global: &Global, arguments: &Push) -> anyhow::Result<ExitCode> {
-    let store = Store::open(super::home(global)?.images())?;
+    let store = store(global)?;
     let options = options(&arguments.registry)?;
     each(&arguments.images, |image| {
         let reference: Reference = image.parse()?;
@@ -76,7 +76,7 @@ pub fn push(global: &Global, arguments: &Push) -> anyhow::Result<ExitCode> {
 pub fn pull_for_run(global: &Global, image: &str, options: &RegistryOptions) -> anyhow::Result<()> {
     let reference: Reference = image.parse()?;
     eprintln!("cloche: pulling {}", reference.short());
-    pull_one(&Store::open(super::home(global)?.images())?, &reference, options, false)?;
+    pull_one(&store(global)?, &reference, options, false)?;
     Ok(())
 }
 

@@ -30,6 +30,7 @@ mod convert;
 mod decode;
 mod path;
 mod recipe;
+mod summary;
 
 pub use convert::LayerError;
 pub(crate) use convert::{ExpectedLayer, blame, check, convert};
@@ -37,3 +38,4 @@ pub use decode::DecodeError;
 pub(crate) use decode::{Encoding, decompressor, detect};
 pub use path::PathProblem;
 pub(crate) use recipe::Rebuilt;
+pub(crate) use summary::{Summary, summarise};

@@ -200,6 +200,18 @@ impl Store {
         Ok(removed)
     }
 
+    /// Forgets all images that are not wanted, whatever names they have; the caller sweeps.
+    pub(crate) fn forget(&self, unwanted: impl Fn(&ImageRecord) -> bool) -> Result<Vec<Digest>, StoreError> {
+        let _lock = self.lock_index()?;
+        let mut index = self.read_index()?;
+        let (gone, kept): (Vec<_>, Vec<_>) = index.images.drain(..).partition(unwanted);
+        index.images = kept;
+        if !gone.is_empty() {
+            self.write_index(&index)?;
+        }
+        Ok(gone.into_iter().map(|record| record.id).collect())
+    }
+
     /// Adds images whose blobs and layers are all there. The caller holds a [`Hold`] since before it made them.
     pub(crate) fn commit(&self, records: Vec<ImageRecord>) -> Result<(), StoreError> {
         let _lock = self.lock_index()?;

@@ -19,7 +19,7 @@ use crate::limits::RESERVED_DISK_BYTES;
 
 /// How long a download that nobody goes on with is kept.
 pub(super) const KEPT_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
-/// Bytes between two looks at the free space.
+/// Bytes between two looks at the free space. Smaller downloads may fill the disk, and then fail by themselves.
 const SPACE_CHECK: u64 = 64 << 20;
 
 /// A download under way.
@@ -47,7 +47,12 @@ impl Store {
             match is_at(&file, &path) {
                 Ok(true) => {
                     let position = file.metadata().map_err(failed())?.len();
-                    return Ok(Some(Partial { file, path, position, next_space_check: position }));
+                    return Ok(Some(Partial {
+                        file,
+                        path,
+                        position,
+                        next_space_check: position + SPACE_CHECK,
+                    }));
                 }
                 Ok(false) => {}
                 Err(error) => return Err(failed()(error)),
@@ -92,7 +97,7 @@ impl Store {
     }
 
     /// Deletes downloads that nobody is at: all, or those that have not grown for a time. Gives the bytes freed.
-    pub(super) fn sweep_partials(&self, kept_for: Option<Duration>) -> Result<u64, StoreError> {
+    pub(crate) fn sweep_partials(&self, kept_for: Option<Duration>) -> Result<u64, StoreError> {
         let directory = self.partials();
         let mut freed = 0;
         for entry in fs::read_dir(&directory).map_err(io_error("list", &directory))? {
@@ -142,7 +147,7 @@ impl Partial {
     /// Starts all over.
     pub(crate) fn restart(&mut self) -> io::Result<()> {
         self.file.set_len(0)?;
-        (self.position, self.next_space_check) = (0, 0);
+        (self.position, self.next_space_check) = (0, SPACE_CHECK);
         Ok(())
     }
 

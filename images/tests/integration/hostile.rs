@@ -13,7 +13,7 @@ use libtest_mimic::Trial;
 use serde_json::json;
 
 use crate::archive::{Packing, TestImage, descriptor};
-use crate::bed::{Bed, Failure, chain, sha256, test};
+use crate::bed::{Bed, Failure, Need, chain, run, sha256, test};
 use crate::layers::noise;
 use crate::server::{Answer, Asked, Server, answer, raw};
 use crate::tarball::{Item, Tarball};
@@ -29,6 +29,8 @@ pub fn tests() -> Vec<Trial> {
         test("registry_that_breaks_down_is_asked_again", &[], breaks_down),
         test("download_that_breaks_off_goes_on_where_it_ended", &[], resumes),
         test("pull_that_was_killed_goes_on_where_it_ended", &[], killed),
+        test("pull_killed_at_any_moment_leaves_a_sound_store", &[], killed_at_any_moment),
+        test("pull_onto_a_full_disk_fails_and_goes_on_when_there_is_room", &[Need::Root], full_disk),
         test("bad_start_of_a_download_is_thrown_away", &[], bad_start),
         test("token_is_fetched_used_and_not_carried_elsewhere", &[], tokens),
         test("index_gives_the_image_for_this_machine_or_says_what_there_is", &[], indexes),
@@ -463,6 +465,61 @@ fn killed(bed: &Bed) -> Result<(), Failure> {
         server.log().into_iter().rfind(|asked| asked.path() == shelf.layer_path()).ok_or("no request")?;
     expect("only the rest travelled", last.field("range").is_some_and(|range| range != "bytes=0-"))?;
     expect("nothing partial is left", fs::read_dir(bed.store.root().join("partial/sha256"))?.next().is_none())
+}
+
+fn killed_at_any_moment(bed: &Bed) -> Result<(), Failure> {
+    const TRIES: u32 = 25;
+    let shelf = Shelf::of(6_000_000)?;
+    let server = registry(&shelf, |_, _| None)?;
+    let name = server.image("app:1");
+    let start = Instant::now();
+    expect("a pull succeeds", crate::child::spawn_pull(bed.store.root(), &name)?.wait()?.success())?;
+    let whole = start.elapsed();
+    bed.store.remove(&name)?;
+    for attempt in 0..TRIES {
+        let mut child = crate::child::spawn_pull(bed.store.root(), &name)?;
+        std::thread::sleep(whole * attempt / TRIES);
+        child.kill()?;
+        child.wait()?;
+        if crate::killed::assert_sound(&bed.store)? > 0 {
+            bed.store.remove(&name)?;
+        }
+    }
+    pull(&bed.store, &name).map_err(|error| chain(&error))?;
+    bed.store.remove(&name)?;
+    bed.store.prune(true, |_| false)?;
+    expect("nothing at all is left", is_empty(&bed.store)?)?;
+    expect("no download either", fs::read_dir(bed.store.root().join("partial/sha256"))?.next().is_none())
+}
+
+fn full_disk(bed: &Bed) -> Result<(), Failure> {
+    let small = bed.path("small");
+    fs::create_dir(&small)?;
+    let at = small.display().to_string();
+    run("mount", &["-t", "tmpfs", "-o", "size=3m", "tmpfs", &at])?;
+    let shelf = Shelf::of(2_500_000)?;
+    let server = registry(&shelf, |_, _| None)?;
+    let name = server.image("app:1");
+    let result = (|| {
+        let store = Store::open(&small.join("store"))?;
+        // Room for the download, and not for what comes of it; then for less than the download.
+        for room in ["3m", "2m"] {
+            run("mount", &["-o", &format!("remount,size={room}"), &at])?;
+            let error = pull(&store, &name).err().ok_or("it fits")?;
+            expect(&format!("the cause: {}", chain(&error)), chain(&error).contains("space"))?;
+            expect("no image", crate::killed::assert_sound(&store)? == 0)?;
+            if room == "3m" {
+                store.prune(true, |_| false)?;
+            }
+        }
+        run("mount", &["-o", "remount,size=20m", &at])?;
+        pull(&store, &name).map_err(|error| chain(&error))?;
+        let resumed = |asked: &Asked| asked.path() == shelf.layer_path() && asked.field("range").is_some();
+        expect("it went on where it ended", server.log().iter().any(resumed))?;
+        expect("the image is whole", store.verify(&name)?.is_empty())
+    })();
+    run("umount", &[&at])?;
+    result
 }
 
 fn bad_start(bed: &Bed) -> Result<(), Failure> {

@@ -26,7 +26,7 @@ fn image(number: u64) -> TestImage {
 }
 
 /// Every image that is listed is whole, and what is not referred to is at least complete.
-fn assert_sound(store: &Store) -> Result<usize, Failure> {
+pub fn assert_sound(store: &Store) -> Result<usize, Failure> {
     let images = store.images()?;
     for image in &images {
         for layer in &image.layers {

@@ -16,6 +16,7 @@ mod killed;
 mod layers;
 mod model;
 mod registry;
+mod saving;
 mod server;
 mod tarball;
 mod tree;
@@ -34,6 +35,7 @@ fn main() -> std::process::ExitCode {
         model::tests(),
         registry::tests(),
         hostile::tests(),
+        saving::tests(),
     ];
     libtest_mimic::run(&arguments, tests.into_iter().flatten().collect()).exit_code()
 }

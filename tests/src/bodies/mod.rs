@@ -12,6 +12,7 @@ mod images;
 mod limits;
 mod mounts;
 mod random_kills;
+mod registries;
 mod rootfs;
 mod rootless;
 mod signals;
@@ -36,6 +37,7 @@ pub fn all() -> Vec<Body> {
         mounts::BODIES,
         volumes::BODIES,
         images::BODIES,
+        registries::BODIES,
         commands::BODIES,
         trace::BODIES,
         bad_requests::BODIES,

@@ -1,0 +1,239 @@
+//! What can be typed about images and registries.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PullPolicy {
+    /// If it is not here
+    Missing,
+    /// Each time, as it may have changed there
+    Always,
+    /// Not at all
+    Never,
+}
+
+#[derive(Debug, Args)]
+pub struct Registry {
+    /// `false` lets a registry on this machine do without encryption, or with any certificate; others never
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1,
+        require_equals = true, default_missing_value = "true")]
+    pub tls_verify: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche pull debian:bookworm
+  cloche pull quay.io/podman/hello@sha256:…
+  cloche pull --tls-verify=false localhost:5000/app
+
+Names are Docker's: `debian` is docker.io/library/debian:latest. Logins are those of `cloche login` and `docker login`
+(~/.docker/config.json and its credential helpers). Certificate authorities: the system's, and /etc/docker/certs.d/HOST
+or /etc/containers/certs.d/HOST. A pull that was broken off goes on where it ended.")]
+pub struct Pull {
+    #[command(flatten)]
+    pub registry: Registry,
+    /// Print nothing but the images' digests
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Names
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche push ghcr.io/me/app:v1
+  cloche push --tls-verify=false localhost:5000/app
+
+Where an image goes is in its name; `cloche tag` gives it another. What the registry has is not sent again. An image
+that was pulled, or loaded with a manifest, has the same digest there.")]
+pub struct Push {
+    #[command(flatten)]
+    pub registry: Registry,
+    /// Print nothing but the images' digests
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Names
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche login                                        # docker.io; asks for user and password
+  echo \"$TOKEN\" | cloche login -u me --password-stdin ghcr.io")]
+pub struct Login {
+    #[command(flatten)]
+    pub registry: Registry,
+    /// User
+    #[arg(short, long)]
+    pub username: Option<String>,
+    /// Read the password from stdin
+    #[arg(long)]
+    pub password_stdin: bool,
+    /// Host of the registry, and port if any
+    #[arg(default_value = "docker.io")]
+    pub server: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Logout {
+    /// Host of the registry, and port if any
+    #[arg(default_value = "docker.io")]
+    pub server: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Image {
+    /// Get images from their registries
+    Pull(Pull),
+    /// Put images into their registries
+    Push(Push),
+    /// Load images from an archive or a directory
+    Load(Load),
+    /// Save images to an archive or a directory
+    Save(Save),
+    /// Give an image one more name
+    Tag(Tag),
+    /// List images
+    #[command(visible_alias = "list")]
+    Ls(ImageLs),
+    /// Remove images
+    Rm(ImageNames),
+    /// Print everything about images, as JSON
+    Inspect(ImageNames),
+    /// Show how an image was made
+    History(History),
+    /// Show what each layer adds, changes and hides, and the bytes that nobody sees
+    Layers(Layers),
+    /// Look whether images are what they were when they came
+    #[command(after_help = "\
+Every blob must have its digest, and every layer's file system must be what comes of its archive: each is read and
+converted once more.")]
+    Verify {
+        /// Names or ids (default: all)
+        images: Vec<String>,
+    },
+    /// Remove images that have no name, and downloads that were broken off
+    Prune {
+        /// Remove all that no running sandbox uses
+        #[arg(short, long)]
+        all: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche load busybox.tar
+  docker save debian | cloche load
+  cloche load --name app ./oci-layout
+
+Made by `docker save`, skopeo, umoci, buildah, podman: docker-archives and OCI layouts. All of it is loaded, or nothing.")]
+pub struct Load {
+    /// A tar (plain, gzip, zstd), a directory, or - for stdin
+    #[arg(default_value = "-", hide_default_value = true)]
+    pub file: PathBuf,
+    /// The same, as Docker has it
+    #[arg(short, long, value_name = "FILE", conflicts_with = "file")]
+    pub input: Option<PathBuf>,
+    /// Name for an image that the archive does not name
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Print nothing but the images' names
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche save -o debian.tar debian
+  cloche save debian busybox | ssh host docker load
+  cloche save --directory ./layout debian
+
+The archive is an OCI layout with docker save's manifest.json in it, so every tool loads it. Manifests in it are those
+that the images came with.")]
+pub struct Save {
+    /// Write to a file instead of stdout
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Write to a new directory instead
+    #[arg(long, value_name = "DIR", conflicts_with = "output")]
+    pub directory: Option<PathBuf>,
+    /// Names or ids; a name is saved with the image
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  cloche tag debian localhost:5000/debian:mine")]
+pub struct Tag {
+    /// Name or id
+    pub image: String,
+    /// The new name
+    pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct ImageLs {
+    /// Print JSON
+    #[arg(long, conflicts_with = "quiet")]
+    pub json: bool,
+    /// Print ids only
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ImageNames {
+    /// Names or ids
+    #[arg(required = true, value_name = "IMAGE")]
+    pub images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct History {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Do not cut long steps
+    #[arg(long)]
+    pub no_trunc: bool,
+    /// Name or id
+    pub image: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche image layers debian
+  cloche image layers --html layers.html debian
+
+ADDED and CHANGED count files of the layer, HIDDEN files of lower layers that it removes. WASTED are bytes of the layer
+that upper layers change or remove: they travel and are stored, and nobody sees them.")]
+pub struct Layers {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Write a picture, too, as a web page that needs nothing else
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Name or id
+    pub image: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum System {
+    /// Show what takes how much space
+    Df {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
