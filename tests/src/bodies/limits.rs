@@ -17,6 +17,7 @@ pub const BODIES: &[Body] = &[
     body!(pids_limit_stops_a_fork_bomb),
     body!(cpu_limit_is_visible_inside_or_acts),
     body!(processes_of_a_vm_are_in_a_cgroup_that_its_size_limits).only(Isolation::Vm),
+    body!(vm_over_the_limit_of_its_processes_ends_and_says_so).only(Isolation::Vm),
     body!(mistaken_memory_sizes_are_refused),
     body!(mistaken_processor_and_pids_values_are_refused),
 ];
@@ -122,6 +123,24 @@ fn processes_of_a_vm_are_in_a_cgroup_that_its_size_limits(bed: &Bed) -> Story {
     running.wait()?.succeeds()?;
     ensure!(!mount.join(format!("cloche-{id}")).exists(), "its cgroup is left");
     Ok(())
+}
+
+fn vm_over_the_limit_of_its_processes_ends_and_says_so(bed: &Bed) -> Story {
+    bed.keeps_records();
+    let running = bed.busybox().kept("greedy").sh("echo up; sleep 100000").start()?;
+    running.wait_for_stdout("up\n")?;
+    let id = bed.record("greedy")?.context("it runs")?.id;
+    let limit = Path::new("/sys/fs/cgroup").join(format!("cloche-{id}/memory.max"));
+    if limit.exists() {
+        // No guest comes near the real limit, so the limit comes near it.
+        std::fs::write(limit, "4M")?;
+        running.wait()?.exits_with(137)?.says("more than their limit of")?;
+    } else {
+        // v1 refuses a limit that is exceeded already.
+        running.signal(rustix::process::Signal::TERM)?;
+        running.wait()?;
+    }
+    bed.is_clean()
 }
 
 fn mistaken_memory_sizes_are_refused(bed: &Bed) -> Story {
