@@ -341,6 +341,9 @@ impl<'m> Buffers<'m> {
         let mut missing = bytes;
         for slice in self.slices() {
             let here = missing.min(slice.len());
+            if here == 0 {
+                break;
+            }
             missing -= here;
             if let Ok(part) = slice.subslice(0, here) {
                 prefix.push(part);
@@ -355,16 +358,7 @@ impl<'m> Buffers<'m> {
             return None;
         }
         let front = self.prefix(bytes);
-        let mut rest = Buffers::default();
-        let mut skipped = bytes;
-        for slice in self.slices() {
-            let here = skipped.min(slice.len());
-            skipped -= here;
-            if let Ok(part) = slice.offset(here) {
-                rest.push(part);
-            }
-        }
-        *self = rest;
+        self.slices.drop_front(bytes);
         Some(front)
     }
 
