@@ -4,6 +4,7 @@
 
 use std::cell::Cell;
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -215,6 +216,21 @@ impl<'a> Bed<'a> {
         }
         found.sort();
         Ok(found)
+    }
+
+    /// The largest layer in the image store: an EROFS file, as a VM gets it.
+    pub fn largest_layer(&self) -> Result<PathBuf> {
+        // Linux `fs/erofs/erofs_fs.h`.
+        const MAGIC: [u8; 4] = 0xe0f5_e1e2u32.to_le_bytes();
+        let listing = self.store_listing()?;
+        let files = listing.iter().filter_map(|line| Some(PathBuf::from(line.rsplit_once(' ')?.0)));
+        let layers = files.filter(|path| {
+            let mut magic = [0; 4];
+            let read = fs::File::open(path).and_then(|file| file.read_exact_at(&mut magic, 1024));
+            read.is_ok() && magic == MAGIC
+        });
+        let size = |path: &PathBuf| fs::metadata(path).map_or(0, |metadata| metadata.len());
+        layers.max_by_key(size).context("the store has no layer")
     }
 
     /// Every file in the state directory.

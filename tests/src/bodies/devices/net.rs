@@ -19,6 +19,7 @@ pub const BODIES: &[Body] = &[
     body!(limit_on_sent_bytes_holds).only(Isolation::Vm),
     body!(tap_that_is_gone_leaves_the_guest_without_carrier).only(Isolation::Vm),
     body!(missing_tap_is_named).only(Isolation::Vm),
+    body!(nginx_and_redis_serve_clients_on_the_host).only(Isolation::Vm).needs(&[Need::WorkloadsImage]),
     body!(guest_reaches_the_host_through_passt).only(Isolation::Vm).needs(&[Need::Passt]),
 ];
 
@@ -95,6 +96,55 @@ fn tap_carries_streams_both_ways_in_large_segments(bed: &Bed) -> Story {
         ensure!(number(&ran, name)? == 0, "{name} is not 0\n{}", ran.describe());
     }
     Ok(())
+}
+
+/// Debian's own servers, on the image's layer, behind a tap.
+fn nginx_and_redis_serve_clients_on_the_host(bed: &Bed) -> Story {
+    const CLIENTS: usize = 6;
+    let lan = Lan::with_tap(bed)?;
+    let layer = bed.largest_layer()?;
+    let script = format!(
+        "{ADDRESS}\
+         mkdir /tmp/low /tmp/new\n\
+         mount -t erofs -o ro /dev/vda /tmp/low\n\
+         mount -t tmpfs new /tmp/new\n\
+         mkdir /tmp/new/up /tmp/new/work\n\
+         mount -t overlay -o lowerdir=/tmp/low,upperdir=/tmp/new/up,workdir=/tmp/new/work root /mnt\n\
+         for place in dev proc sys; do mount -o bind /$place /mnt/$place; done\n\
+         head -c 4000000 /dev/urandom > /mnt/var/www/html/file\n\
+         echo digest $(sha256sum < /mnt/var/www/html/file)\n\
+         mkdir -p /mnt/var/log/nginx; : > /mnt/var/log/nginx/access.log\n\
+         chroot /mnt redis-server --bind 10.0.0.2 --protected-mode no --save '' --daemonize yes >/dev/null\n\
+         chroot /mnt /usr/sbin/nginx\n\
+         echo servers are up\n\
+         until grep -q /goodbye /mnt/var/log/nginx/access.log; do sleep 0.2; done\n\
+         echo served $(grep -c 'GET /file.* 200 4000000 ' /mnt/var/log/nginx/access.log)\n\
+         echo redis $(chroot /mnt redis-cli -h 10.0.0.2 get greeting)"
+    );
+    let guest = Guest::new(bed)?
+        .inside(lan.prefix())
+        .with(json!({
+            "memory_mib": 512,
+            "disks": [{ "path": layer, "id": "layer", "read_only": true }],
+            "nets": [{ "backend": { "tap-name": "tap0" }, "mac": MAC }],
+        }))
+        .start(&script)?;
+    let fetched = lan.sh(&format!(
+        "get() {{ busybox wget -q -O - http://10.0.0.2/$1; }}\n\
+         tries=0\n\
+         until get '' >/dev/null 2>&1; do tries=$((tries + 1)); [ $tries -lt 600 ]; sleep 0.2; done\n\
+         for client in $(seq {CLIENTS}); do get file | sha256sum & done; wait\n\
+         printf 'set greeting hello\\r\\nget greeting\\r\\nquit\\r\\n' | busybox nc 10.0.0.2 6379\n\
+         get goodbye 2>/dev/null || true"
+    ));
+    // First, since a guest without clients waits for them.
+    let fetched = fetched?.succeeds()?;
+    let ran = guest.wait()?.passes()?;
+    let digest = ran.value("digest")?.trim_end_matches(" -").to_owned();
+    ensure!(fetched.out().matches(&digest).count() == CLIENTS, "not all have {digest}\n{fetched}");
+    ensure!(fetched.out().contains("+OK\r\n$5\r\nhello\r\n+OK"), "redis did not answer\n{fetched}");
+    ran.prints(&format!("served {CLIENTS}"))?;
+    ran.prints("redis hello")
 }
 
 fn limit_on_sent_bytes_holds(bed: &Bed) -> Story {
