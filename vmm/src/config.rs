@@ -9,12 +9,16 @@ use std::{collections::HashSet, os::fd::RawFd, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 mod balloon;
+mod console;
+mod cpu;
 mod limit;
 mod memory;
 mod net;
 mod pmem;
 
 pub use balloon::BalloonConfig;
+pub use console::ConsoleConfig;
+pub use cpu::CpuTemplate;
 pub use limit::{BucketConfig, LimitConfig};
 pub use memory::{MEMORY_BLOCK_MIB, MEMORY_CHUNK_MIB, MemoryDeviceConfig};
 pub use net::{BadMacAddress, MAX_NETS, MIN_MTU, MacAddress, NetBackend, NetConfig};
@@ -39,6 +43,9 @@ pub const MAX_TAG_BYTES: usize = 36;
 pub struct VmConfig {
     /// Virtual CPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
+    /// What all of them are.
+    #[serde(default)]
+    pub cpu_template: CpuTemplate,
     /// Guest memory in MiB, [`MIN_MEMORY_MIB`] up to what the host has.
     pub memory_mib: u32,
     /// Guest kernel: an uncompressed x86-64 ELF `vmlinux` with a PVH entry, or a bzImage.
@@ -64,6 +71,9 @@ pub struct VmConfig {
     /// Memory that can be added while the guest runs, if there is to be any.
     #[serde(default)]
     pub memory_device: Option<MemoryDeviceConfig>,
+    /// The console device, if the guest gets one besides its serial port.
+    #[serde(default)]
+    pub console: Option<ConsoleConfig>,
     /// The socket device, if the guest gets one.
     #[serde(default)]
     pub vsock: Option<VsockConfig>,
@@ -208,6 +218,7 @@ impl VmConfig {
     pub fn new(vcpus: u8, memory_mib: u32, kernel: impl Into<PathBuf>) -> Self {
         Self {
             vcpus,
+            cpu_template: CpuTemplate::default(),
             memory_mib,
             kernel: kernel.into(),
             cmdline_extra: String::new(),
@@ -217,6 +228,7 @@ impl VmConfig {
             nets: Vec::new(),
             balloon: None,
             memory_device: None,
+            console: None,
             vsock: None,
             share: None,
             rng: false,
@@ -236,6 +248,7 @@ impl VmConfig {
     pub fn inherited_fds(&self) -> Vec<RawFd> {
         let ports = self.vsock.iter().flat_map(|vsock| &vsock.ports).map(|port| port.fd);
         let nets = self.nets.iter().filter_map(|net| net.backend.inherited_fd());
+        let console = self.console.iter().filter_map(|console| console.socket_fd);
         let share = self.share.iter().map(|share| share.socket_fd);
         let programs = self.vsock.iter().filter_map(|vsock| vsock.listen_fd);
         self.events_fd
@@ -244,6 +257,7 @@ impl VmConfig {
             .chain(ports)
             .chain(nets)
             .chain(share)
+            .chain(console)
             .chain(programs)
             .collect()
     }
@@ -270,10 +284,14 @@ impl VmConfig {
         if self.start_timeout_ms == Some(0) {
             return Err(ConfigError::new("start_timeout_ms", 0, "1 and above, or none"));
         }
+        let console_fd = self.console.as_ref().and_then(|console| console.socket_fd);
         let listen_fd = self.vsock.as_ref().and_then(|vsock| vsock.listen_fd);
-        for (field, fd) in
-            [("events_fd", self.events_fd), ("control_fd", self.control_fd), ("vsock.listen_fd", listen_fd)]
-        {
+        for (field, fd) in [
+            ("events_fd", self.events_fd),
+            ("control_fd", self.control_fd),
+            ("vsock.listen_fd", listen_fd),
+            ("console.socket_fd", console_fd),
+        ] {
             if let Some(fd) = fd.filter(|fd| *fd < 0) {
                 return Err(ConfigError::new(field, fd, "an open file descriptor"));
             }

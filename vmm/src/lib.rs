@@ -7,7 +7,7 @@
 //!   machine   builder, vCPU threads, event loop, end       knows everything below
 //!   boot      kernel, initramfs, tables in guest memory    knows files and guest memory
 //!   devices   serial port, exit port                       know only their registers
-//!   virtio    MMIO transport; block, vsock, rng            know guest memory and backends
+//!   virtio    MMIO transport and the devices behind it    know guest memory and backends
 //!   control   schema and framing of the control socket     knows no machine
 //!   backends  files, sockets, randomness                   know only the host
 //! ```

@@ -73,7 +73,7 @@ mod tests {
 
     #[test]
     fn build_with_most_devices_fits() {
-        build(1, &[23; MAX_DISKS + MAX_NETS + 5], "").unwrap();
+        build(1, &[23; MAX_DISKS + MAX_NETS + 6], "").unwrap();
     }
 
     #[test]

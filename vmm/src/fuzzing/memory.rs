@@ -1,6 +1,14 @@
-//! The memory device and persistent memory, driven like the other devices ([`super::queues`]).
+//! The memory device, persistent memory and the console, driven like the other devices ([`super::queues`]).
 
-use std::{collections::BTreeSet, io, sync::Arc, sync::Mutex};
+use std::{
+    collections::BTreeSet,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::net::UnixStream,
+    },
+    sync::{Arc, Mutex},
+};
 
 use vm_memory::GuestAddress;
 use vmm_sys_util::tempfile::TempFile;
@@ -13,6 +21,7 @@ use crate::{
     backends::disk::{Disk, DiskOptions},
     guest_memory::{self, CHUNK_BYTES, GuestMemory, Region},
     virtio::{
+        console::Terminal,
         driver_model::Watched,
         mem::{ChunkSlots, MemoryDevice, MemoryHandle},
         pmem::Pmem,
@@ -124,5 +133,47 @@ impl Subject for PmemSubject {
 
     fn request(&self, input: &mut Input) -> Vec<u8> {
         u32::from(input.u8() % 3).to_le_bytes().to_vec()
+    }
+}
+
+struct ConsoleSubject {
+    device: Terminal,
+    socket: RawFd,
+    terminal: UnixStream,
+}
+
+/// The console, and a terminal that reads, types and leaves as it likes.
+pub fn console_queue(bytes: &[u8]) {
+    let (terminal, socket) = UnixStream::pair().unwrap();
+    terminal.set_nonblocking(true).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let fd = socket.as_raw_fd();
+    let device = Terminal::new(Arc::default(), Some(socket));
+    queues::run(ConsoleSubject { device, socket: fd, terminal }, bytes);
+}
+
+impl Subject for ConsoleSubject {
+    type Device = Terminal;
+
+    fn device(&mut self) -> &mut Terminal {
+        &mut self.device
+    }
+
+    fn request(&self, input: &mut Input) -> Vec<u8> {
+        let count = usize::from(input.u8());
+        input.bytes(count).to_vec()
+    }
+
+    fn host(&mut self, input: &mut Input) {
+        let count = usize::from(input.u16());
+        let _ = match input.u8() % 8 {
+            0 => self.terminal.shutdown(std::net::Shutdown::Both),
+            1..4 => self.terminal.write(&vec![7; count]).map(drop),
+            _ => self.terminal.read(&mut vec![0; count]).map(drop),
+        };
+    }
+
+    fn fd(&self, _input: &mut Input) -> RawFd {
+        self.socket
     }
 }

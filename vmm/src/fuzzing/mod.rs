@@ -22,15 +22,15 @@ mod queues;
 pub use boot::kernel_file;
 pub use bus::mmio_bus;
 pub use control::control_session;
-pub use memory::{mem_queue, pmem_queue};
+pub use memory::{console_queue, mem_queue, pmem_queue};
 pub use net::net_queue;
 pub use queues::{balloon_queue, block_queue, rng_queue, vsock_queue};
 
 /// Inputs from which a fuzzer should start, for the target of this name.
 pub fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
-        "balloon_queue" | "block_queue" | "mem_queue" | "net_queue" | "pmem_queue" | "rng_queue"
-        | "vsock_queue" => queues::seeds(target),
+        "balloon_queue" | "block_queue" | "console_queue" | "mem_queue" | "net_queue" | "pmem_queue"
+        | "rng_queue" | "vsock_queue" => queues::seeds(target),
         "mmio_bus" => bus::seeds(),
         "kernel_file" => boot::seeds(),
         "control_session" => control::seeds(),
@@ -87,6 +87,11 @@ mod tests {
     #[test]
     fn net_queue_survives_seeds_and_noise() {
         exercise("net_queue", net_queue, 300);
+    }
+
+    #[test]
+    fn console_queue_survives_seeds_and_noise() {
+        exercise("console_queue", console_queue, 300);
     }
 
     #[test]

@@ -25,6 +25,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{
     bus::Bus,
     cpu,
+    cpu_template::{self, LackingFeatures},
     kvm::{self as kvm_memory, Slots},
     lifecycle::Gate,
     open::Opened,
@@ -54,6 +55,7 @@ use crate::{
     virtio::{
         balloon::Balloon,
         block::Block,
+        console::Terminal,
         counters::DeviceCounters,
         device::{Device, InterruptStatus},
         file_system::FileSystem,
@@ -107,11 +109,19 @@ pub struct LastWords {
 
 /// Why KVM did not give us a machine.
 #[derive(Debug, thiserror::Error)]
-#[error("{call} failed; run `cloche doctor`")]
-pub struct CreateError {
-    call: &'static str,
-    #[source]
-    source: kvm_ioctls::Error,
+pub enum CreateError {
+    /// A request failed.
+    #[error("{call} failed; run `cloche doctor`")]
+    Call {
+        /// Which.
+        call: &'static str,
+        /// Why.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// The processor is not what was asked for.
+    #[error(transparent)]
+    Cpu(#[from] LackingFeatures),
 }
 
 /// Why guest memory could not be filled.
@@ -181,6 +191,7 @@ pub fn build(
         pmems,
         links,
         share,
+        terminal,
         console_log: _,
         control,
         vsock: host_programs,
@@ -238,6 +249,10 @@ pub fn build(
         memory_device = Some(device.handle());
         devices.add(Box::new(device)).map_err(resources("the memory device"))?;
     }
+    if config.console.is_some() {
+        let device = Terminal::new(console.clone(), terminal);
+        devices.add(Box::new(device)).map_err(resources("the console device"))?;
+    }
     let mut last_words = None;
     if let Some(vsock) = &config.vsock {
         let device = Vsock::new(vsock.guest_cid, Sockets::new(ports).listening(host_programs));
@@ -270,7 +285,7 @@ pub fn build(
 
     let ((vm, vcpus), threads, start) = thread::scope(|scope| {
         let setting_up = jail.confined(ThreadKind::KvmSetup, || {
-            let created = create(&kvm, &slots, config.vcpus, &wiring);
+            let created = create(&kvm, &slots, config, &wiring);
             reporter.mark(Mark::KvmReady);
             created
         });
@@ -302,7 +317,7 @@ pub fn build(
     })?;
     if let Some(boot_vcpu) = vcpus.first() {
         cpu::set_registers(boot_vcpu, start.entry, start.page_tables)
-            .map_err(|source| CreateError { call: "setting the boot vCPU's registers", source })?;
+            .map_err(|source| CreateError::Call { call: "setting the boot vCPU's registers", source })?;
     }
     let vcpus = vcpus.into_iter().zip(threads).collect();
     let kvm = kvm_memory::vm_statistics(&vm);
@@ -371,8 +386,17 @@ impl<'a> Devices<'a> {
 }
 
 /// KVM's side: everything but the boot vCPU's registers.
-fn create(kvm: &Kvm, slots: &Slots, vcpus: u8, wiring: &Wiring) -> Result<(VmFd, Vec<VcpuFd>), CreateError> {
-    let failed = |call| move |source| CreateError { call, source };
+fn create(
+    kvm: &Kvm,
+    slots: &Slots,
+    config: &VmConfig,
+    wiring: &Wiring,
+) -> Result<(VmFd, Vec<VcpuFd>), CreateError> {
+    let failed = |call| move |source| CreateError::Call { call, source };
+    let vcpus = config.vcpus;
+    // Before there is anything that a failure would have to close, which this thread has no right to.
+    let mut cpuid = cpu::machine_cpuid(kvm, vcpus).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+    cpu_template::apply(&mut cpuid, config.cpu_template)?;
     let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
     slots.fill(&vm).map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
     if kvm.check_extension(Cap::SetTssAddr) {
@@ -384,7 +408,6 @@ fn create(kvm: &Kvm, slots: &Slots, vcpus: u8, wiring: &Wiring) -> Result<(VmFd,
         let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(config).map_err(failed("KVM_CREATE_PIT2"))?;
     }
-    let cpuid = cpu::machine_cpuid(kvm, vcpus).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
     let mut fds = Vec::with_capacity(vcpus.into());
     for index in 0..vcpus {
         let vcpu = vm.create_vcpu(index.into()).map_err(failed("KVM_CREATE_VCPU"))?;

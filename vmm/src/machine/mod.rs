@@ -10,6 +10,7 @@
 mod builder;
 mod bus;
 mod cpu;
+mod cpu_template;
 mod host;
 mod kvm;
 mod kvm_statistics;

@@ -6,7 +6,7 @@ use std::{
     io,
     os::{
         fd::{OwnedFd, RawFd},
-        unix::net::UnixListener,
+        unix::net::{UnixListener, UnixStream},
     },
     path::PathBuf,
 };
@@ -60,6 +60,8 @@ pub struct Opened<'a> {
     pub links: Vec<Box<dyn Link>>,
     /// The file server of the share.
     pub share: Option<Channel>,
+    /// The console device's terminal.
+    pub terminal: Option<UnixStream>,
     /// Where the console's contents go in the end.
     pub console_log: Option<File>,
     /// Where clients of the control socket connect.
@@ -121,9 +123,9 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
-    /// An inherited listening socket.
+    /// An inherited socket.
     #[error("the {field} {fd} cannot be used")]
-    Listener {
+    Socket {
         /// Its field in the configuration.
         field: &'static str,
         /// Its number.
@@ -206,6 +208,7 @@ pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opene
         pmems: config.pmems.iter().map(open_pmem).collect::<Result<_, _>>()?,
         links: config.nets.iter().map(|net| open_link(&net.backend)).collect::<Result<_, _>>()?,
         share: config.share.as_ref().map(|share| open_share(share.socket_fd)).transpose()?,
+        terminal: config.console.as_ref().and_then(|its| its.socket_fd).map(take_terminal).transpose()?,
         console_log: config
             .console_log
             .as_ref()
@@ -225,6 +228,17 @@ pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opene
     })
 }
 
+fn take_terminal(fd: RawFd) -> Result<UnixStream, OpenError> {
+    let take = || {
+        let socket = UnixStream::from(syscalls::take_inherited_fd(fd)?);
+        // It fails on what is no connected unix socket.
+        socket.peer_addr()?;
+        socket.set_nonblocking(true)?;
+        Ok(socket)
+    };
+    take().map_err(|source| OpenError::Socket { field: "console.socket_fd", fd, source })
+}
+
 fn take_listener(field: &'static str, fd: Option<RawFd>) -> Result<Option<UnixListener>, OpenError> {
     let Some(fd) = fd else { return Ok(None) };
     let take = || {
@@ -234,7 +248,7 @@ fn take_listener(field: &'static str, fd: Option<RawFd>) -> Result<Option<UnixLi
         listener.set_nonblocking(true)?;
         Ok(Some(listener))
     };
-    take().map_err(|source| OpenError::Listener { field, fd, source })
+    take().map_err(|source| OpenError::Socket { field, fd, source })
 }
 
 /// A file that the guest writes has all its pages, and blocks on the disk for all of them: where there is none, a write

@@ -23,6 +23,8 @@ pub mod device_type {
     pub const NETWORK: u32 = 1;
     /// Block device.
     pub const BLOCK: u32 = 2;
+    /// Console device.
+    pub const CONSOLE: u32 = 3;
     /// Entropy device.
     pub const ENTROPY: u32 = 4;
     /// Traditional memory balloon device.
@@ -41,7 +43,7 @@ pub mod device_type {
         match device_type {
             NETWORK => "net",
             BLOCK => "block",
-            3 => "console",
+            CONSOLE => "console",
             ENTROPY => "rng",
             BALLOON => "balloon",
             9 => "9p",

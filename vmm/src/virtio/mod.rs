@@ -19,6 +19,7 @@ pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod config_space;
+pub mod console;
 pub mod counters;
 pub mod device;
 #[cfg(any(test, feature = "fuzzing"))]

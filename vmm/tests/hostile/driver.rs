@@ -44,12 +44,14 @@ pub enum Device {
     Pmem = 1,
     Net = 2,
     Memory = 3,
-    Vsock = 4,
-    Rng = 5,
+    Console = 4,
+    Vsock = 5,
+    Rng = 6,
 }
 
 impl Device {
-    pub const ALL: [Self; 6] = [Self::Block, Self::Pmem, Self::Net, Self::Memory, Self::Vsock, Self::Rng];
+    pub const ALL: [Self; 7] =
+        [Self::Block, Self::Pmem, Self::Net, Self::Memory, Self::Console, Self::Vsock, Self::Rng];
 
     /// Address of a register.
     pub fn at(self, register: u64) -> u64 {
@@ -61,6 +63,7 @@ impl Device {
         let sizes: &[u16] = match self {
             Self::Block => &[16],
             Self::Vsock | Self::Net => &[16, 16, 16],
+            Self::Console => &[16, 16],
             Self::Pmem | Self::Memory | Self::Rng => &[16],
         };
         (0..).zip(sizes).map(|(index, size)| Queue { device: self, index, size: *size }).collect()
@@ -68,7 +71,7 @@ impl Device {
 
     /// The queue into which a driver puts requests.
     pub fn requests(self) -> Queue {
-        self.queues()[usize::from(matches!(self, Self::Vsock | Self::Net))]
+        self.queues()[usize::from(matches!(self, Self::Vsock | Self::Net | Self::Console))]
     }
 }
 
@@ -257,6 +260,10 @@ impl Guest {
                 self.descriptor(queue, 1, buffer + 8, 4, WRITE, 0);
                 self.request(queue, 0);
                 self.expect(Width::Four, buffer + 8, 0, "the answer to a flush");
+            }
+            Device::Console => {
+                self.descriptor(queue, 0, buffer, 64, 0, 0);
+                self.request(queue, 0);
             }
             Device::Memory => self.memory_request(3, ADDED_MEMORY + ADDED_BYTES - BLOCK_BYTES, 1, 0),
             Device::Net => {

@@ -24,7 +24,7 @@ use std::{
 
 use cloche_vmm::{
     Jail, VmConfig,
-    config::{DiskConfig, NetConfig, PmemConfig, VsockConfig},
+    config::{ConsoleConfig, DiskConfig, NetConfig, PmemConfig, VsockConfig},
 };
 use libtest_mimic::Failed;
 use serde::{Deserialize, Serialize};
@@ -50,7 +50,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         // Most of it is the machine itself: eventfds, vCPUs, the console's 64 KiB, two frames of 64 KiB.
-        Self { heap_bytes: 320 << 10, fds: 80 }
+        Self { heap_bytes: 320 << 10, fds: 90 }
     }
 }
 
@@ -339,6 +339,7 @@ fn config(vcpus: u8, folder: &Path, socket: i32, listener: i32) -> VmConfig {
     config.rng = true;
     let memory = serde_json::json!({ "size_mib": ADDED_BYTES >> 20, "requested_mib": 4 * REQUESTED_BLOCKS });
     config.memory_device = serde_json::from_value(memory).ok();
+    config.console = Some(ConsoleConfig::default());
     let pmem = serde_json::json!({ "path": folder.join("disk"), "read_only": true });
     config.pmems = serde_json::from_value::<PmemConfig>(pmem).into_iter().collect();
     config

@@ -2,6 +2,8 @@
 
 mod balloon;
 mod block;
+mod console;
+mod cpu;
 mod memory;
 mod net;
 mod pmem;
@@ -12,6 +14,16 @@ use crate::suite::Body;
 
 /// Every body of this theme.
 pub fn all() -> Vec<Body> {
-    [balloon::BODIES, block::BODIES, memory::BODIES, net::BODIES, pmem::BODIES, rng::BODIES, vsock::BODIES]
-        .concat()
+    [
+        balloon::BODIES,
+        block::BODIES,
+        console::BODIES,
+        cpu::BODIES,
+        memory::BODIES,
+        net::BODIES,
+        pmem::BODIES,
+        rng::BODIES,
+        vsock::BODIES,
+    ]
+    .concat()
 }
