@@ -12,6 +12,7 @@ use crate::Store;
 use crate::digest::Digest;
 use crate::layer::{ExpectedLayer, Rebuilt, convert};
 use crate::load::plan_archive;
+use crate::registry;
 
 const BLOCK: usize = 512;
 
@@ -40,15 +41,11 @@ pub fn layer(bytes: &[u8]) {
 /// Reads `bytes` as the metadata of an image: files separated by 0xff. The first is `index.json` if it starts with
 /// `{`, else `manifest.json`; the others are blobs, and `@N` in a file before them stands for the digest of blob N.
 pub fn archive(bytes: &[u8]) {
-    let mut files: Vec<Vec<u8>> = bytes.split(|byte| *byte == 0xff).take(9).map(<[u8]>::to_vec).collect();
-    let mut members = Vec::new();
-    for index in (1..files.len()).rev() {
-        let hex = Digest::of(&files[index]).hex();
-        for earlier in &mut files[..index] {
-            *earlier = replace(earlier, format!("@{index}").as_bytes(), hex.as_bytes());
-        }
-        members.push((format!("blobs/sha256/{hex}"), files[index].clone()));
-    }
+    let files = linked_files(bytes);
+    let mut members: Vec<(String, Vec<u8>)> = files[1..]
+        .iter()
+        .map(|file| (format!("blobs/sha256/{}", Digest::of(file).hex()), file.clone()))
+        .collect();
     let first = if files[0].first() == Some(&b'{') { "index.json" } else { "manifest.json" };
     members.push((first.into(), files[0].clone()));
     members.push(("oci-layout".into(), br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec()));
@@ -72,6 +69,25 @@ pub fn archive(bytes: &[u8]) {
     fs::write(&path, tar).unwrap();
     let store = Store::open(&folder.join("store")).unwrap();
     let _ = plan_archive(&path, &store);
+}
+
+/// Reads `bytes` as what a registry has under a tag, and what that leads to, in the form of [`archive`]; and as an
+/// answer's head and body.
+pub fn registry(bytes: &[u8]) {
+    registry::fuzzing::manifests(&linked_files(bytes));
+    registry::fuzzing::answer(bytes);
+}
+
+/// Files separated by 0xff, in which `@N` stands for the digest of a later file N.
+fn linked_files(bytes: &[u8]) -> Vec<Vec<u8>> {
+    let mut files: Vec<Vec<u8>> = bytes.split(|byte| *byte == 0xff).take(9).map(<[u8]>::to_vec).collect();
+    for index in (1..files.len()).rev() {
+        let hex = Digest::of(&files[index]).hex();
+        for earlier in &mut files[..index] {
+            *earlier = replace(earlier, format!("@{index}").as_bytes(), hex.as_bytes());
+        }
+    }
+    files
 }
 
 fn folder() -> PathBuf {
@@ -107,6 +123,7 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
             vec![layer_seed(b'0', "a/b", b"content"), layer_seed(b'2', ".wh.c", b""), pax_seed()]
         }
         "image_archive" => archive_seeds(),
+        "registry_answer" => registry_seeds(),
         _ => Vec::new(),
     }
 }
@@ -149,6 +166,21 @@ fn archive_seeds() -> Vec<Vec<u8>> {
         .collect()
 }
 
+fn registry_seeds() -> Vec<Vec<u8>> {
+    // The OCI seed without its layout: an index (which needs a platform, or none) and a manifest.
+    let Some(index) = archive_seeds().into_iter().nth(1) else { return Vec::new() };
+    let mut files: Vec<Vec<u8>> = index.split(|byte| *byte == 0xff).map(<[u8]>::to_vec).collect();
+    files.remove(0);
+    // What a manifest names moves up by one.
+    for index in 1..files.len() {
+        files[0] = replace(&files[0], format!("@{}", index + 1).as_bytes(), format!("@{index}").as_bytes());
+    }
+    let head = b"HTTP/1.1 401 x\r\nContent-Length: 9\r\nLocation: ../a?b\r\nContent-Range: bytes 7-9/10\r\n\
+        WWW-Authenticate: Bearer realm=\"https://a/\",service=\"s\",scope=repository:a:pull\r\n\r\n\
+        {\"token\":\"abc\",\"errors\":[{\"code\":\"DENIED\",\"message\":\"no\"}]}";
+    vec![index, files.join(&0xff), head.to_vec()]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -169,6 +201,15 @@ mod tests {
     #[test]
     fn layer_survives_seeds_and_damage() {
         exercise("image_layer", layer, 300);
+    }
+
+    #[test]
+    fn registry_survives_seeds_and_damage() {
+        exercise("registry_answer", registry, 3000);
+        for seed in &seeds("registry_answer")[..2] {
+            let layers = crate::registry::fuzzing::manifests(&linked_files(seed));
+            assert_eq!(layers, Some(1), "{}", String::from_utf8_lossy(seed));
+        }
     }
 
     #[test]

@@ -176,7 +176,7 @@ fn refresh(
     }
 }
 
-fn token_in(url: &str, content: &[u8]) -> Result<String, RegistryError> {
+pub(super) fn token_in(url: &str, content: &[u8]) -> Result<String, RegistryError> {
     #[derive(Deserialize)]
     struct Answer {
         token: Option<String>,

@@ -139,7 +139,7 @@ impl RegistryError {
 }
 
 /// What a registry says of an error (distribution-spec: spec.md#error-codes), fit for a terminal.
-fn message_in(content: &[u8]) -> String {
+pub(super) fn message_in(content: &[u8]) -> String {
     #[derive(Deserialize)]
     struct Answer {
         errors: Vec<Entry>,

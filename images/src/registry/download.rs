@@ -184,7 +184,7 @@ fn attempt(
 }
 
 /// Whether `bytes FIRST-LAST/TOTAL` starts at `position` (RFC 9110 §14.4).
-fn starts_at(range: Option<&str>, position: u64) -> bool {
+pub(super) fn starts_at(range: Option<&str>, position: u64) -> bool {
     let first = range.and_then(|range| range.trim().strip_prefix("bytes ")?.split_once('-'));
     first.and_then(|(first, _)| first.trim().parse::<u64>().ok()) == Some(position)
 }

@@ -448,6 +448,15 @@ impl Head {
     }
 }
 
+/// Reads a head as far as that goes, and shows its fields.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn fuzz_head(bytes: &[u8], mut field: impl FnMut(&str, &str)) {
+    let Ok(Some((head, length))) = Head::parse(bytes) else { return };
+    assert!(length <= bytes.len() && head.fields.len() <= MAX_FIELDS);
+    let _ = (head.framing("GET"), head.keeps_alive());
+    head.fields.iter().for_each(|(name, value)| field(name, value));
+}
+
 /// Where a body ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Framing {

@@ -13,6 +13,8 @@ mod base64;
 mod client;
 mod credentials;
 mod download;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod http;
 mod pull;
 mod push;
