@@ -76,6 +76,8 @@ pub enum Verb {
     Load(Load),
     /// Save images to an archive or a directory
     Save(Save),
+    /// Make an image of the file system in a tar archive
+    Import(Import),
     /// Give an image one more name
     Tag(Tag),
     /// List images

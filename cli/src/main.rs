@@ -58,6 +58,7 @@ fn dispatch(Arguments { global, verb }: Arguments, started_ns: u64) -> anyhow::R
         Verb::Logout(arguments) => commands::registry::logout(&arguments),
         Verb::Load(arguments) => commands::image::load(&global, &arguments),
         Verb::Save(arguments) => commands::image::save(&global, &arguments),
+        Verb::Import(arguments) => commands::image::import(&global, &arguments),
         Verb::Tag(arguments) => commands::image::tag(&global, &arguments),
         Verb::Images(arguments) => commands::image::list(&global, &arguments),
         Verb::Rmi(arguments) => commands::image::remove(&global, &arguments),

@@ -21,6 +21,7 @@ mod erofs;
 #[doc(hidden)]
 pub mod fuzzing;
 mod image;
+mod import;
 mod inspect;
 mod layer;
 mod layers;
@@ -38,6 +39,7 @@ mod upkeep;
 pub use digest::{Digest, ParseDigestError};
 pub use erofs::BlobError;
 pub use image::{Image, Layer};
+pub use import::{Change, ImportError, ParseChangeError};
 pub use inspect::{Inspect, InspectConfig, InspectRootFs};
 pub use layer::{DecodeError, LayerError, PathProblem};
 pub use layers::{HistoryEntry, LayerReport, LayersError};

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
+use cloche_images::Change;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PullPolicy {
@@ -98,6 +99,8 @@ pub enum Image {
     Load(Load),
     /// Save images to an archive or a directory
     Save(Save),
+    /// Make an image of the file system in a tar archive
+    Import(Import),
     /// Give an image one more name
     Tag(Tag),
     /// List images
@@ -169,6 +172,26 @@ pub struct Save {
     /// Names or ids; a name is saved with the image
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  debootstrap bookworm ./root && tar -C ./root -c . | cloche import - debian:mine
+  cloche import -c 'CMD [\"nginx\"]' -c 'ENV A=1 B=2' -c 'EXPOSE 80' root.tar.zst web
+
+Changes: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME, WORKDIR. SOURCE_DATE_EPOCH sets the image's time.")]
+pub struct Import {
+    /// Change the configuration, as an instruction of a Dockerfile does
+    #[arg(short, long, value_name = "INSTRUCTION")]
+    pub change: Vec<Change>,
+    /// Remark for the image's history
+    #[arg(short, long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub message: String,
+    /// A tar (plain, gzip, zstd), or - for stdin
+    pub file: PathBuf,
+    /// Name for the image
+    pub name: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use super::{each, layers, print_json, registry, system};
 use crate::{
-    arguments::{Global, Image, ImageLs, ImageNames, Load, Save, Tag},
+    arguments::{Global, Image, ImageLs, ImageNames, Import, Load, Save, Tag},
     render,
 };
 
@@ -26,6 +26,7 @@ pub fn image(global: &Global, verb: Image) -> anyhow::Result<ExitCode> {
         Image::Push(arguments) => registry::push(global, &arguments),
         Image::Load(arguments) => load(global, &arguments),
         Image::Save(arguments) => save(global, &arguments),
+        Image::Import(arguments) => import(global, &arguments),
         Image::Tag(arguments) => tag(global, &arguments),
         Image::Ls(arguments) => list(global, &arguments),
         Image::Rm(arguments) => remove(global, &arguments),
@@ -74,6 +75,22 @@ pub fn tag(global: &Global, arguments: &Tag) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Makes an image of a file system.
+pub fn import(global: &Global, arguments: &Import) -> anyhow::Result<ExitCode> {
+    let name = arguments.name.as_deref().map(str::parse::<Reference>).transpose()?;
+    let (path, _spool) = file_or_stdin(&arguments.file)?;
+    let imported = store(global)?.import(&path, name.as_ref(), &arguments.change, &arguments.message);
+    println!("{}", imported.with_context(|| format!("cannot import {}", arguments.file.display()))?);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn file_or_stdin(file: &Path) -> anyhow::Result<(PathBuf, Option<std::fs::File>)> {
+    match file.as_os_str() == "-" {
+        true => spool_stdin(),
+        false => Ok((file.to_owned(), None)),
+    }
+}
+
 /// Saves images.
 pub fn save(global: &Global, arguments: &Save) -> anyhow::Result<ExitCode> {
     let store = store(global)?;
@@ -107,10 +124,7 @@ pub fn load(global: &Global, arguments: &Load) -> anyhow::Result<ExitCode> {
     let (name, quiet) = (&arguments.name, arguments.quiet);
     let options = LoadOptions { name: name.as_deref().map(str::parse::<Reference>).transpose()? };
     // Kept open until the end: the path of a spooled stdin leads through it.
-    let (path, _spool) = match file.as_os_str() == "-" {
-        true => spool_stdin()?,
-        false => (file.to_owned(), None),
-    };
+    let (path, _spool) = file_or_stdin(file)?;
     let loaded = if quiet || !stderr().is_terminal() {
         store.load(&path, &options, &NoProgress)
     } else {

@@ -114,6 +114,11 @@ pub(crate) fn check(
     Ok(digests)
 }
 
+/// What a layer of which nothing is known yet turns out to be.
+pub(crate) fn measure(source: impl Read + Send) -> Result<Digests, LayerError> {
+    decode::decode(source, |_| {}, |_| Ok::<_, LayerError>(())).map(|((), digests)| digests)
+}
+
 /// What a failed layer's error should be: that of a damaged blob, if the blob is not the one that was asked for. That
 /// says more than where the damage was first met.
 pub(crate) fn blame(error: LayerError, source: impl Read, expected: &ExpectedLayer) -> LayerError {

@@ -23,6 +23,7 @@ use crate::store::{BlobRecord, ImageRecord, LayerRecord, Store, StoreError};
 use crate::tar::TarError;
 
 use source::Source;
+pub(crate) use source::unpack_file;
 
 /// The platform whose images run here (OCI image-spec: image-index.md#platform-variants).
 const PLATFORM: &str = "linux/amd64";

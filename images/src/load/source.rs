@@ -50,7 +50,6 @@ impl Source {
     /// Opens a directory or an archive. `store` has the space for what must be unpacked first.
     pub(super) fn open(path: &Path, store: &Store) -> Result<Source, LoadError> {
         let read = |source| LoadError::Read { path: path.to_owned(), source };
-        let decode = |source| LoadError::Decode { path: path.to_owned(), source };
         let file = File::open(path).map_err(read)?;
         let metadata = file.metadata().map_err(read)?;
         // A device has no end; an archive comes from a file or through a pipe.
@@ -60,16 +59,7 @@ impl Source {
         if metadata.is_dir() {
             return Ok(Source { path: path.to_owned(), form: Form::Directory(file) });
         }
-        let (encoding, mut stream) = detect(&file).map_err(decode)?;
-        let file = if encoding == Encoding::Plain && metadata.is_file() {
-            drop(stream);
-            file
-        } else {
-            let scratch = store.scratch()?;
-            unpack(encoding, &mut stream, &scratch).map_err(|error| decode(DecodeError::Read(error)))?;
-            drop(stream);
-            scratch
-        };
+        let file = unpack_file(path, file, store)?;
         let members = list_members(path, &file)?;
         Ok(Source { path: path.to_owned(), form: Form::Archive { file, members } })
     }
@@ -126,6 +116,21 @@ impl Source {
             }
         }
     }
+}
+
+/// A file that can be read at any place: itself, or what is in it if it is compressed or a pipe.
+pub(crate) fn unpack_file(path: &Path, file: File, store: &Store) -> Result<File, LoadError> {
+    let read = |source| LoadError::Read { path: path.to_owned(), source };
+    let decode = |source| LoadError::Decode { path: path.to_owned(), source };
+    let is_file = file.metadata().map_err(read)?.is_file();
+    let (encoding, mut stream) = detect(&file).map_err(decode)?;
+    if encoding == Encoding::Plain && is_file {
+        drop(stream);
+        return Ok(file);
+    }
+    let scratch = store.scratch()?;
+    unpack(encoding, &mut stream, &scratch).map_err(|error| decode(DecodeError::Read(error)))?;
+    Ok(scratch)
 }
 
 /// Opens a regular file below `directory`; symbolic links may not lead out of it.

@@ -7,7 +7,7 @@ use anyhow::ensure;
 
 use super::rootfs::base;
 use crate::bed::Bed;
-use crate::image::{Image, Layering, Layout};
+use crate::image::{Image, Layering, Layout, gzip};
 use crate::process::{Input, Running};
 use crate::registry::Registry;
 use crate::suite::{Body, Story, body};
@@ -24,6 +24,7 @@ pub const BODIES: &[Body] = &[
     body!(login_is_kept_and_used_until_logout).once(),
     body!(credential_helper_is_asked).once(),
     body!(saved_image_is_loaded_elsewhere_and_runs),
+    body!(imported_file_system_runs_as_its_changes_say),
     body!(images_are_told_of_in_tables).once(),
 ];
 
@@ -158,6 +159,31 @@ fn saved_image_is_loaded_elsewhere_and_runs(bed: &Bed) -> Story {
     ensure!(std::fs::read(&file)? == saved, "a file and stdout get different archives");
     bed.run(&["save", "-o", &file, "unknown"])?.refused()?.says("unknown")?;
     ensure!(std::fs::read(&file)? == saved, "a save that failed has touched the file");
+    Ok(())
+}
+
+fn imported_file_system_runs_as_its_changes_say(bed: &Bed) -> Story {
+    let mut tree = base(bed)?;
+    tree.file("greeting", "imported\n");
+    let archive = gzip(&tree.to_layer())?;
+    let bed = bed.with_empty_store()?;
+    let changes = [
+        "-c",
+        r#"CMD ["cat", "/greeting"]"#,
+        "-c",
+        "ENV PATH=/bin:/usr/bin A='one two'",
+        "-c",
+        "WORKDIR /etc",
+    ];
+    let words = [&["import", "-m", "by a test"], &changes[..], &["-", "made"]].concat();
+    bed.start(&words, &Input::Bytes(archive.clone()))?.wait()?.succeeds()?.prints_some("sha256:")?;
+    bed.sandbox("made").run()?.succeeds()?.prints("imported\n")?;
+    bed.sandbox("made").sh("echo $A; pwd").run()?.succeeds()?.prints("one two\n/etc\n")?;
+    bed.run(&["history", "made"])?.succeeds()?.prints_some("by a test")?;
+    bed.run(&["image", "verify", "made"])?.succeeds()?;
+    bed.run(&["import", "-c", "RUN x", "-", "bad"])?.refused()?.says("no change")?;
+    bed.start(&["import", "-", "bad"], &Input::Bytes(b"no archive".repeat(100)))?.wait()?.refused()?;
+    ensure!(bed.image_names()?.iter().all(|name| name.contains("made")), "an image of nothing");
     Ok(())
 }
 
