@@ -38,12 +38,12 @@ pub fn tests() -> Vec<Trial> {
     ]
 }
 
-/// Patience for tests: what a real registry has minutes for, these have less than seconds.
+/// Patience for tests: what a real registry has minutes for, these have seconds, also on a busy machine.
 fn impatient() -> Patience {
     Patience {
         connect: Duration::from_secs(5),
-        head: Duration::from_millis(700),
-        window: Duration::from_millis(400),
+        head: Duration::from_secs(4),
+        window: Duration::from_millis(1500),
         min_bytes: 1000,
         retry: Duration::from_millis(10),
     }
@@ -308,7 +308,7 @@ fn lies(bed: &Bed) -> Result<(), Failure> {
         if !said.contains(expected) || said.len() > 1000 {
             return Err(format!("{name}: the error does not say {expected:?}: {said}").into());
         }
-        if took > Duration::from_secs(20) {
+        if took > Duration::from_secs(60) {
             return Err(format!("{name}: took {took:?}").into());
         }
         if !is_empty(&store)? {
@@ -357,7 +357,7 @@ fn stalls(bed: &Bed) -> Result<(), Failure> {
             .err()
             .ok_or_else(|| format!("{name}: was waited for"))?;
         let (said, took) = (chain(&error), start.elapsed());
-        expect(&format!("{name}: seconds, not {took:?}"), took < Duration::from_secs(15))?;
+        expect(&format!("{name}: seconds, not {took:?}"), took < Duration::from_secs(25))?;
         expect(
             &format!("{name}: that is said: {said}"),
             said.contains("only") || said.contains("no answer in"),
