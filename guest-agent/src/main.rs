@@ -11,6 +11,7 @@
 //! ```
 
 mod boot;
+mod disks;
 mod serve;
 mod spec;
 mod syscalls;

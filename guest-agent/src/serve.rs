@@ -23,7 +23,7 @@ use rustix::{
 
 use crate::{
     boot::{self, Boot, BootError},
-    chain, say, syscalls,
+    chain, disks, say, syscalls,
 };
 
 /// Why the agent cannot serve. The host learns of it by the console.
@@ -131,6 +131,7 @@ impl Streams {
 }
 
 fn launch(boot: Boot, streams: &mut Streams) -> Result<Container, LaunchError> {
+    boot.config.layers.iter().for_each(|disk| disks::prepare(disk));
     let layers = boot.config.layers.into_iter().map(Into::into).collect();
     let stdio = streams.container.take().unwrap_or_else(|| unreachable!("a boot launches once"));
     syscalls::mark(GuestMark::ProcessStart);

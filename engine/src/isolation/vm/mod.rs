@@ -210,7 +210,7 @@ pub fn start(
         }
         while let Some(message) = machine.receive()? {
             match message {
-                // The guest says that it runs; whether it does so in a VM is seen from outside.
+                // The guest says that it runs; whether it does so in a VM is seen from outside, if anybody insists.
                 // Once: a guest that says it for ever would keep this from its signals and its patience.
                 FromGuest::Ready { .. } if is_ready => {
                     return Err(VmError::Vmm(
@@ -219,11 +219,11 @@ pub fn start(
                 }
                 FromGuest::Ready { version } if version == VERSION => {
                     is_ready = true;
-                    let observed = observed::isolation(machine.vmm.pid());
-                    if let Some(required) = request.require
-                        && observed != Some(required)
-                    {
-                        return Err(VmError::NotAsRequired { required, observed });
+                    if let Some(required) = request.require {
+                        let observed = observed::isolation(machine.vmm.pid());
+                        if observed != Some(required) {
+                            return Err(VmError::NotAsRequired { required, observed });
+                        }
                     }
                 }
                 FromGuest::Ready { version } => {
