@@ -156,7 +156,7 @@ impl<'a, S: Subject> Program<'a, S> {
         }
     }
 
-    /// As the worker does it.
+    /// As the worker does it: once, and then by its own doorbell as long as there is more.
     fn drive(
         &mut self,
         mut work: impl FnMut(&mut S::Device, &mut Running) -> Result<Progress, crate::virtio::queue::QueueError>,
@@ -166,7 +166,10 @@ impl<'a, S: Subject> Program<'a, S> {
             let Some(queues) = &mut self.queues else { return };
             let poller = &mut self.watched;
             let mut running = Running { queues, features: self.features, memory: self.memory, poller };
-            let result = work(self.subject.device(), &mut running).and_then(|progress| {
+            let device = self.subject.device();
+            let result =
+                if rounds == 0 { work(device, &mut running) } else { device.queues_ready(&mut running) };
+            let result = result.and_then(|progress| {
                 for queue in queues.iter_mut() {
                     queue.take_notification(self.memory)?;
                 }
