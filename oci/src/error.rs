@@ -46,13 +46,12 @@ pub enum Error {
 }
 
 impl Error {
-    /// Exit code for a command line: 127 and 126 as shells have them for a program that cannot be run, else 1, as other
-    /// OCI runtimes have it.
-    pub fn exit_code(&self) -> u8 {
+    /// Exit code for a command line where a program cannot be run, as shells have it: 127 or 126. None for other errors.
+    pub fn exit_code(&self) -> Option<u8> {
         match self {
-            Self::Start { exit_code: code @ (126 | 127), .. } => *code,
-            Self::Launch(error) if error.exit_code() != 125 => error.exit_code(),
-            _ => 1,
+            Self::Start { exit_code: code @ (126 | 127), .. } => Some(*code),
+            Self::Launch(error) if error.exit_code() != 125 => Some(error.exit_code()),
+            _ => None,
         }
     }
 }

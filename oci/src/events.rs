@@ -14,6 +14,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -21,13 +22,26 @@ use crate::{
     state::{Home, Known, Status},
 };
 
+/// Something to tell of a container.
+#[derive(Debug, Serialize)]
+pub struct Event<'a> {
+    /// `stats` or `oom`.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// The container's id.
+    pub id: &'a str,
+    /// The statistics.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<Value>,
+}
+
 /// One report of what a container uses, in the form that other runtimes print, and with its pressure stalls.
-pub fn statistics(home: &Home, id: &str) -> Result<Value, Error> {
+pub fn statistics<'a>(home: &Home, id: &'a str) -> Result<Event<'a>, Error> {
     let known = home.find(id)?;
     if known.status() == Status::Stopped {
         return Err(Error::NotRunning(id.to_owned(), "stopped"));
     }
-    Ok(json!({ "type": "stats", "id": id, "data": report(&known.cgroup()?) }))
+    Ok(Event { kind: "stats", id, data: Some(report(&known.cgroup()?)) })
 }
 
 /// Reports statistics at every interval and out-of-memory events as they come, until the container ends or nobody
@@ -36,7 +50,7 @@ pub fn watch(
     home: &Home,
     id: &str,
     interval: Duration,
-    tell: &mut dyn FnMut(&Value) -> bool,
+    tell: &mut dyn FnMut(&Event<'_>) -> bool,
 ) -> Result<(), Error> {
     let known = home.find(id)?;
     let (pidfd, cgroup) = (open_first(&known)?, known.cgroup()?);
@@ -44,7 +58,7 @@ pub fn watch(
     let mut next = Instant::now();
     loop {
         if Instant::now() >= next {
-            if !tell(&json!({ "type": "stats", "id": id, "data": report(&cgroup) })) {
+            if !tell(&Event { kind: "stats", id, data: Some(report(&cgroup)) }) {
                 return Ok(());
             }
             next = Instant::now() + interval;
@@ -54,7 +68,7 @@ pub fn watch(
         if may_be_oom
             && let Some(oom) = &mut oom
             && oom.take().unwrap_or(false)
-            && !tell(&json!({ "type": "oom", "id": id }))
+            && !tell(&Event { kind: "oom", id, data: None })
         {
             return Ok(());
         }

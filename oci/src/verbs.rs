@@ -164,7 +164,18 @@ pub fn update(home: &Home, id: &str, resources: &LinuxResources) -> Result<(), E
     if known.status() == Status::Stopped {
         return Err(Error::NotRunning(id.to_owned(), "stopped"));
     }
-    Ok(known.cgroup()?.update(&known.record.cgroup, resources)?)
+    let mut cgroup = known.cgroup()?;
+    let mut resources = resources.clone();
+    // Memory and swap together mean nothing without memory, which stays what it is.
+    if let Some(mut memory) = *resources.memory()
+        && memory.swap().is_some()
+        && memory.limit().is_none()
+    {
+        let present = cgroup.usage().memory_limit_bytes.and_then(|bytes| i64::try_from(bytes).ok());
+        memory.set_limit(present);
+        resources.set_memory(Some(memory));
+    }
+    Ok(cgroup.update(&known.record.cgroup, &resources)?)
 }
 
 /// Ids of a container's processes.

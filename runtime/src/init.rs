@@ -257,6 +257,7 @@ impl Init<'_> {
         if let Some(socket) = self.console_socket {
             console::set_up(root, self.entry.process, is_own_dev, socket)?;
         }
+        mounts::close_filled(root, self.mounts)?;
         // From a user namespace, it is the parent who has to put it into force.
         if !self.namespaces.has_user() {
             self.device_guard.map_or(Ok(()), DeviceGuard::enforce)?;

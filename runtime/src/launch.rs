@@ -18,7 +18,7 @@ use rustix::{
 };
 
 use crate::{
-    cgroup::{Cgroup, CgroupError, DeviceGuard},
+    cgroup::{Breadth, Cgroup, CgroupError, DeviceGuard},
     container::Container,
     entry::{self, Entry},
     init::{Init, Prepared},
@@ -197,7 +197,9 @@ impl LaunchError {
 pub fn launch(launch: Launch<'_>) -> Result<Container, LaunchError> {
     let plan = Plan::new(&launch)?;
     let path = cgroup_path(launch.spec, launch.id);
-    let cgroup = Cgroup::create(&path, plan.linux.resources().as_ref())?;
+    // Who creates containers for others does not know who reads their cgroups.
+    let breadth = if launch.oci.created.is_some() { Breadth::All } else { Breadth::Needed };
+    let cgroup = Cgroup::create(&path, plan.linux.resources().as_ref(), breadth)?;
     match start(&launch, &plan, &cgroup) {
         Ok((child, oom_event)) => Ok(Container::new(child.pid, child.pidfd, oom_event, cgroup)),
         Err(error) => {

@@ -89,6 +89,9 @@ pub enum Verb {
         /// Kill it first if it runs, and be content if it is not there
         #[arg(short, long)]
         force: bool,
+        /// Take the id for a regular expression, and remove all containers that it matches
+        #[arg(long)]
+        regex: bool,
         /// The container's id
         id: String,
     },
@@ -361,6 +364,7 @@ fn duration(text: &str) -> Result<Duration, String> {
 
 /// A signal by name or number.
 fn signal(text: &str) -> Result<i32, String> {
-    cloche_engine::signals::by_name(text)
-        .ok_or_else(|| format!("`{text}` is no signal; write one such as TERM, SIGUSR1 or 9"))
+    // 0 asks only whether there is a process (kill(2)).
+    let number = if text == "0" { Some(0) } else { cloche_engine::signals::by_name(text) };
+    number.ok_or_else(|| format!("`{text}` is no signal; write one such as TERM, SIGUSR1 or 9"))
 }

@@ -15,8 +15,7 @@ pub fn exec(home: &Home, exec: &Exec, preserved: &Preserved, warn: &dyn Fn(&str)
                 path: path.clone(),
                 source,
             })?;
-            serde_json::from_slice(&text)
-                .map_err(|source| Error::Config { path: path.clone(), source: source.into() })
+            process_of(&text).map_err(|source| Error::Config { path: path.clone(), source: source.into() })
         }
         None => like(own, exec, warn),
     };
@@ -34,6 +33,16 @@ pub fn exec(home: &Home, exec: &Exec, preserved: &Preserved, warn: &dyn Fn(&str)
             warn,
         },
     )
+}
+
+/// A process as JSON; without a user it is root's, and without a directory it runs in the root.
+fn process_of(text: &[u8]) -> Result<Process, serde_json::Error> {
+    let mut process: serde_json::Value = serde_json::from_slice(text)?;
+    if let Some(fields) = process.as_object_mut() {
+        fields.entry("user").or_insert_with(|| serde_json::json!({ "uid": 0, "gid": 0 }));
+        fields.entry("cwd").or_insert_with(|| "/".into());
+    }
+    serde_json::from_value(process)
 }
 
 /// The container's own process, changed as the options say.

@@ -14,7 +14,8 @@ use std::{
 };
 
 use clap::Parser;
-use cloche_oci::{Creation, Error, Home, Preserved};
+use cloche_oci::{Creation, Error, Home, Known, Preserved};
+use regex_lite::Regex;
 
 use arguments::{Arguments, Create, Verb};
 
@@ -39,7 +40,9 @@ pub fn main() -> ExitCode {
     match carry_out(&arguments, &preserved, &log) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            let code = error.exit_code();
+            // What a process in the container would hardly say.
+            let own = if matches!(arguments.verb, Verb::Exec(_)) { 255 } else { 1 };
+            let code = error.exit_code().unwrap_or(own);
             log.fail(&error, code)
         }
     }
@@ -76,7 +79,13 @@ fn carry_out(arguments: &Arguments, preserved: &Preserved, log: &log::Log) -> Re
         Verb::Start { id } => cloche_oci::start(&home, id).map(|()| 0),
         Verb::State { id } => cloche_oci::state(&home, id).map(|state| show::line(&state)),
         Verb::Kill { all, id, signal } => cloche_oci::kill(&home, id, *signal, *all).map(|()| 0),
-        Verb::Delete { force, id } => cloche_oci::delete(&home, id, *force).map(|()| 0),
+        Verb::Delete { force, regex: true, id } => {
+            let pattern = Regex::new(id).map_err(|error| Error::Request(format!("--regex {id}: {error}")))?;
+            let all = cloche_oci::list(&home)?;
+            let mut matching = all.iter().map(Known::id).filter(|id| pattern.is_match(id));
+            matching.try_for_each(|id| cloche_oci::delete(&home, id, *force)).map(|()| 0)
+        }
+        Verb::Delete { force, id, .. } => cloche_oci::delete(&home, id, *force).map(|()| 0),
         Verb::Exec(exec) => exec::exec(&home, exec, preserved, &warn),
         Verb::List { format, quiet } => show::list(&home, *format, *quiet),
         Verb::Ps { format, id, options } => show::processes(&home, id, *format, options),
@@ -84,11 +93,11 @@ fn carry_out(arguments: &Arguments, preserved: &Preserved, log: &log::Log) -> Re
         Verb::Resume { id } => cloche_oci::resume(&home, id).map(|()| 0),
         Verb::Update(update) => update::update(&home, update),
         Verb::Events { stats: true, id, .. } => {
-            cloche_oci::events::statistics(&home, id).map(|report| show::line(&report.to_string()))
+            cloche_oci::events::statistics(&home, id).and_then(|report| Ok(show::line(&show::json(&report)?)))
         }
         Verb::Events { interval, id, .. } => cloche_oci::events::watch(&home, id, *interval, &mut |event| {
-            show::line(&event.to_string());
-            crate::output::has_reader()
+            let is_printable = show::json(event).map(|line| show::line(&line)).is_ok();
+            is_printable && crate::output::has_reader()
         })
         .map(|()| 0),
         Verb::Spec { bundle, rootless } => cloche_oci::template::write(bundle, *rootless).map(|()| 0),

@@ -50,7 +50,7 @@ fn table(rows: &[[String; 6]]) -> u8 {
     0
 }
 
-fn json(value: &impl serde::Serialize) -> Result<String, Error> {
+pub fn json(value: &impl serde::Serialize) -> Result<String, Error> {
     serde_json::to_string(value).map_err(|error| Error::System("print JSON", error.into()))
 }
 

@@ -78,7 +78,7 @@ fn program_that_is_not_there_is_told_at_create() {
     let bundle = Bundle::new(&["nowhere"]);
     let output = bundle.run(&["create", &bundle.id]);
     assert_eq!(output.status.code(), Some(127));
-    assert!(text(&output.stderr).contains("\"nowhere\": not found in PATH"), "{output:?}");
+    assert!(text(&output.stderr).contains("\"nowhere\": executable file not found in $PATH"), "{output:?}");
     let not_executable = Bundle::new(&["/etc"]);
     assert_eq!(not_executable.run(&["run", &not_executable.id]).status.code(), Some(126));
 }

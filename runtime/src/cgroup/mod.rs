@@ -110,6 +110,15 @@ pub enum CgroupError {
     },
 }
 
+/// In which v1 hierarchies a container gets a cgroup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Breadth {
+    /// In those that its limits need, and those that tell of it: each costs a part of a start.
+    Needed,
+    /// In all, as engines expect who read a container's statistics there themselves.
+    All,
+}
+
 impl Layout {
     /// Finds out how hierarchies are mounted.
     pub fn detect() -> Result<Self, CgroupError> {
@@ -167,12 +176,16 @@ impl DeviceGuard {
 impl Cgroup {
     /// Makes the cgroup of this path (absolute within the hierarchies), its parents included, and sets the
     /// limits, device rules excepted. If that fails, nothing but possibly parents is left.
-    pub fn create(path: &Path, resources: Option<&LinuxResources>) -> Result<Self, CgroupError> {
+    pub fn create(
+        path: &Path,
+        resources: Option<&LinuxResources>,
+        breadth: Breadth,
+    ) -> Result<Self, CgroupError> {
         let limits = Limits::from_spec(resources)?;
         let relative = relative(path)?;
         let layout = Layout::detect()?;
         let mut made = Self { unified: None, v1: Vec::new(), layout };
-        let result = made.fill(&relative, &limits);
+        let result = made.fill(&relative, &limits, breadth);
         if result.is_err() {
             // The first failure is what the caller has to know.
             let _ = removal::remove(made.paths());
@@ -180,14 +193,20 @@ impl Cgroup {
         result.map(|()| made)
     }
 
-    fn fill(&mut self, relative: &Path, limits: &Limits) -> Result<(), CgroupError> {
+    fn fill(&mut self, relative: &Path, limits: &Limits, breadth: Breadth) -> Result<(), CgroupError> {
+        let wanted = |needed: &'static [&'static str]| match breadth {
+            Breadth::Needed => needed,
+            Breadth::All => &v1::CONTROLLERS,
+        };
         match self.layout {
             Layout::V2 => self.unified = Some(v2::create(Path::new(ROOT), relative, limits)?),
             Layout::Hybrid => {
                 self.unified = Some(v2::create_bare(&Path::new(ROOT).join("unified"), relative)?);
-                v1::create(Path::new(ROOT), relative, limits, &v1::WANTED, &mut self.v1)?;
+                v1::create(Path::new(ROOT), relative, limits, wanted(&v1::WANTED), &mut self.v1)?;
             }
-            Layout::V1 => v1::create(Path::new(ROOT), relative, limits, &v1::WANTED_ALONE, &mut self.v1)?,
+            Layout::V1 => {
+                v1::create(Path::new(ROOT), relative, limits, wanted(&v1::WANTED_ALONE), &mut self.v1)?
+            }
         }
         self.apply_limits(limits)
     }

@@ -17,7 +17,7 @@ use super::{
 };
 
 /// Controllers that this runtime sets anything in.
-const CONTROLLERS: [&str; 12] = [
+pub(super) const CONTROLLERS: [&str; 12] = [
     "memory", "pids", "devices", "cpu", "cpuset", "freezer", "cpuacct", "blkio", "hugetlb", "rdma",
     "net_cls", "net_prio",
 ];
@@ -203,12 +203,16 @@ pub(super) fn apply(directories: &[Directory], limits: &Limits) -> Result<(), Cg
     if let Some(shares) = limits.cpu_shares {
         write("cpu", "linux.resources.cpu", "cpu.shares", &shares.to_string())?;
     }
+    let set_quota = || match limits.cpu_quota {
+        Some(quota) => write("cpu", "linux.resources.cpu", "cpu.cfs_quota_us", &quota.or_minus_one()),
+        None => Ok(()),
+    };
     if let Some(period) = limits.cpu_period {
-        write("cpu", "linux.resources.cpu", "cpu.cfs_period_us", &period.to_string())?;
+        let set = || write("cpu", "linux.resources.cpu", "cpu.cfs_period_us", &period.to_string());
+        // Their ratio may not exceed the parent's at any moment, so which of them goes first depends.
+        set().or_else(|_| set_quota().and_then(|()| set()))?;
     }
-    if let Some(quota) = limits.cpu_quota {
-        write("cpu", "linux.resources.cpu", "cpu.cfs_quota_us", &quota.or_minus_one())?;
-    }
+    set_quota()?;
     if let Some(cpus) = &limits.cpus {
         write("cpuset", "linux.resources.cpu.cpus", "cpuset.cpus", cpus)?;
     }

@@ -171,6 +171,14 @@ impl Mount {
         &self.destination
     }
 
+    /// Whether something has to be made in it before it is read-only: device nodes, or copies of what it covers.
+    fn is_filled_later(&self) -> bool {
+        let is_tmpfs = matches!(&self.kind, Kind::FileSystem { name, .. } if name == "tmpfs");
+        is_tmpfs
+            && self.options.is_readonly()
+            && (self.options.tmp_copy_up || self.destination == Path::new("/dev"))
+    }
+
     /// Whether only a process of the caller's PID namespace can make it.
     pub(crate) fn is_mapped(&self) -> bool {
         self.maps.is_some()
@@ -240,7 +248,11 @@ pub(crate) fn open_sources(
         let source = match &mount.kind {
             Kind::Bind { .. } => bind,
             Kind::FileSystem { name, source } => {
-                let made = make(name, source, &mount.options);
+                let made = if mount.is_filled_later() {
+                    make(name, source, &mount.options.writable())
+                } else {
+                    make(name, source, &mount.options)
+                };
                 Some(made.map_err(|(step, error)| mount.failed(step)(error))?)
             }
             // Without a namespace of its own, a new mount would show the caller's whole hierarchy.
@@ -289,6 +301,12 @@ pub(crate) fn mount_all(
         }
     }
     Ok(())
+}
+
+/// Makes read-only what had to be filled before.
+pub(crate) fn close_filled(root: BorrowedFd<'_>, mounts: &[Mount]) -> Result<(), MountError> {
+    let filled = mounts.iter().filter(|mount| mount.is_filled_later());
+    filled.map(Mount::destination).try_for_each(|destination| protect::remount_readonly(root, destination))
 }
 
 /// Clones a mount, and those below it if asked for, without attaching it anywhere.

@@ -14,7 +14,7 @@ const ATTR_NODIRATIME: u64 = 0x80;
 const ATTR_NOSYMFOLLOW: u64 = 0x20_0000;
 
 /// What the options of one mount ask for.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Options {
     /// For bind mounts: whether mounts below the source come along.
     pub(super) bind: Option<Bind>,
@@ -172,6 +172,13 @@ impl Options {
             "means nothing for a bind mount"
         };
         Err(OptionError { option: datum.key.clone(), reason })
+    }
+
+    /// These options without `ro`.
+    pub(super) fn writable(&self) -> Self {
+        let mut options = self.clone();
+        options.attr.set &= !ATTR_RDONLY;
+        options
     }
 
     pub(super) fn is_readonly(&self) -> bool {

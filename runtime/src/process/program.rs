@@ -21,7 +21,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
     /// No directory of the search path has it.
-    #[error("cannot run {command:?}: not found in PATH ({path})")]
+    #[error("cannot run {command:?}: executable file not found in $PATH ({path})")]
     NotInPath {
         /// As given.
         command: String,
@@ -29,7 +29,7 @@ pub enum ProgramError {
         path: String,
     },
     /// There is no such file.
-    #[error("cannot run {0:?}: no such file")]
+    #[error("cannot run {0:?}: no such file or directory")]
     NotFound(String),
     /// The program is there, but what should run it is not.
     #[error("cannot run {0:?}: its interpreter, or the dynamic linker that it names, was not found")]

@@ -109,9 +109,11 @@ impl Filter {
 }
 
 fn check_architectures(listed: &[Arch]) -> Result<(), SeccompError> {
-    if listed.is_empty()
-        || listed.iter().any(|arch| matches!(arch, Arch::ScmpArchX86_64 | Arch::ScmpArchNative))
-    {
+    // Those that list only its 32-bit kinds mean this one, too: libseccomp always adds the machine's own.
+    let is_own = |arch: &Arch| {
+        matches!(arch, Arch::ScmpArchX86_64 | Arch::ScmpArchNative | Arch::ScmpArchX86 | Arch::ScmpArchX32)
+    };
+    if listed.is_empty() || listed.iter().any(is_own) {
         return Ok(());
     }
     let names: Vec<_> = listed.iter().map(Arch::to_string).collect();

@@ -54,9 +54,9 @@ fn signal_that_killed_it_is_passed_on() {
 
 fn command_that_cannot_be_run_is_127_or_126_and_named() {
     let cases: [(&str, u8, &str); 7] = [
-        ("nosuch", 127, r#"cannot run "nosuch": not found in PATH (/usr/bin:/bin)"#),
-        ("/bin/nosuch", 127, r#"cannot run "/bin/nosuch": no such file"#),
-        ("", 127, r#"cannot run "": not found in PATH (/usr/bin:/bin)"#),
+        ("nosuch", 127, r#"cannot run "nosuch": executable file not found in $PATH (/usr/bin:/bin)"#),
+        ("/bin/nosuch", 127, r#"cannot run "/bin/nosuch": no such file or directory"#),
+        ("", 127, r#"cannot run "": executable file not found in $PATH (/usr/bin:/bin)"#),
         ("/etc", 126, r#"cannot run "/etc": is a directory"#),
         ("/etc/passwd", 126, r#"cannot run "/etc/passwd": permission denied"#),
         ("/etc/passwd/x", 126, r#"cannot run "/etc/passwd/x": a part of its path is not a directory"#),

@@ -7,7 +7,7 @@
 
 use std::{io, os::fd::OwnedFd};
 
-use cloche_runtime::cgroup::{Cgroup, CgroupError};
+use cloche_runtime::cgroup::{Breadth, Cgroup, CgroupError};
 use cloche_vmm::VmConfig;
 use oci_spec::runtime::{LinuxMemory, LinuxPids, LinuxResources};
 
@@ -49,7 +49,7 @@ impl VmCgroup {
 
     /// Makes it, if this user may.
     pub(super) fn create(id: &str, config: &VmConfig) -> Result<Self, CgroupError> {
-        match Cgroup::create(&cgroup_path(id), None) {
+        match Cgroup::create(&cgroup_path(id), None, Breadth::Needed) {
             Ok(cgroup) => {
                 let limits = Some(Limits::of(config));
                 Ok(Self { cgroup: Some(cgroup), limits, limited: false })
