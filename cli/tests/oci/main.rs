@@ -1,5 +1,6 @@
 //! The OCI runtime's command line, as engines use it. Needs root and busybox; says so where they are missing.
 
+mod engines;
 mod fixture;
 mod hooks;
 mod hostile;
@@ -21,7 +22,8 @@ use tests;
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let all = [life::all(), processes::all(), spaces::all(), hooks::all(), hostile::all()].concat();
+    let all =
+        [life::all(), processes::all(), spaces::all(), hooks::all(), hostile::all(), engines::all()].concat();
     let missing = fixture::missing();
     let trials = all.into_iter().map(|(name, body)| match &missing {
         None => Trial::test(name, move || checked(body)),

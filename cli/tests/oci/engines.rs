@@ -1,0 +1,202 @@
+//! Real engines with this runtime in the place of theirs: run, exec, logs, pause, stop, remove. An engine that is not
+//! installed is named, and its test does nothing.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+};
+
+use crate::{
+    Test,
+    fixture::{Bundle, await_that, text},
+};
+
+pub fn all() -> Vec<Test> {
+    crate::tests![podman_runs_containers, containerd_runs_containers]
+}
+
+/// Whether a program is there; says so if not.
+fn has(program: &str, package: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|directory| directory.join(program).exists());
+    if !found {
+        eprintln!("not run: needs {program} (install {package})");
+    }
+    found
+}
+
+/// This runtime under the name that engines call it by.
+fn runtime(bundle: &Bundle) -> PathBuf {
+    let link = bundle.path("cloche-container");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_cloche"), &link).unwrap();
+    link
+}
+
+/// An image of the bundle's root file system, in a tar archive of its files.
+fn files(bundle: &Bundle) -> PathBuf {
+    let archive = bundle.path("files.tar");
+    let status =
+        Command::new("tar").arg("-C").arg(bundle.path("rootfs")).arg("-cf").arg(&archive).arg(".").status();
+    assert!(status.unwrap().success());
+    archive
+}
+
+const SERVICE: &str = "echo started; trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done";
+
+struct Engine {
+    words: Vec<String>,
+    environment: Vec<(&'static str, PathBuf)>,
+}
+
+impl Engine {
+    fn run(&self, words: &[&str]) -> Output {
+        let (program, first) = self.words.split_first().unwrap();
+        let mut command = Command::new("timeout");
+        command.args(["-k", "5", "60", program]).args(first).args(words).stdin(Stdio::null());
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command.output().unwrap()
+    }
+
+    #[track_caller]
+    fn ok(&self, words: &[&str]) -> String {
+        let output = self.run(words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        text(&output.stdout)
+    }
+}
+
+fn podman_runs_containers() {
+    if !has("podman", "podman") || !has("conmon", "conmon") {
+        return;
+    }
+    let bundle = Bundle::new(&["true"]);
+    let (runtime, files) = (runtime(&bundle), files(&bundle));
+    // Limits that need no rights which root may lack in a container.
+    let settings = "[containers]\ndefault_ulimits=[\"nofile=1024:1024\",\"nproc=1000:1000\"]\n[engine]\nevents_logger=\"file\"\n";
+    fs::write(bundle.path("containers.conf"), settings).unwrap();
+    let path = |name: &str| bundle.path(name).display().to_string();
+    let words = [
+        "podman",
+        "--root",
+        &path("storage"),
+        "--runroot",
+        &path("runroot"),
+        "--tmpdir",
+        &path("libpod"),
+        "--storage-driver",
+        "vfs",
+        "--cgroup-manager",
+        "cgroupfs",
+        "--runtime",
+        runtime.to_str().unwrap(),
+    ];
+    let engine = Engine {
+        words: words.map(str::to_owned).to_vec(),
+        environment: vec![("CONTAINERS_CONF", bundle.path("containers.conf"))],
+    };
+    engine.ok(&["import", "--quiet", files.to_str().unwrap(), "box"]);
+    let name = bundle.id.as_str();
+    assert_eq!(engine.ok(&["run", "--rm", "--network", "none", "box", "echo", "hi"]), "hi");
+    assert_eq!(
+        engine.run(&["run", "--rm", "--network", "none", "box", "sh", "-c", "exit 3"]).status.code(),
+        Some(3)
+    );
+    assert_eq!(engine.run(&["run", "--rm", "--network", "none", "box", "nowhere"]).status.code(), Some(127));
+    assert_eq!(engine.ok(&["run", "--rm", "--network", "none", "--tty", "box", "tty"]), "/dev/pts/0");
+    engine.ok(&["run", "--detach", "--name", name, "--network", "none", "box", "sh", "-c", SERVICE]);
+    await_that("it has started", || engine.ok(&["logs", name]) == "started");
+    assert_eq!(engine.ok(&["exec", name, "id", "-u"]), "0");
+    assert_eq!(engine.run(&["exec", name, "sh", "-c", "exit 4"]).status.code(), Some(4));
+    engine.ok(&["pause", name]);
+    assert_eq!(engine.ok(&["inspect", "--format", "{{.State.Status}}", name]), "paused");
+    engine.ok(&["unpause", name]);
+    engine.ok(&["stop", "--time", "10", name]);
+    assert_eq!(engine.ok(&["logs", name]), "started\nbye");
+    assert_eq!(engine.ok(&["inspect", "--format", "{{.State.ExitCode}}", name]), "0");
+    engine.ok(&["rm", name]);
+    assert_eq!(engine.ok(&["ps", "--all", "--quiet"]), "");
+}
+
+/// A daemon that ends with the test.
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.0);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = self.0.wait();
+    }
+}
+
+fn containerd_runs_containers() {
+    if !has("containerd", "containerd")
+        || !has("ctr", "containerd")
+        || !has("skopeo", "skopeo")
+        || !has("umoci", "umoci")
+    {
+        return;
+    }
+    let bundle = Bundle::new(&["true"]);
+    let runtime = runtime(&bundle);
+    let (image, archive) = (bundle.path("image"), bundle.path("image.tar"));
+    make_image(&bundle, &image, &archive);
+    let path = |name: &str| bundle.path(name).display().to_string();
+    let settings = format!(
+        "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = {:?}\n",
+        path("root"),
+        path("run"),
+        path("socket"),
+    );
+    fs::write(bundle.path("config.toml"), settings).unwrap();
+    let log = fs::File::create(bundle.path("log")).unwrap();
+    let daemon = Command::new("containerd")
+        .args(["--config", &path("config.toml")])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    let _daemon = Daemon(daemon);
+    let engine =
+        Engine { words: vec!["ctr".into(), "--address".into(), path("socket")], environment: Vec::new() };
+    await_that("containerd answers", || engine.run(&["version"]).status.success());
+    engine.ok(&["images", "import", archive.to_str().unwrap()]);
+    let image = engine.ok(&["images", "ls", "--quiet"]);
+    let name = bundle.id.as_str();
+    let runtime = ["--snapshotter", "native", "--runc-binary", runtime.to_str().unwrap()];
+    assert_eq!(engine.ok(&[&["run"], &runtime[..], &["--rm", &image, name, "echo", "hi"]].concat()), "hi");
+    engine.ok(&[&["run"], &runtime[..], &["--detach", &image, name, "sleep", "100"]].concat());
+    assert_eq!(engine.ok(&["tasks", "exec", "--exec-id", "one", name, "id", "-u"]), "0");
+    engine.ok(&["tasks", "pause", name]);
+    assert!(engine.ok(&["tasks", "ls"]).contains("PAUSED"));
+    engine.ok(&["tasks", "resume", name]);
+    engine.ok(&["tasks", "kill", "--signal", "KILL", name]);
+    await_that("it has ended", || engine.ok(&["tasks", "ls"]).contains("STOPPED"));
+    engine.run(&["tasks", "rm", name]);
+    engine.ok(&["containers", "rm", name]);
+    assert_eq!(engine.ok(&["containers", "ls", "--quiet"]), "");
+}
+
+/// An OCI archive of the bundle's root file system.
+fn make_image(bundle: &Bundle, image: &Path, archive: &Path) {
+    let run = |program: &str, words: &[&str]| {
+        let output = Command::new(program).args(words).output().unwrap();
+        assert!(output.status.success(), "{program} {words:?}: {output:?}");
+    };
+    let image = image.to_str().unwrap();
+    let tagged = format!("{image}:box");
+    run("umoci", &["init", "--layout", image]);
+    run("umoci", &["new", "--image", &tagged]);
+    run("umoci", &["insert", "--image", &tagged, bundle.path("rootfs").to_str().unwrap(), "/"]);
+    run("umoci", &["config", "--image", &tagged, "--config.env", "PATH=/bin"]);
+    run(
+        "skopeo",
+        &[
+            "copy",
+            "-q",
+            &format!("oci:{tagged}"),
+            &format!("oci-archive:{}:localhost/box:latest", archive.display()),
+        ],
+    );
+}
