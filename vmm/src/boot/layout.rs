@@ -61,19 +61,19 @@ pub fn memory_regions(bytes: u64) -> Vec<(GuestAddress, u64)> {
     regions
 }
 
-/// Where memory that is added later starts, in a guest with these regions: above them, at a multiple of the largest
-/// block in which Linux adds memory on x86.
+/// Where memory that is added later starts, in a guest with these regions: above them with a gap, so that no buffer is
+/// in both, at a multiple of the largest block in which Linux adds memory on x86.
 pub fn added_memory_start(regions: &[(GuestAddress, u64)]) -> GuestAddress {
     const LARGEST_BLOCK: u64 = 2 << 30;
-    let ends = regions.iter().map(|(start, bytes)| start.0.saturating_add(*bytes));
-    GuestAddress(ends.fold(DEVICE_HOLE_END, u64::max).next_multiple_of(LARGEST_BLOCK))
+    let beyond = regions.iter().map(|(start, bytes)| start.0.saturating_add(*bytes).saturating_add(1));
+    GuestAddress(beyond.fold(DEVICE_HOLE_END, u64::max).next_multiple_of(LARGEST_BLOCK))
 }
 
 /// Where the next file goes that is in the guest's memory, if all else ends at `end`: in a section of its own, so that
-/// Linux does not take it for memory that it can give away.
+/// Linux does not take it for memory that it can give away, and with a gap.
 pub fn next_file_start(end: u64) -> GuestAddress {
     const SECTION: u64 = 128 << 20;
-    GuestAddress(end.max(DEVICE_HOLE_END).next_multiple_of(SECTION))
+    GuestAddress(end.saturating_add(1).max(DEVICE_HOLE_END).next_multiple_of(SECTION))
 }
 
 /// What of that memory the guest's kernel may use, as `(start, bytes)`.
@@ -107,9 +107,10 @@ mod tests {
         assert_eq!(usable_ranges(&regions)[2], (4 << 30, 2 << 30));
         assert_eq!(memory_regions(3 << 30).len(), 1);
         assert_eq!(added_memory_start(&memory_regions(3 << 30)), GuestAddress(4 << 30));
-        assert_eq!(added_memory_start(&regions), GuestAddress(6 << 30));
+        assert_eq!(added_memory_start(&regions), GuestAddress(8 << 30));
         assert_eq!(added_memory_start(&memory_regions((7 << 30) + 1)), GuestAddress(10 << 30));
         assert_eq!(next_file_start(1), GuestAddress(4 << 30));
+        assert_eq!(next_file_start(4 << 30), GuestAddress((4 << 30) + (128 << 20)));
         assert_eq!(next_file_start((4 << 30) + 1), GuestAddress((4 << 30) + (128 << 20)));
     }
 }

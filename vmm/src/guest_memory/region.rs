@@ -2,7 +2,7 @@
 //!
 //! Whoever looks for a buffer of the guest gets none in a chunk that is not there, so that a driver cannot use by a
 //! device what its vCPUs cannot reach. The mapping itself stays: what is under way while a chunk is taken away ends in
-//! memory that nobody sees any more.
+//! memory that nobody sees any more, and is discarded (`transfer`).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -123,7 +123,19 @@ impl Region {
         self.mapping.get_slice(MemoryRegionAddress(offset as u64), bytes)
     }
 
-    fn is_there(&self, offset: u64, bytes: usize) -> bool {
+    /// Gives back all memory of the chunks that have some of these bytes and are not there.
+    pub(super) fn discard_gone(&self, offset: usize, bytes: usize) {
+        let end = offset.saturating_add(bytes);
+        let touched = |part: &Part| part.offset < end && offset < part.offset.saturating_add(part.bytes);
+        for part in self.parts().filter(|part| !part.present && touched(part)) {
+            if let Ok(slice) = self.raw_slice(part.offset, part.bytes) {
+                super::discard(&slice);
+            }
+        }
+    }
+
+    /// Whether all of these bytes are there.
+    pub(super) fn is_there(&self, offset: u64, bytes: usize) -> bool {
         let Some(chunks) = &self.chunks else { return true };
         let Some(last) = offset.checked_add((bytes as u64).saturating_sub(1)) else { return false };
         let range = (offset / CHUNK_BYTES) as usize..=(last / CHUNK_BYTES) as usize;

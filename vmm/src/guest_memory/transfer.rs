@@ -1,6 +1,8 @@
 //! Guest buffers of file I/O that goes on while its device does something else: on another thread, or in the kernel.
 //!
-//! A [`VolatileSlice`] cannot leave the function that holds guest memory; these hold it themselves.
+//! A [`VolatileSlice`] cannot leave the function that holds guest memory; these hold it themselves. Meanwhile the guest
+//! may give a chunk back that a buffer is in. Nothing is moved then; and what was moved before that was seen is
+//! discarded, so that buffers in memory that has gone cannot take more of the host's than the guest has.
 #![allow(unsafe_code)]
 
 use std::{
@@ -11,9 +13,9 @@ use std::{
     sync::Arc,
 };
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
+use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
-use super::{GuestMemory, MAX_BUFFERS};
+use super::{GuestMemory, MAX_BUFFERS, Region};
 
 /// Buffers of one guest, one after the other.
 #[derive(Debug)]
@@ -21,7 +23,7 @@ pub struct Transfer {
     /// Each lies in `memory`, whole.
     buffers: Vec<libc::iovec>,
     /// Keeps the buffers mapped.
-    _memory: Arc<GuestMemory>,
+    memory: Arc<GuestMemory>,
 }
 
 // SAFETY: the pointers lead into guest memory, which any thread may access at any time, and never as Rust references.
@@ -34,7 +36,7 @@ impl Transfer {
         for slice in slices {
             buffers.push(iovec_in(memory, slice)?);
         }
-        Some(Self { buffers, _memory: memory.clone() })
+        Some(Self { buffers, memory: memory.clone() })
     }
 
     /// Bytes left.
@@ -68,7 +70,7 @@ impl Transfer {
     /// Reads into the buffers from `fd` at `offset`, like `preadv2(2)`. At most 1024 buffers are filled.
     pub fn read_at(&mut self, fd: BorrowedFd, offset: u64, flags: libc::c_int) -> io::Result<usize> {
         let (buffers, count, offset) = self.arguments(offset)?;
-        repeat(|| {
+        self.while_there(|| {
             // SAFETY: the iovecs lead into writable guest memory (`new`), which tolerates any change and stays mapped
             // as long as `self` lives.
             unsafe { libc::preadv2(fd.as_raw_fd(), buffers, count, offset, flags) }
@@ -78,10 +80,28 @@ impl Transfer {
     /// Writes the buffers to `fd` at `offset`, like `pwritev2(2)`. At most 1024 buffers are taken.
     pub fn write_at(&mut self, fd: BorrowedFd, offset: u64, flags: libc::c_int) -> io::Result<usize> {
         let (buffers, count, offset) = self.arguments(offset)?;
-        repeat(|| {
+        self.while_there(|| {
             // SAFETY: the iovecs lead into readable guest memory (`new`), which stays mapped as long as `self` lives.
             unsafe { libc::pwritev2(fd.as_raw_fd(), buffers, count, offset, flags) }
         })
+    }
+
+    /// Moves bytes if all memory of the buffers is there; EFAULT if it is not, as for memory that is not mapped.
+    fn while_there(&self, call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
+        let are_there = || {
+            self.buffers.iter().all(|buffer| is_there(&self.memory, buffer.iov_base.addr(), buffer.iov_len))
+        };
+        if !are_there() {
+            return Err(io::Error::from_raw_os_error(libc::EFAULT));
+        }
+        let moved = repeat(call);
+        if !are_there() {
+            // Whoever takes a chunk away says so first and discards it then: it is that one, or this.
+            for buffer in &self.buffers {
+                discard_gone(&self.memory, buffer.iov_base.addr(), buffer.iov_len);
+            }
+        }
+        moved
     }
 
     fn arguments(&self, offset: u64) -> io::Result<(*const libc::iovec, libc::c_int, libc::off_t)> {
@@ -141,9 +161,11 @@ impl Kept {
         })
     }
 
-    /// Drops the first `count` of them.
+    /// Drops the first `count` of them, with what was moved into memory that has gone since it was kept.
     pub fn drop_front(&mut self, count: usize) {
-        self.buffers.drain(..count.min(self.buffers.len()));
+        for buffer in self.buffers.drain(..count.min(self.buffers.len())) {
+            discard_gone(&self.memory, buffer.iov_base.addr(), buffer.iov_len);
+        }
     }
 }
 
@@ -151,7 +173,7 @@ impl Kept {
 #[derive(Debug)]
 pub struct GuestByte {
     at: *mut u8,
-    _memory: Arc<GuestMemory>,
+    memory: Arc<GuestMemory>,
 }
 
 // SAFETY: as for `Transfer`.
@@ -161,14 +183,18 @@ impl GuestByte {
     /// The first byte of `slices`; `None` if there is none, or none of `memory`.
     pub fn new(memory: &Arc<GuestMemory>, slices: &[VolatileSlice]) -> Option<Self> {
         let first = slices.iter().find(|slice| !slice.is_empty())?;
-        Some(Self { at: iovec_in(memory, first)?.iov_base.cast(), _memory: memory.clone() })
+        Some(Self { at: iovec_in(memory, first)?.iov_base.cast(), memory: memory.clone() })
     }
 
-    /// Writes it.
+    /// Writes it, if its memory is there.
     pub fn write(&self, value: u8) {
+        if !is_there(&self.memory, self.at.addr(), 1) {
+            return;
+        }
         // SAFETY: it lies in writable guest memory (`new`), which stays mapped as long as `self` lives; a volatile
         // write makes no claim on what else happens there.
         unsafe { ptr::write_volatile(self.at, value) }
+        discard_gone(&self.memory, self.at.addr(), 1);
     }
 }
 
@@ -176,13 +202,26 @@ impl GuestByte {
 fn iovec_in(memory: &GuestMemory, slice: &VolatileSlice) -> Option<libc::iovec> {
     let guard = slice.ptr_guard_mut();
     let (start, bytes) = (guard.as_ptr(), guard.len());
-    let inside = memory.iter().any(|region| {
-        let region_start = region.as_ptr().addr();
-        let offset = start.addr().checked_sub(region_start);
-        let left = offset.and_then(|offset| usize::try_from(region.len()).ok()?.checked_sub(offset));
-        left.is_some_and(|left| bytes <= left)
-    });
-    inside.then_some(libc::iovec { iov_base: start.cast(), iov_len: bytes })
+    region_of(memory, start.addr(), bytes)?;
+    Some(libc::iovec { iov_base: start.cast(), iov_len: bytes })
+}
+
+/// The region that these bytes of this process are in, and where in it.
+fn region_of(memory: &GuestMemory, address: usize, bytes: usize) -> Option<(&Region, usize)> {
+    memory.iter().find_map(|region| {
+        let offset = address.checked_sub(region.as_ptr().addr())?;
+        (bytes <= region.size().checked_sub(offset)?).then_some((region, offset))
+    })
+}
+
+fn is_there(memory: &GuestMemory, address: usize, bytes: usize) -> bool {
+    region_of(memory, address, bytes).is_some_and(|(region, offset)| region.is_there(offset as u64, bytes))
+}
+
+fn discard_gone(memory: &GuestMemory, address: usize, bytes: usize) {
+    if let Some((region, offset)) = region_of(memory, address, bytes) {
+        region.discard_gone(offset, bytes);
+    }
 }
 
 #[cfg(test)]
@@ -192,7 +231,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
     use super::*;
-    use crate::guest_memory;
+    use crate::guest_memory::{self, CHUNK_BYTES};
 
     fn memory() -> Arc<GuestMemory> {
         Arc::new(guest_memory::map(&[(GuestAddress(0), 2 << 20)]).unwrap())
@@ -244,6 +283,53 @@ mod tests {
         assert_eq!(seen, [0, 0x0303_0303, 0x0202_0202]);
         kept.drop_front(9);
         assert_eq!(kept.slices(1).count(), 0);
+    }
+
+    #[test]
+    fn memory_that_went_away_is_not_filled_and_what_was_under_way_is_discarded() {
+        let region = guest_memory::map_pluggable(GuestAddress(4 << 30), 2 * CHUNK_BYTES).unwrap();
+        let memory = Arc::new(guest_memory::with_region(&memory(), region.clone()).unwrap());
+        let resident = || {
+            (0..2).for_each(|chunk| region.set_present(chunk, true));
+            guest_memory::resident_bytes(&memory)
+        };
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 10_000]).unwrap();
+        let before = resident();
+        // Over the border of two chunks, and not of whole pages.
+        let slices = [memory.get_slice(GuestAddress((4 << 30) + CHUNK_BYTES - 5000), 9999).unwrap()];
+        let mut transfer = Transfer::new(&memory, &slices).unwrap();
+        let byte = GuestByte::new(&memory, &slices).unwrap();
+
+        region.set_present(1, false);
+        let error = transfer.read_at(file.as_fd(), 0, 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+        let error = transfer.write_at(file.as_fd(), 0, 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+        region.set_present(0, false);
+        byte.write(7);
+        assert_eq!(resident(), before);
+
+        let (buffers, count, offset) = transfer.arguments(0).unwrap();
+        let moved = transfer.while_there(|| {
+            // SAFETY: as in `read_at`.
+            let moved = unsafe { libc::preadv2(file.as_raw_fd(), buffers, count, offset, 0) };
+            (0..2).for_each(|chunk| region.set_present(chunk, false));
+            moved
+        });
+        assert_eq!(moved.unwrap(), 9999);
+        assert_eq!(resident(), before);
+
+        let mut kept = Kept::new(memory.clone());
+        assert!(kept.push(&slices[0]));
+        (0..2).for_each(|chunk| region.set_present(chunk, false));
+        kept.slices(1).for_each(|slice| slice.copy_from(&[1u8; 9999]));
+        kept.drop_front(1);
+        assert_eq!(resident(), before);
+        assert_eq!(transfer.read_at(file.as_fd(), 0, 0).unwrap(), 9999);
+        byte.write(9);
+        assert!(resident() > before);
+        assert_eq!(memory.read_obj::<[u8; 2]>(GuestAddress((4 << 30) + CHUNK_BYTES - 5000)).unwrap(), [9, 7]);
     }
 
     #[test]

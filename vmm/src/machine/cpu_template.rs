@@ -70,6 +70,9 @@ const FEATURES: &[Feature] = &[
     feature("avx512er", (7, 0), Ebx, 27, 5),
     feature("sha", (7, 0), Ebx, 29, 5),
     feature("avx512vbmi", (7, 0), Ecx, 1, 5),
+    // Their state is not there either (`STATE`); KVM sets OSPKE by CR4, which the guest cannot set without PKU.
+    feature("pku", (7, 0), Ecx, 3, 5),
+    feature("ospke", (7, 0), Ecx, 4, 5),
     feature("waitpkg", (7, 0), Ecx, 5, 5),
     feature("avx512vbmi2", (7, 0), Ecx, 6, 5),
     feature("gfni", (7, 0), Ecx, 8, 5),
@@ -217,6 +220,7 @@ mod tests {
             }
             assert_eq!(leaf(&cpuid, 7, 1), [0; 4]);
             assert_eq!(leaf(&cpuid, 0x1d, 0), [0; 4]);
+            assert_eq!(leaf(&cpuid, 7, 0)[2] & 0b11000, 0, "protection keys without their state in XCR0");
             // APIC, TSC deadline timer, x2APIC, hypervisor: nothing of the machine is taken away.
             assert_eq!(leaf(&cpuid, 1, 0)[3], u32::MAX);
             assert_eq!(leaf(&cpuid, 1, 0)[2] & (1 << 21 | 1 << 24 | 1 << 31), 1 << 21 | 1 << 24 | 1 << 31);

@@ -271,9 +271,10 @@ impl FileSystem {
     }
 }
 
-/// The buffers for a reply. They were in guest memory when the request came, and memory does not go away.
+/// The buffers for a reply: up to the first that is not there any more, as memory that was added can go away. A reply
+/// that is too long for them then is an I/O error.
 fn room<'m>(pending: &Pending, memory: &'m GuestMemory) -> Buffers<'m> {
-    let slices = pending.room.iter().filter_map(|(address, bytes)| memory.get_slice(*address, *bytes).ok());
+    let slices = pending.room.iter().map_while(|(address, bytes)| memory.get_slice(*address, *bytes).ok());
     slices.collect()
 }
 
@@ -356,10 +357,13 @@ mod tests {
     use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
 
     use super::*;
-    use crate::virtio::{
-        device::Poller as _,
-        driver_model::{Driver, Part, Watched, memory},
-        queue::VirtQueue,
+    use crate::{
+        guest_memory::{self, CHUNK_BYTES},
+        virtio::{
+            device::Poller as _,
+            driver_model::{Driver, Part, Watched, memory},
+            queue::VirtQueue,
+        },
     };
 
     struct Fixture {
@@ -454,6 +458,19 @@ mod tests {
         fixture.reply(number_of(&one), b"abc");
         fixture.ring().unwrap();
         assert!(fixture.driver.take_used().is_none());
+    }
+
+    #[test]
+    fn room_for_a_reply_ends_where_memory_has_gone() {
+        let region = guest_memory::map_pluggable(GuestAddress(4 << 30), CHUNK_BYTES).unwrap();
+        let memory = guest_memory::with_region(&memory(), region.clone()).unwrap();
+        let places = vec![(GuestAddress(0), 16), (GuestAddress(4 << 30), 8), (GuestAddress(64), 8)];
+        let pending = Pending { queue: 1, head: 0, unique: 1, room: places };
+        region.set_present(0, true);
+        assert_eq!(room(&pending, &memory).len(), 32);
+        region.set_present(0, false);
+        // Or the rest of a reply would be in the wrong place.
+        assert_eq!(room(&pending, &memory).len(), 16);
     }
 
     #[test]

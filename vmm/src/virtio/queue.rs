@@ -149,7 +149,9 @@ impl VirtQueue {
         ring.try_set_used_ring_address(GuestAddress(setup.used)).map_err(|_| bad())?;
         ring.set_event_idx(event_idx);
         ring.set_ready(true);
-        let written = guest_memory::buffer(memory, GuestAddress(setup.used), 1, true);
+        // Flags, index, `size` elements and an event index (virtio 1.2 §2.7.8); all in one region, that may be written.
+        let used_bytes = 6 + 8 * usize::from(setup.size);
+        let written = guest_memory::buffer(memory, GuestAddress(setup.used), used_bytes, true);
         if !ring.is_valid(memory) || written.is_none() {
             return Err(bad());
         }
@@ -577,6 +579,19 @@ mod tests {
         driver.descriptor(0, table, 9 * 16, INDIRECT, 0);
         driver.publish(0);
         assert!(matches!(driver.queue().pop(&memory), Err(QueueError::LongChain { limit: 8, .. })));
+    }
+
+    #[test]
+    fn used_ring_that_goes_on_in_memory_that_is_not_written_is_refused() {
+        use std::os::fd::AsFd;
+        let file = tempfile::tempfile().unwrap();
+        let end = GuestAddress(MEMORY_BYTES);
+        let region = guest_memory::map_file(end, file.as_fd(), 0x1000, 2 << 20, true).unwrap();
+        let memory = guest_memory::with_region(&memory(), region).unwrap();
+        let good = Driver::new(&memory, 0, 8).setup();
+        let ring = |used| VirtQueue::new(0, QueueSetup { used, ..good }, false, &memory);
+        assert!(ring(MEMORY_BYTES - (6 + 8 * 8 + 2)).is_ok());
+        assert!(matches!(ring(MEMORY_BYTES - 8), Err(QueueError::Setup { .. })));
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Which blocks are plugged, and which requests of a driver are right (virtio 1.2 §5.15.6). Knows no memory.
 //!
 //! A chunk is within the guest's reach while one of its blocks is plugged. So that a guest cannot reach all memory by
-//! plugging one block of each chunk, a new chunk is begun only when the others have little room left; Linux fills what
-//! it has begun first. A guest then never reaches more than the largest size that was requested, and two chunks.
+//! plugging one block of each chunk, a new chunk is begun only if less than two chunks' room is then within reach; Linux
+//! fills what it has begun first. A guest then never reaches more than the largest size that was requested, and two
+//! chunks.
 
 use std::ops::Range;
 
@@ -12,7 +13,7 @@ use crate::{config::MEMORY_BLOCK_MIB, guest_memory::CHUNK_BYTES};
 pub const BLOCK_BYTES: u64 = (MEMORY_BLOCK_MIB as u64) << 20;
 const CHUNK_BLOCKS: usize = (CHUNK_BYTES / BLOCK_BYTES) as usize;
 
-/// Chunks that one request may plug: each is a system call that waits for vCPUs. Linux plugs one memory block at a
+/// Chunks that one request may plug or unplug: each is a system call that waits for vCPUs. Linux plugs one memory block at a
 /// time, which is one chunk, or 16 in a guest with 64 GiB and more.
 const CHUNKS_AT_ONCE: usize = 17;
 
@@ -86,23 +87,21 @@ impl Blocks {
         if self.plugged_bytes().saturating_add(bytes) > requested_bytes {
             return Err(Refusal::TooMuch);
         }
-        if chunks(range).count() > CHUNKS_AT_ONCE {
+        if !is_at_once(range) {
             return Err(Refusal::Busy);
         }
         let begins_chunk = chunks(range).any(|chunk| self.plugged_in_chunk(chunk) == 0);
-        if begins_chunk && self.room(range) >= CHUNK_BLOCKS {
+        if begins_chunk && self.room_after(range) >= 2 * CHUNK_BLOCKS {
             return Err(Refusal::Busy);
         }
         Ok(())
     }
 
-    /// Blocks that are unplugged in chunks that are begun, without those of this range.
-    fn room(&self, range: &Range<usize>) -> usize {
+    /// Blocks that will be unplugged in chunks that are begun, once this range, of unplugged blocks, is plugged.
+    fn room_after(&self, range: &Range<usize>) -> usize {
         let chunks = 0..self.plugged.len() / CHUNK_BLOCKS;
-        let begun = chunks.filter(|chunk| self.plugged_in_chunk(*chunk) > 0);
-        let all: usize = begun.clone().map(|chunk| CHUNK_BLOCKS - self.plugged_in_chunk(chunk)).sum();
-        let filled: usize = begun.map(|chunk| overlap(&blocks_of(chunk), range)).sum();
-        all - filled
+        let plugged = chunks.map(|chunk| self.plugged_in_chunk(chunk) + overlap(&blocks_of(chunk), range));
+        plugged.filter(|plugged| *plugged > 0).map(|plugged| CHUNK_BLOCKS - plugged).sum()
     }
 
     /// Sets a range of blocks.
@@ -128,6 +127,11 @@ fn blocks_of(chunk: usize) -> Range<usize> {
 
 fn overlap(a: &Range<usize>, b: &Range<usize>) -> usize {
     a.end.min(b.end).saturating_sub(a.start.max(b.start))
+}
+
+/// Whether one request may touch so many chunks.
+pub fn is_at_once(range: &Range<usize>) -> bool {
+    chunks(range).count() <= CHUNKS_AT_ONCE
 }
 
 /// Chunks that a range of blocks touches.
@@ -194,5 +198,19 @@ mod tests {
         assert_eq!(blocks.check_plug(&(CHUNK_BLOCKS + 1..third.end), all), Ok(()));
         blocks.set(&(1..CHUNK_BLOCKS), true);
         assert_eq!(blocks.check_plug(&third, all), Ok(()));
+    }
+
+    #[test]
+    fn request_that_begins_two_chunks_is_refused_for_the_room_of_both() {
+        let mut blocks = blocks(4);
+        let requested = 3 * BLOCK_BYTES;
+        assert_eq!(blocks.check_plug(&(0..1), requested), Ok(()));
+        blocks.set(&(0..1), true);
+        // Three chunks would be within reach for three blocks.
+        assert_eq!(
+            blocks.check_plug(&(2 * CHUNK_BLOCKS - 1..2 * CHUNK_BLOCKS + 1), requested),
+            Err(Refusal::Busy)
+        );
+        assert_eq!(blocks.check_plug(&(CHUNK_BLOCKS - 1..CHUNK_BLOCKS + 1), requested), Ok(()));
     }
 }

@@ -42,6 +42,8 @@ const REQUEST_BYTES: usize = 24;
 const RESPONSE_BYTES: usize = 10;
 /// Requests before other devices have their turn: each may be several system calls.
 const REQUESTS_PER_TURN: u16 = 4;
+/// Refusals of the host in the log; a guest can bring about as many as it likes.
+const MAX_LOGGED_ERRORS: u32 = 5;
 
 /// The device.
 pub struct MemoryDevice {
@@ -49,6 +51,7 @@ pub struct MemoryDevice {
     slots: Box<dyn ChunkSlots>,
     blocks: Blocks,
     handle: MemoryHandle,
+    logged_errors: u32,
 }
 
 impl MemoryDevice {
@@ -56,7 +59,7 @@ impl MemoryDevice {
     pub fn new(region: Arc<Region>, slots: Box<dyn ChunkSlots>, requested_mib: u32) -> Self {
         let (start, bytes) = (region.start_addr().0, region.len());
         let handle = MemoryHandle::new(start, bytes, requested_mib);
-        Self { region, slots, blocks: Blocks::new(start, bytes), handle }
+        Self { region, slots, blocks: Blocks::new(start, bytes), handle, logged_errors: 0 }
     }
 
     /// Steers the device.
@@ -85,6 +88,7 @@ impl MemoryDevice {
         let done = match kind {
             request::PLUG => range.and_then(|range| self.plug(&range)),
             request::UNPLUG => range.and_then(|range| match self.blocks.state(&range) {
+                State::Plugged if !blocks::is_at_once(&range) => Err(Refusal::Busy),
                 State::Plugged => self.unplug(&range),
                 State::Unplugged | State::Mixed => Err(Refusal::Wrong),
             }),
@@ -121,7 +125,7 @@ impl MemoryDevice {
         self.blocks.check_plug(range, self.handle.requested_bytes())?;
         for chunk in blocks::chunks(range).filter(|chunk| self.blocks.plugged_in_chunk(*chunk) == 0) {
             if let Err(error) = self.slots.insert(self.chunk_start(chunk)) {
-                warn!(%error, chunk, "the host does not let the guest have more memory");
+                self.log(chunk, &error, "the host does not let the guest have more memory");
                 self.drop_empty_chunks(range);
                 return Err(Refusal::Busy);
             }
@@ -136,16 +140,26 @@ impl MemoryDevice {
         self.drop_empty_chunks(range);
         // What is not plugged any more reads as zeros when it is plugged again (§5.15.6: or as anything), and takes no
         // memory of the host.
-        let bytes = range.len() as u64 * BLOCK_BYTES;
-        let offset = range.start as u64 * BLOCK_BYTES;
-        if let Ok(slice) = self.region.raw_slice(offset as usize, bytes as usize) {
-            guest_memory::discard(&slice);
-        }
+        self.discard(range.start as u64 * BLOCK_BYTES, range.len() as u64 * BLOCK_BYTES);
         Ok(())
     }
 
-    /// Takes away the chunks of a range that have no plugged block.
-    fn drop_empty_chunks(&self, range: &Range<usize>) {
+    fn discard(&self, offset: u64, bytes: u64) {
+        if let Ok(slice) = self.region.raw_slice(offset as usize, bytes as usize) {
+            guest_memory::discard(&slice);
+        }
+    }
+
+    fn log(&mut self, chunk: usize, error: &std::io::Error, what: &str) {
+        self.logged_errors = self.logged_errors.saturating_add(1);
+        if self.logged_errors <= MAX_LOGGED_ERRORS {
+            warn!(%error, chunk, "{what}");
+        }
+    }
+
+    /// Takes away the chunks of a range that have no plugged block, with what a guest has put into the others, which
+    /// were within its reach.
+    fn drop_empty_chunks(&mut self, range: &Range<usize>) {
         let present: Vec<bool> = self.region.parts().map(|part| part.present).collect();
         for chunk in blocks::chunks(range) {
             if self.blocks.plugged_in_chunk(chunk) > 0 || present.get(chunk) != Some(&true) {
@@ -153,8 +167,9 @@ impl MemoryDevice {
             }
             self.region.set_present(chunk, false);
             if let Err(error) = self.slots.remove(self.chunk_start(chunk)) {
-                warn!(%error, chunk, "memory that the guest gave back stays within its reach");
+                self.log(chunk, &error, "memory that the guest gave back stays within its reach");
             }
+            self.discard(chunk as u64 * CHUNK_BYTES, CHUNK_BYTES);
         }
     }
 }

@@ -51,6 +51,9 @@ impl ChunkSlots for NotedSlots {
     }
 
     fn remove(&self, start: GuestAddress) -> io::Result<()> {
+        if self.0.lock().unwrap().refuses {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
         assert!(self.0.lock().unwrap().chunks.remove(&start.0), "a chunk is removed that is not there");
         Ok(())
     }
@@ -67,7 +70,11 @@ struct Fixture {
 
 impl Fixture {
     fn new(requested_mib: u32) -> Self {
-        let region = guest_memory::map_pluggable(GuestAddress(START), CHUNKS * CHUNK_BYTES).unwrap();
+        Self::with_chunks(CHUNKS, requested_mib)
+    }
+
+    fn with_chunks(chunks: u64, requested_mib: u32) -> Self {
+        let region = guest_memory::map_pluggable(GuestAddress(START), chunks * CHUNK_BYTES).unwrap();
         let memory = guest_memory::with_region(&memory(), region.clone()).unwrap();
         let driver = Driver::new(&memory, 0, 16);
         let slots = NotedSlots::default();
@@ -159,6 +166,39 @@ fn unplugging_gives_the_hosts_memory_back() {
     assert_eq!(fixture.ask(UNPLUG_ALL, 0, 0), (ACK, 0));
     assert_eq!((fixture.plugged_mib(), fixture.reach()), (0, vec![]));
     assert_eq!(guest_memory::resident_bytes(&fixture.memory), before);
+}
+
+#[test]
+fn chunk_that_goes_takes_along_what_was_touched_without_being_plugged() {
+    let mut fixture = Fixture::new(4);
+    // The rings are touched first.
+    assert_eq!(fixture.ask(STATE, 0, 1), (ACK, 1));
+    let before = guest_memory::resident_bytes(&fixture.memory);
+    for chunk in 0..CHUNKS {
+        assert_eq!(fixture.ask(PLUG, 32 * chunk, 1), (ACK, 0));
+        let unplugged = GuestAddress(START + chunk * CHUNK_BYTES + (64 << 20));
+        fixture.memory.write_slice(&vec![1; 16 << 20], unplugged).unwrap();
+        // The host may refuse: then it is within reach, but given back.
+        fixture.slots.0.lock().unwrap().refuses = chunk == 2;
+        assert_eq!(fixture.ask(UNPLUG, 32 * chunk, 1), (ACK, 0));
+    }
+    let region = fixture.memory.find_region(GuestAddress(START)).unwrap();
+    (0..CHUNKS as usize).for_each(|chunk| region.set_present(chunk, true));
+    assert_eq!(guest_memory::resident_bytes(&fixture.memory), before);
+}
+
+#[test]
+fn request_for_very_many_chunks_is_put_off() {
+    let mut fixture = Fixture::with_chunks(20, 20 * 128);
+    for chunk in 0..20 {
+        assert_eq!(fixture.ask(PLUG, 32 * chunk, 32), (ACK, 0));
+    }
+    assert_eq!(fixture.ask(UNPLUG, 0, 32 * 20), (BUSY, 0));
+    assert_eq!(fixture.plugged_mib(), 20 * 128);
+    assert_eq!(fixture.ask(UNPLUG, 0, 32 * 17), (ACK, 0));
+    assert_eq!(fixture.ask(PLUG, 0, 32 * 17), (ACK, 0));
+    assert_eq!(fixture.ask(UNPLUG_ALL, 0, 0), (ACK, 0));
+    assert!(fixture.reach().is_empty());
 }
 
 #[test]
