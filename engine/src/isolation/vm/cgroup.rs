@@ -5,9 +5,10 @@
 //! taken the VMM over. Where this user may make no cgroups, a plain user without a delegated one above all, there is
 //! none; the guest is bounded by its own size then.
 
-use std::{io, os::fd::OwnedFd};
+use std::{collections::HashSet, io, os::fd::OwnedFd};
 
 use cloche_runtime::cgroup::{Breadth, Cgroup, CgroupError};
+use cloche_share::Shared;
 use cloche_vmm::VmConfig;
 use oci_spec::runtime::{LinuxMemory, LinuxPids, LinuxResources};
 
@@ -24,6 +25,9 @@ const THREAD_BYTES: u64 = 1 << 20;
 const TABLES_FRACTION: u64 = 64;
 /// What a file server holds at most is files: 2^18 of them, some 2 KiB of the kernel's memory each.
 const FILE_SERVER_BYTES: u64 = 768 << 20;
+/// Of unix sockets that wait for slow readers, which the kernel counts as the sender's: 512 streams, each of Linux's
+/// default for `net.core.wmem_default`.
+const STREAMS_BYTES: u64 = 512 * (208 << 10);
 /// Main thread, KVM's setup, the file server, and threads that the kernel adds.
 const OTHER_TASKS: u64 = 32;
 
@@ -48,10 +52,10 @@ impl VmCgroup {
     }
 
     /// Makes it, if this user may.
-    pub(super) fn create(id: &str, config: &VmConfig) -> Result<Self, CgroupError> {
+    pub(super) fn create(id: &str, config: &VmConfig, shares: &[Shared]) -> Result<Self, CgroupError> {
         match Cgroup::create(&cgroup_path(id), None, Breadth::Needed) {
             Ok(cgroup) => {
-                let limits = Some(Limits::of(config));
+                let limits = Some(Limits::of(config, tmpfs_bytes(shares)));
                 Ok(Self { cgroup: Some(cgroup), limits, limited: false })
             }
             Err(error) if is_forbidden(&error) => Ok(Self::none()),
@@ -116,12 +120,15 @@ fn kill_and_delete(cgroup: Cgroup) -> Result<(), CgroupError> {
 }
 
 impl Limits {
-    fn of(config: &VmConfig) -> Self {
+    /// `tmpfs_bytes`: what the file server may put into file systems in memory, which counts as its own.
+    fn of(config: &VmConfig, tmpfs_bytes: u64) -> Self {
         let guest = config.most_memory_bytes();
         let threads = u64::from(config.vcpus) + config.disks.len() as u64;
         let file_server = if config.share.is_some() { FILE_SERVER_BYTES } else { 0 };
+        let streams = if config.vsock.is_some() { STREAMS_BYTES } else { 0 };
+        let vmm = guest + guest / TABLES_FRACTION + VMM_BYTES + threads * THREAD_BYTES + streams;
         Self {
-            memory_bytes: guest + guest / TABLES_FRACTION + VMM_BYTES + threads * THREAD_BYTES + file_server,
+            memory_bytes: vmm.saturating_add(file_server).saturating_add(tmpfs_bytes),
             tasks: threads + OTHER_TASKS,
         }
     }
@@ -131,6 +138,8 @@ impl Limits {
         let signed = |number| i64::try_from(number).unwrap_or(i64::MAX);
         let mut memory = LinuxMemory::default();
         memory.set_limit(Some(signed(self.memory_bytes)));
+        // Memory and swap together, as a container's: no swap on top.
+        memory.set_swap(Some(signed(self.memory_bytes)));
         let mut pids = LinuxPids::default();
         pids.set_limit(signed(self.tasks));
         let [mut of_memory, mut of_pids] = [LinuxResources::default(), LinuxResources::default()];
@@ -138,6 +147,30 @@ impl Limits {
         of_pids.set_pids(Some(pids));
         [of_memory, of_pids]
     }
+}
+
+/// Sizes of the file systems in memory, each once, that a guest may write to. Nothing reclaims what is in them, so that
+/// the guest would die of a file that its user let it write. What is mounted below a share is not looked for.
+fn tmpfs_bytes(shares: &[Shared]) -> u64 {
+    const RAMFS_MAGIC: u64 = 0x8584_58f6;
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    let sysinfo = rustix::system::sysinfo();
+    // C's long types have 64 bits here.
+    let host = sysinfo.totalram.saturating_mul(u64::from(sysinfo.mem_unit));
+    let mut seen = HashSet::new();
+    let sizes = shares.iter().filter(|share| !share.read_only).filter_map(|share| {
+        let file_system = rustix::fs::statfs(&share.path).ok()?;
+        let device = rustix::fs::stat(&share.path).ok()?.st_dev;
+        let size = match file_system.f_type as u64 {
+            TMPFS_MAGIC => file_system.f_blocks.saturating_mul(file_system.f_bsize as u64),
+            RAMFS_MAGIC => 0,
+            _ => return None,
+        };
+        // Without a limit of its own, it has none but the host.
+        let size = if size == 0 { host } else { size.min(host) };
+        seen.insert(device).then_some(size)
+    });
+    sizes.fold(0, u64::saturating_add)
 }
 
 /// Whether this user, or the container that all this runs in, may make no cgroups here.
@@ -170,9 +203,32 @@ mod tests {
     fn limit_follows_from_the_guests_memory_and_what_serves_it() {
         const MIB: u64 = 1 << 20;
         let mut config = VmConfig::new(2, 1024, "/kernel");
-        assert_eq!(Limits::of(&config), Limits { memory_bytes: (1024 + 16 + 128 + 2) * MIB, tasks: 34 });
+        assert_eq!(Limits::of(&config, 0), Limits { memory_bytes: (1024 + 16 + 128 + 2) * MIB, tasks: 34 });
         config.share = Some(ShareConfig { tag: "share".into(), socket_fd: 3 });
-        assert_eq!(Limits::of(&config).memory_bytes, (1024 + 16 + 128 + 2 + 768) * MIB);
+        assert_eq!(Limits::of(&config, 0).memory_bytes, (1024 + 16 + 128 + 2 + 768) * MIB);
+        assert_eq!(Limits::of(&config, 64 * MIB).memory_bytes, (1024 + 16 + 128 + 2 + 768 + 64) * MIB);
+        assert_eq!(Limits::of(&config, u64::MAX).memory_bytes, u64::MAX);
+        config.vsock = Some(serde_json::from_str(r#"{"guest_cid": 3}"#).unwrap());
+        assert_eq!(Limits::of(&config, 0).memory_bytes, (1024 + 16 + 128 + 2 + 768 + 104) * MIB);
+    }
+
+    #[test]
+    fn limit_is_of_memory_and_swap_together() {
+        let [resources, _] = Limits { memory_bytes: 5 << 20, tasks: 1 }.resources();
+        let memory = resources.memory().unwrap();
+        assert_eq!((memory.limit(), memory.swap()), (Some(5 << 20), Some(5 << 20)));
+    }
+
+    #[test]
+    fn file_systems_in_memory_count_once_and_only_where_they_are_written() {
+        let share = |path: &str, read_only| Shared { path: path.into(), read_only };
+        let size = tmpfs_bytes(&[share("/dev/shm", false)]);
+        assert!(size > 0, "this test needs a tmpfs at /dev/shm");
+        assert_eq!(tmpfs_bytes(&[share("/dev/shm", false), share("/dev/shm/.", false)]), size);
+        assert_eq!(
+            tmpfs_bytes(&[share("/dev/shm", true), share("/proc", false), share("/nothing", false)]),
+            0
+        );
     }
 
     #[test]

@@ -179,7 +179,7 @@ pub fn start(
     write_boot_archive(id, dir, workload, &config, request.interactive)?;
     // It gets ready while the VM boots.
     let companion = file_server.as_mut().and_then(FileServer::take_process);
-    let vmm = Vmm::spawn_in(VmCgroup::create(id, &config)?, &config, &theirs, companion)?;
+    let vmm = Vmm::spawn_in(VmCgroup::create(id, &config, &workload.shares)?, &config, &theirs, companion)?;
     // Only then their end is seen.
     drop(theirs);
     trace.mark(Mark::VmmSpawned);
@@ -249,7 +249,7 @@ pub fn start(
 /// Whether a VM started now would have a cgroup with limits; makes one and removes it.
 pub(crate) fn probe_cgroup() -> Result<bool, CgroupError> {
     let id = format!("doctor-{}", std::process::id());
-    let mut made = VmCgroup::create(&id, &VmConfig::new(1, 128, ""))?;
+    let mut made = VmCgroup::create(&id, &VmConfig::new(1, 128, ""), &[])?;
     made.limit()?;
     let limited = made.is_limited();
     made.remove().map(|()| limited)
