@@ -2,7 +2,7 @@
 
 use std::{cell::RefCell, fs, os::fd::AsFd, path::Path};
 
-use cloche_runtime::{Container, ExitStatus, Launch, Oci, Rootfs, cgroup_path, hooks};
+use cloche_runtime::{Container, ExitStatus, Launch, Oci, Rootfs, cgroup::Cgroup, cgroup_path, hooks};
 use oci_spec::runtime::{Hook, Spec};
 
 use crate::{
@@ -65,12 +65,12 @@ pub fn create(home: &Home, creation: &Creation<'_>) -> Result<(), Error> {
 pub fn run(home: &Home, creation: &Creation<'_>, detach: bool, keep: bool) -> Result<u8, Error> {
     if detach {
         let (known, spec, _) = make(home, creation, Style::Detached)?;
-        run_poststart(&known, &spec)?;
+        run_poststart_or_remove(&known, &spec)?;
         return Ok(0);
     }
     let signals = Signals::collect()?;
     let (known, spec, made) = make(home, creation, Style::Foreground)?;
-    run_poststart(&known, &spec)?;
+    run_poststart_or_remove(&known, &spec)?;
     let Made { mut container, console } = made;
     let terminal = console.terminal()?;
     foreground::attend(container.pidfd(), &signals, terminal)?;
@@ -79,6 +79,13 @@ pub fn run(home: &Home, creation: &Creation<'_>, detach: bool, keep: bool) -> Re
         crate::verbs::remove(&known, &spec)?;
     }
     Ok(exit_code(exit.status))
+}
+
+/// Nobody is told of a container whose `run` fails, so that nobody would delete it.
+fn run_poststart_or_remove(known: &Known, spec: &Spec) -> Result<(), Error> {
+    run_poststart(known, spec).inspect_err(|_| {
+        let _ = crate::verbs::remove(known, spec);
+    })
 }
 
 /// As a shell has it.
@@ -106,6 +113,9 @@ fn make(home: &Home, creation: &Creation<'_>, style: Style) -> Result<(Known, Sp
     let terminal = spec.process().as_ref().is_some_and(|process| process.terminal() == Some(true));
     let console = Console::new(terminal, creation.console_socket, style != Style::Foreground)?;
     pass_listen_fds(&mut spec);
+    let cgroup = cgroup_path(&spec, creation.id);
+    // Whether the path can be used at all; nothing is made yet.
+    Cgroup::open(&cgroup)?;
     let directory = home.claim(creation.id)?;
     let record = Record {
         id: creation.id.to_owned(),
@@ -115,7 +125,8 @@ fn make(home: &Home, creation: &Creation<'_>, style: Style) -> Result<(Known, Sp
         created: time::now(),
         owner: owner(),
         annotations: spec.annotations().clone().unwrap_or_default(),
-        cgroup: cgroup_path(&spec, creation.id),
+        cgroup,
+        cgroup_identity: Vec::new(),
         process: None,
     };
     let (known, lock) = match Known::begin(directory, record, &spec) {
@@ -132,8 +143,9 @@ fn make(home: &Home, creation: &Creation<'_>, style: Style) -> Result<(Known, Sp
     match result {
         Ok(container) => Ok((known, spec, Made { container, console })),
         Err(error) => {
-            // The first failure is what the caller has to know.
-            let _ = crate::verbs::remove(&known, &spec);
+            // Processes and cgroup are gone already, as far as they were this container's. The first failure is what the
+            // caller has to know.
+            let _ = crate::verbs::forget(&known, &spec);
             Err(error)
         }
     }
@@ -154,9 +166,10 @@ fn start(
         Style::Detached | Style::Foreground => None,
     };
     let record = known.borrow().record.clone();
-    let created = |pid| {
+    let created = |pid, cgroup: &Cgroup| {
         let mut known = known.borrow_mut();
         known.record.process = ProcessId::of(pid);
+        known.record.cgroup_identity = cgroup.identity();
         known.save().and_then(|()| run_runtime_hooks(spec, &known.record, pid)).map_err(|error| chain(&error))
     };
     let hook_state = |pid, status: &str| record.state_json(pid, status);
@@ -185,7 +198,7 @@ fn start(
     if let Some(path) = creation.pid_file
         && let Err(error) = write_pid_file(path, container.pid())
     {
-        let _ = container.kill();
+        let _ = container.delete();
         return Err(error);
     }
     Ok(container)

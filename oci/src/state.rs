@@ -2,12 +2,13 @@
 
 use std::{
     collections::HashMap,
-    fs, io,
-    os::unix::fs::DirBuilderExt,
+    fs,
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
-use cloche_runtime::cgroup::Cgroup;
+use cloche_runtime::cgroup::{Cgroup, CgroupError};
 use oci_spec::runtime::Spec;
 use rustix::{
     fs::{FlockOperation, fcntl_lock},
@@ -36,6 +37,9 @@ pub(crate) struct Record {
     pub(crate) owner: String,
     pub(crate) annotations: HashMap<String, String>,
     pub(crate) cgroup: PathBuf,
+    /// Which directories of that path are the container's own; none until its process is made.
+    #[serde(default)]
+    pub(crate) cgroup_identity: Vec<(u64, u64)>,
     /// The first process; `None` until it is made.
     pub(crate) process: Option<ProcessId>,
 }
@@ -113,7 +117,8 @@ impl Home {
     pub(crate) fn claim(&self, id: &str) -> Result<PathBuf, Error> {
         let directory = self.directory(id)?;
         let make =
-            |recursive, path: &Path| fs::DirBuilder::new().recursive(recursive).mode(0o711).create(path);
+            // The environment of a process is nobody else's to read.
+            |recursive, path: &Path| fs::DirBuilder::new().recursive(recursive).mode(0o700).create(path);
         make(true, &self.0).map_err(of_file("create", &self.0))?;
         match make(false, &directory) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists(id.to_owned())),
@@ -162,10 +167,18 @@ fn read_record(directory: &Path) -> io::Result<Record> {
     Ok(serde_json::from_slice(&fs::read(directory.join(RECORD))?)?)
 }
 
+/// How to open a file that is for this user only.
+fn private() -> fs::OpenOptions {
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).mode(0o600);
+    options
+}
+
 /// Replaces a file so that it is whole at any moment.
 fn replace(path: &Path, contents: &[u8]) -> Result<(), Error> {
     let new = path.with_extension("new");
-    fs::write(&new, contents).map_err(of_file("write", &new))?;
+    let file = private().truncate(true).open(&new);
+    file.and_then(|mut file| file.write_all(contents)).map_err(of_file("write", &new))?;
     fs::rename(&new, path).map_err(of_file("write", path))
 }
 
@@ -195,10 +208,10 @@ impl Known {
     /// Writes record and configuration of a container that is being created: until the file is closed.
     pub(crate) fn begin(directory: PathBuf, record: Record, spec: &Spec) -> Result<(Self, fs::File), Error> {
         let known = Self { directory, record };
-        let lock = known.lock(true).map_err(of_file("lock", known.directory.join(LOCK)))?;
+        let lock =
+            known.lock(FlockOperation::LockExclusive).map_err(of_file("lock", known.directory.join(LOCK)))?;
         let config = serde_json::to_vec(spec).unwrap_or_default();
-        fs::write(known.directory.join(CONFIG), config)
-            .map_err(of_file("write", known.directory.join(CONFIG)))?;
+        replace(&known.directory.join(CONFIG), &config)?;
         known.save()?;
         Ok((known, lock))
     }
@@ -214,9 +227,17 @@ impl Known {
         serde_json::from_slice(&text).map_err(|source| Error::Config { path, source: source.into() })
     }
 
-    /// Its cgroup, as far as there is one.
+    /// Its cgroup, as far as there is one. What others have made at its path since then is not.
     pub fn cgroup(&self) -> Result<Cgroup, Error> {
-        Ok(Cgroup::open(&self.record.cgroup)?)
+        Ok(Cgroup::open_known(&self.record.cgroup, &self.record.cgroup_identity)?)
+    }
+
+    /// Its cgroup, if there can be one at all.
+    pub(crate) fn possible_cgroup(&self) -> Result<Option<Cgroup>, Error> {
+        match self.cgroup() {
+            Err(Error::Cgroup(CgroupError::NotMounted | CgroupError::Path(_))) => Ok(None),
+            result => result.map(Some),
+        }
     }
 
     /// Its first process, if that still runs.
@@ -224,27 +245,22 @@ impl Known {
         self.record.process.filter(|process| process.is_alive())
     }
 
-    /// Takes the lock, which is kept until the file is closed. `wait`, or fail if somebody else has it.
-    fn lock(&self, wait: bool) -> io::Result<fs::File> {
-        let file = fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(self.directory.join(LOCK))?;
-        let operation =
-            if wait { FlockOperation::LockExclusive } else { FlockOperation::NonBlockingLockExclusive };
+    /// Takes the lock, which is kept until the file is closed: who creates the container exclusively, others shared, so
+    /// that none of them looks like a creator to another.
+    fn lock(&self, operation: FlockOperation) -> io::Result<fs::File> {
+        let file = private().read(true).truncate(false).open(self.directory.join(LOCK))?;
         fcntl_lock(&file, operation)?;
         Ok(file)
     }
 
     /// Waits until nobody creates it any more.
     pub(crate) fn await_creation(&self) -> Result<(), Error> {
-        self.lock(true).map(drop).map_err(of_file("lock", self.directory.join(LOCK)))
+        self.lock(FlockOperation::LockShared).map(drop).map_err(of_file("lock", self.directory.join(LOCK)))
     }
 
     /// Its status.
     pub fn status(&self) -> Status {
-        let is_locked = self.lock(false).is_err_and(|error| {
+        let is_locked = self.lock(FlockOperation::NonBlockingLockShared).is_err_and(|error| {
             [Errno::AGAIN, Errno::ACCESS].contains(&Errno::from_io_error(&error).unwrap_or(Errno::IO))
         });
         if is_locked {

@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 
+use cloche_runtime::cgroup::Cgroup;
 use oci_spec::runtime::{LinuxResources, Spec};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -109,14 +110,15 @@ pub fn delete(home: &Home, id: &str, force: bool) -> Result<(), Error> {
 
 /// Ends what is left of a container and removes all of it.
 pub(crate) fn remove(known: &Known, spec: &Spec) -> Result<(), Error> {
-    let cgroup = known.cgroup()?;
+    let cgroup = known.possible_cgroup()?;
+    let kill_all = || cgroup.as_ref().map_or(Ok(()), Cgroup::kill_all);
     if let Some(process) = known.record.process
         && let Some(pidfd) = process.open().map_err(system("open the container's process"))?
     {
         // It is perhaps not in its cgroup yet.
         let _ = pidfd_send_signal(&pidfd, Signal::KILL);
-        cgroup.kill_all()?;
-        if cgroup.is_frozen() {
+        kill_all()?;
+        if let Some(cgroup) = cgroup.as_ref().filter(|cgroup| cgroup.is_frozen()) {
             let _ = cgroup.thaw();
         }
         let has_ended = |patience| poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience)) == Ok(1);
@@ -126,9 +128,19 @@ pub(crate) fn remove(known: &Known, spec: &Spec) -> Result<(), Error> {
             has_ended(Timespec { tv_sec: 10, tv_nsec: 0 });
         }
     } else {
-        cgroup.kill_all()?;
+        kill_all()?;
     }
-    cgroup.delete()?;
+    match (cgroup, known.record.process) {
+        // Whoever created it was killed before telling which cgroup it made, if any.
+        (Some(_), None) => Cgroup::open(&known.record.cgroup)?.delete_unused(),
+        (Some(cgroup), Some(_)) => cgroup.delete()?,
+        (None, _) => {}
+    }
+    forget(known, spec)
+}
+
+/// Removes what is on disk of a container of which nothing else is left.
+pub(crate) fn forget(known: &Known, spec: &Spec) -> Result<(), Error> {
     known.forget()?;
     let Some(listed) = spec.hooks() else { return Ok(()) };
     // runtime.md#lifecycle: a poststop hook that fails is warned of, and the others run nevertheless.
@@ -160,7 +172,7 @@ pub fn resume(home: &Home, id: &str) -> Result<(), Error> {
 
 /// Changes the limits of a container that runs.
 pub fn update(home: &Home, id: &str, resources: &LinuxResources) -> Result<(), Error> {
-    let known = home.find(id)?;
+    let mut known = home.find(id)?;
     if known.status() == Status::Stopped {
         return Err(Error::NotRunning(id.to_owned(), "stopped"));
     }
@@ -175,7 +187,11 @@ pub fn update(home: &Home, id: &str, resources: &LinuxResources) -> Result<(), E
         memory.set_limit(present);
         resources.set_memory(Some(memory));
     }
-    Ok(cgroup.update(&known.record.cgroup, &resources)?)
+    let updated = cgroup.update(&known.record.cgroup, &resources);
+    // It may have got directories in further hierarchies.
+    known.record.cgroup_identity = cgroup.identity();
+    known.save()?;
+    Ok(updated?)
 }
 
 /// Ids of a container's processes.

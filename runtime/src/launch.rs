@@ -74,9 +74,9 @@ pub struct Oci<'a> {
     pub preserved_fds: &'a [i32],
     /// Whether the process keeps the caller's session keyring.
     pub keep_keyring: bool,
-    /// Called with the process's id once its namespaces exist and before anything else of the container does. Its error
-    /// ends the start.
-    pub created: Option<&'a dyn Fn(i32) -> Result<(), String>>,
+    /// Called with the process's id and cgroup once its namespaces exist and before anything else of the container does.
+    /// Its error ends the start.
+    pub created: Option<Created<'a>>,
     /// Whether the process keeps the caller's additional groups.
     pub keep_groups: bool,
     /// Called with what is not done as asked, where the specification wants a warning instead of a failure. Without it,
@@ -86,6 +86,9 @@ pub struct Oci<'a> {
     /// `prestart`, `createRuntime`, `poststart` and `poststop` are the caller's to run.
     pub hook_state: Option<HookState<'a>>,
 }
+
+/// Takes the process's id and its cgroup.
+pub type Created<'a> = &'a dyn Fn(i32, &Cgroup) -> Result<(), String>;
 
 /// Makes the state's JSON from process id and status.
 pub type HookState<'a> = &'a dyn Fn(i32, &str) -> String;
@@ -471,7 +474,7 @@ impl Child {
             self.set_up_as_caller(plan, device_guard)?;
         }
         if let Some(created) = launch.oci.created {
-            created(self.pid).map_err(LaunchError::Refused)?;
+            created(self.pid, cgroup).map_err(LaunchError::Refused)?;
         }
         match rustix::io::write(&attached, &self.pid.to_le_bytes()) {
             // It has failed already, and the verdict tells why.

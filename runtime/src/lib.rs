@@ -35,7 +35,7 @@ mod verdict;
 
 pub use container::{Container, Exit, ExitStatus, WaitError};
 pub use join::{Join, Joined, join};
-pub use launch::{HookState, Launch, LaunchError, Oci, Rootfs, Stdio, cgroup_path, launch};
+pub use launch::{Created, HookState, Launch, LaunchError, Oci, Rootfs, Stdio, cgroup_path, launch};
 pub use mounts::{MOUNT_OPTIONS, MountError, OptionError, protect::make_mount_readonly};
 pub use namespaces::NamespaceError;
 pub use process::capabilities::names as capability_names;

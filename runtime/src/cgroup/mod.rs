@@ -19,7 +19,10 @@ mod v2;
 
 use std::{
     fs, io,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Component, Path, PathBuf},
 };
 
@@ -269,6 +272,22 @@ impl Cgroup {
         Ok(Self { unified: unified.filter(|unified| unified.is_dir()), v1, layout })
     }
 
+    /// Which directories these are, as nobody else's at the same path will be: device and inode of each. The kernel does
+    /// not use an inode number of a cgroup again while it runs.
+    pub fn identity(&self) -> Vec<(u64, u64)> {
+        self.paths().filter_map(directory_identity).collect()
+    }
+
+    /// As [`Cgroup::open`], less the directories that are not among these of [`Cgroup::identity`]: somebody else's.
+    pub fn open_known(path: &Path, identity: &[(u64, u64)]) -> Result<Self, CgroupError> {
+        let is_known =
+            |directory: &Path| directory_identity(directory).is_some_and(|found| identity.contains(&found));
+        let mut opened = Self::open(path)?;
+        opened.unified = opened.unified.filter(|unified| is_known(unified));
+        opened.v1.retain(|v1| is_known(v1.path()));
+        Ok(opened)
+    }
+
     /// A cgroup below this one, which must be there already.
     pub fn below(&self, path: &str) -> Result<Self, CgroupError> {
         let is_inside = Path::new(path)
@@ -428,6 +447,16 @@ impl Cgroup {
     pub fn delete(self) -> Result<(), CgroupError> {
         removal::remove(self.paths())
     }
+
+    /// Removes those of its directories that are empty, which a maker who was killed may have left. What is in use is
+    /// somebody else's.
+    pub fn delete_unused(self) {
+        self.paths().for_each(removal::remove_unused);
+    }
+}
+
+fn directory_identity(directory: &Path) -> Option<(u64, u64)> {
+    fs::metadata(directory).ok().map(|found| (found.dev(), found.ino()))
 }
 
 /// The path below a hierarchy's root.

@@ -89,6 +89,17 @@ pub(super) fn remove<'a>(directories: impl Iterator<Item = &'a Path>) -> Result<
     result
 }
 
+/// Removes a directory if nothing is in it. Whoever is being killed there has a moment to go.
+pub(super) fn remove_unused(directory: &Path) {
+    let deadline = Instant::now() + Duration::from_millis(500);
+    while fs::remove_dir(directory).is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+        && children(directory).next().is_none()
+        && Instant::now() < deadline
+    {
+        sleep(Duration::from_millis(5));
+    }
+}
+
 fn remove_tree(directory: &Path, deadline: Instant) -> Result<(), CgroupError> {
     let mut pause = Duration::from_micros(100);
     loop {
