@@ -263,15 +263,16 @@ impl Entry<'_> {
         self.filter.map_or(Ok(()), Filter::install)
     }
 
-    /// Runs hooks of the container with no more rights than its program has.
+    /// Runs hooks of the container with no more rights than its program has, and its environment.
     pub(crate) fn run_confined_hooks(
         &self,
         kind: &'static str,
         listed: &[oci_spec::runtime::Hook],
         state: &str,
+        env: &[CString],
     ) -> Result<(), InitError> {
         let confine = || self.confine().map_err(|error| error.to_string());
-        Ok(hooks::run(kind, listed, state, &confine)?)
+        Ok(hooks::run_with(kind, listed, state, env, &confine)?)
     }
 
     /// Where to report what fails: to whoever waits for news.

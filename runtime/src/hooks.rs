@@ -61,18 +61,30 @@ pub enum HookError {
 /// How much of a hook's output is kept for an error message.
 const MAX_OUTPUT_BYTES: usize = 4096;
 
-/// Runs hooks one after the other; the first that fails ends it. `confine` is called in each hook's process before it
-/// becomes the hook's program. The caller must be single-threaded.
+/// Runs hooks of the caller's one after the other; the first that fails ends it. One that says nothing of its environment
+/// has this process's. `enter` is called in each hook's process before it becomes the hook's program. The caller must be
+/// single-threaded.
 pub fn run(
     kind: &'static str,
     hooks: &[Hook],
     state: &str,
-    confine: &dyn Fn() -> Result<(), String>,
+    enter: &dyn Fn() -> Result<(), String>,
+) -> Result<(), HookError> {
+    run_with(kind, hooks, state, &own_environment(), enter)
+}
+
+/// As [`run`], with an environment for hooks that say nothing of theirs.
+pub(crate) fn run_with(
+    kind: &'static str,
+    hooks: &[Hook],
+    state: &str,
+    default_env: &[CString],
+    enter: &dyn Fn() -> Result<(), String>,
 ) -> Result<(), HookError> {
     hooks
         .iter()
         .enumerate()
-        .try_for_each(|(number, hook)| Running::start(kind, hook, state, confine)?.finish(number))
+        .try_for_each(|(number, hook)| Running::start(kind, hook, state, default_env, enter)?.finish(number))
 }
 
 struct Running<'a> {
@@ -88,7 +100,8 @@ impl<'a> Running<'a> {
         kind: &'static str,
         hook: &'a Hook,
         state: &str,
-        confine: &dyn Fn() -> Result<(), String>,
+        default_env: &[CString],
+        enter: &dyn Fn() -> Result<(), String>,
     ) -> Result<Self, HookError> {
         let path = hook.path();
         let failed = |action| move |source| HookError::System { action, kind, path: path.clone(), source };
@@ -102,8 +115,7 @@ impl<'a> Running<'a> {
         let mut args = strings(hook.args())?;
         let env = match hook.env() {
             Some(_) => strings(hook.env())?,
-            // Hooks are the caller's own programs.
-            None => own_environment(),
+            None => default_env.to_vec(),
         };
         if args.is_empty() {
             args.push(program.clone());
@@ -129,7 +141,7 @@ impl<'a> Running<'a> {
                     dup2_stderr(&output_writer).map_err(|error| text(&error))?;
                     syscalls::reset_signals();
                     syscalls::close_on_exec_from(3).map_err(|error| text(&error))?;
-                    confine()?;
+                    enter()?;
                     Err(text(&syscalls::execve(&program, &args, &env)))
                 };
                 if let Err(message) = become_it() {

@@ -13,6 +13,7 @@
 use std::{
     cell::RefCell,
     convert::Infallible,
+    ffi::CString,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -137,6 +138,11 @@ impl InitError {
 impl Init<'_> {
     /// Becomes the container's process. Returns only if that fails.
     pub(crate) fn run(&self) -> Result<Infallible, InitError> {
+        // In namespaces that it has joined, others may be root. Of a new user namespace nobody is yet, and a parent that
+        // is not root must be able to write its maps.
+        if !self.namespaces.new_user {
+            self.entry.become_undumpable()?;
+        }
         self.entry.detach_from_parent()?;
         let mut pid = None;
         if self.released_early {
@@ -156,7 +162,7 @@ impl Init<'_> {
         let env = self.entry.environment(root.as_fd(), &account);
         let program = self.entry.take_on_identity(&account)?;
         drop(root);
-        self.entry.execute(&program, &env, &|| self.run_start_hooks(pid))
+        self.entry.execute(&program, &env, &|| self.run_start_hooks(pid, &env))
     }
 
     fn set_up_namespaces(&self) -> Result<(), InitError> {
@@ -276,11 +282,11 @@ impl Init<'_> {
         }
     }
 
-    fn run_start_hooks(&self, pid: Option<i32>) -> Result<(), InitError> {
+    fn run_start_hooks(&self, pid: Option<i32>, env: &[CString]) -> Result<(), InitError> {
         let listed = self.spec.hooks().as_ref().and_then(|hooks| hooks.start_container().as_deref());
         match (listed, self.hook_state, pid) {
             (Some(listed), Some(state), Some(pid)) => {
-                self.entry.run_confined_hooks("startContainer", listed, &state(pid, "created"))
+                self.entry.run_confined_hooks("startContainer", listed, &state(pid, "created"), env)
             }
             _ => Ok(()),
         }

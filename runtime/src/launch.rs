@@ -13,7 +13,10 @@ use oci_spec::runtime::{Linux, Process, Spec};
 use rustix::{
     io::Errno,
     pipe::{PipeFlags, pipe_with},
-    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
+    process::{
+        DumpableBehavior, Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal,
+        set_dumpable_behavior, waitid,
+    },
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
@@ -398,7 +401,15 @@ fn clone_by_go_between(
     match syscalls::clone3(0, None).map_err(process_failed("clone this process"))? {
         Cloned::Child => {
             drop(news);
-            let cloned = namespaces.join_all().map_err(|error| verdict::chain(&error)).and_then(|()| {
+            // Once it has joined, root of a namespace could look into it, and into its child. See `Init::run`.
+            let hidden = if namespaces.new_user {
+                Ok(())
+            } else {
+                set_dumpable_behavior(DumpableBehavior::NotDumpable)
+                    .map_err(|errno| format!("cannot become undumpable: {errno}"))
+            };
+            let joined = hidden.and_then(|()| namespaces.join_all().map_err(|error| verdict::chain(&error)));
+            let cloned = joined.and_then(|()| {
                 let cloned = syscalls::clone3_sibling(namespaces.clone_flags, cgroup);
                 cloned.map_err(|error| format!("cannot clone in the joined namespaces: {error}"))
             });

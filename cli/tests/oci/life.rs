@@ -1,6 +1,6 @@
 //! From create to delete.
 
-use std::{fs, process::Stdio, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt, process::Stdio, time::Duration};
 
 use serde_json::json;
 
@@ -20,6 +20,11 @@ pub fn all() -> Vec<Test> {
         running_container_is_deleted_only_by_force,
         container_that_is_not_there_is_named,
         failed_create_leaves_nothing,
+        failed_create_leaves_a_container_with_the_same_cgroup_alone,
+        cgroup_that_somebody_else_has_made_anew_is_not_deleted,
+        cgroup_path_that_cannot_be_used_is_refused_before_anything_is_made,
+        state_is_for_its_owner_only,
+        status_is_not_confused_by_others_who_look,
         create_killed_at_any_moment_leaves_what_delete_removes,
         starting_twice_is_refused,
         log_is_json_with_the_error,
@@ -126,6 +131,75 @@ fn failed_create_leaves_nothing() {
     assert!(bundle.refused(&["create", &bundle.id]).contains("nosuchfs"));
     assert_eq!(fs::read_dir(bundle.path("state")).unwrap().count(), 0);
     assert_eq!(bundle.ok(&["list", "--quiet"]), "");
+}
+
+fn failed_create_leaves_a_container_with_the_same_cgroup_alone() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    let path = format!("/cloche/{}", bundle.id);
+    let other = Bundle::new(&["true"]).with("/linux/cgroupsPath", json!(path));
+    for verb in ["create", "run"] {
+        assert!(other.refused(&[verb, &other.id]).contains("in use already"));
+        assert_eq!(fs::read_dir(other.path("state")).unwrap().count(), 0);
+        assert_eq!(bundle.status(), "running");
+    }
+    // Nor does one that fails later, in a cgroup of its own.
+    let late = Bundle::new(&["true"]).with("/linux/cgroupsPath", json!(format!("{path}-late")));
+    assert!(late.refused(&["create", "--pid-file", "/nowhere/pid", &late.id]).contains("/nowhere"));
+    assert_eq!(fs::read_dir(late.path("state")).unwrap().count(), 0);
+    assert_eq!(bundle.status(), "running");
+}
+
+fn cgroup_that_somebody_else_has_made_anew_is_not_deleted() {
+    let path = format!("/cloche/oci-test-{}-shared", std::process::id());
+    let ended = Bundle::new(&["true"]).with("/linux/cgroupsPath", json!(path));
+    ended.start();
+    ended.await_status("stopped");
+    let bundle = Bundle::new(&["sleep", "100"]).with("/linux/cgroupsPath", json!(path));
+    bundle.start();
+    ended.ok(&["delete", "--force", &ended.id]);
+    assert_eq!(bundle.status(), "running");
+    assert!(bundle.ok(&["ps", &bundle.id]).contains("sleep 100"));
+}
+
+fn cgroup_path_that_cannot_be_used_is_refused_before_anything_is_made() {
+    let bundle = Bundle::new(&["true"]).with("/linux/cgroupsPath", json!("/x/../y"));
+    assert!(bundle.refused(&["create", &bundle.id]).contains("\"/x/../y\" is not usable"));
+    assert!(!bundle.path("state").join(&bundle.id).exists());
+    // A record with such a path is removed nevertheless.
+    let bundle = Bundle::new(&["true"]);
+    bundle.start();
+    bundle.await_status("stopped");
+    let record = bundle.path("state").join(&bundle.id).join("state.json");
+    let text = fs::read_to_string(&record).unwrap();
+    let own = format!("/cloche/{}", bundle.id);
+    fs::write(&record, text.replace(&own, "/x/../y")).unwrap();
+    bundle.ok(&["delete", "--force", &bundle.id]);
+    assert!(!record.exists());
+    for hierarchy in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+        let _ = fs::remove_dir(hierarchy.path().join(own.trim_start_matches('/')));
+    }
+    let _ = fs::remove_dir(format!("/sys/fs/cgroup{own}"));
+}
+
+fn state_is_for_its_owner_only() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.create();
+    let state = bundle.path("state");
+    let directory = state.join(&bundle.id);
+    let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&state), mode(&directory)), (0o700, 0o700));
+    for file in ["config.json", "state.json", "lock"] {
+        assert_eq!(mode(&directory.join(file)), 0o600, "{file}");
+    }
+}
+
+fn status_is_not_confused_by_others_who_look() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.create();
+    let lock = fs::File::open(bundle.path("state").join(&bundle.id).join("lock")).unwrap();
+    rustix::fs::fcntl_lock(&lock, rustix::fs::FlockOperation::LockShared).unwrap();
+    assert_eq!(bundle.status(), "created");
 }
 
 fn create_killed_at_any_moment_leaves_what_delete_removes() {

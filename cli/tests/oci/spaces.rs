@@ -33,7 +33,7 @@ fn maps(host: u32) -> Value {
     json!([{ "containerID": 0, "hostID": host, "size": 1000 }])
 }
 
-fn in_user_namespace(script: &str) -> Bundle {
+pub(crate) fn in_user_namespace(script: &str) -> Bundle {
     let bundle = Bundle::script(script)
         .with("/linux/namespaces", namespaces(&["user", "pid", "network", "ipc", "uts", "mount", "cgroup"]))
         .with("/linux/uidMappings", maps(100_000))
