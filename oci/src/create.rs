@@ -114,7 +114,8 @@ fn make(home: &Home, creation: &Creation<'_>, style: Style) -> Result<(Known, Sp
     let console = Console::new(terminal, creation.console_socket, style != Style::Foreground)?;
     pass_listen_fds(&mut spec);
     let cgroup = cgroup_path(&spec, creation.id);
-    // Whether the path can be used at all; nothing is made yet.
+    // Whether id and path can be used at all; nothing is made yet.
+    home.directory(creation.id)?;
     Cgroup::open(&cgroup)?;
     let directory = home.claim(creation.id)?;
     let record = Record {

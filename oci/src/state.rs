@@ -104,7 +104,7 @@ impl Home {
         Self(path)
     }
 
-    fn directory(&self, id: &str) -> Result<PathBuf, Error> {
+    pub(crate) fn directory(&self, id: &str) -> Result<PathBuf, Error> {
         // A name such as `.x` cannot be one of ours either, but it can do no harm.
         let is_valid = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
         if id.is_empty() || id.len() > 1024 || id == "." || id == ".." || !id.bytes().all(is_valid) {
