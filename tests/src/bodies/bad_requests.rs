@@ -42,7 +42,7 @@ fn unknown_options_are_usage_errors(bed: &Bed) -> Story {
 
 fn unknown_image_names_the_command_that_loads_one(bed: &Bed) -> Story {
     let finished = bed.sandbox("no-such-image").command(&["true"]).run()?;
-    finished.refused_with(125)?.says("no-such-image")?.says("cloche image load")?;
+    finished.refused_with(125)?.says("no-such-image")?.says("`cloche pull`")?.says("`cloche load`")?;
     for odd in ["", "UPPER", "../../etc", "a b", ":", "busybox@sha256:00", &"x".repeat(5000)] {
         bed.sandbox(odd).command(&["true"]).run()?.refused().with_context(|| format!("image {odd:?}"))?;
     }
