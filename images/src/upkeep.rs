@@ -92,13 +92,12 @@ impl Store {
     }
 
     /// Removes images that have no name and that `needed` does not want, or all that it does not want; and downloads
-    /// that nobody goes on with.
+    /// that nobody goes on with. Files of a store that is in use stay until it is not.
     pub fn prune(&self, all: bool, needed: impl Fn(Digest) -> bool) -> Result<Pruned, StoreError> {
         let total = |usage: Usage| usage.layers + usage.blobs + usage.partial;
         let before = total(self.usage()?);
         let images = self.forget(|image| (all || image.names.is_empty()) && !needed(image.id))?;
-        self.sweep()?;
-        self.sweep_partials(None)?;
+        self.sweep_all()?;
         let after = total(self.usage()?);
         Ok(Pruned { images, bytes: before.saturating_sub(after) })
     }

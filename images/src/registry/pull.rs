@@ -244,10 +244,6 @@ impl Store {
         stop: &AtomicBool,
     ) -> Result<bool, PullError> {
         let Wanted { digest, bytes } = wanted;
-        // (The archive itself, if it came without compression before.)
-        if self.has_archive(digest, &BlobRecord { digest, bytes }) {
-            return Ok(false);
-        }
         let Some(partial) = self.partial(digest, bytes)? else { return Ok(false) };
         let moved = |position| progress.moved(digest, position);
         progress.started(digest, Step::Download, bytes);

@@ -8,7 +8,8 @@
 //!   blobs/sha256/HEX         configurations, manifests, and layers as they came compressed, byte for byte
 //!   layers/sha256/HEX.erofs  converted layers; HEX is the layer's diffID, the digest of its tar archive
 //!   recipes/sha256/HEX       how such a layer's archive is put together again, if it came uncompressed
-//!   partial/sha256/HEX       blobs that are on their way from a registry, or wait for the rest of their image
+//!   partial/sha256/HEX-BYTES blobs that are on their way from a registry
+//!   partial/sha256/HEX.whole blobs from there that wait for the rest of their image
 //! ```
 //!
 //! A layer is kept twice: converted, to run, and as it came, so that a push or `save` gives back the very image that
@@ -35,6 +36,7 @@ mod partial;
 use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use std::{fs, io};
 
 use crate::digest::Digest;
@@ -292,8 +294,18 @@ impl Store {
         new.file().try_clone().map_err(io_error("create a file in", &self.root))
     }
 
-    /// Deletes what no image refers to, unless someone is using or adding blobs.
+    /// Deletes what no image refers to, unless someone is using or adding blobs; and downloads that nobody has gone on
+    /// with for long.
     pub(crate) fn sweep(&self) -> Result<(), StoreError> {
+        self.sweep_with(Some(partial::KEPT_FOR))
+    }
+
+    /// As [`Self::sweep`], but with all downloads that nobody is at.
+    pub(crate) fn sweep_all(&self) -> Result<(), StoreError> {
+        self.sweep_with(None)
+    }
+
+    fn sweep_with(&self, kept_for: Option<Duration>) -> Result<(), StoreError> {
         let path = self.root.join("lock");
         let Some(_lock) = Lock::try_exclusive(&path).map_err(io_error("lock", &path))? else {
             return Ok(());
@@ -306,7 +318,7 @@ impl Store {
         sweep_directory(&self.layers(), layers.map(|layer| layer_name(layer.diff_id)).collect())?;
         let recipes = index.images.iter().flat_map(|image| &image.layers).map(|layer| layer.diff_id.hex());
         sweep_directory(&self.recipes(), recipes.collect())?;
-        self.sweep_partials(Some(partial::KEPT_FOR)).map(|_| ())
+        self.sweep_partials(kept_for)
     }
 
     fn image(&self, record: &ImageRecord) -> Result<Image, StoreError> {
