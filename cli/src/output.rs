@@ -35,8 +35,22 @@ pub fn print(text: fmt::Arguments) {
 }
 
 /// Writes to stderr. There is nobody to tell if that fails.
+///
+/// Messages quote registries, archives and guests. Nothing in them may steer the terminal.
 pub fn complain(text: fmt::Arguments) {
-    let _ = io::stderr().write_fmt(text);
+    let _ = io::stderr().write_all(tame(&text.to_string(), &['\n', '\t']).as_bytes());
+}
+
+/// A text in which control characters (C0, DEL and C1) but those allowed are shown as escapes.
+pub fn tame(text: &str, allowed: &[char]) -> String {
+    let mut tamed = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter.is_control() && !allowed.contains(&letter) {
+            true => tamed.extend(letter.escape_default()),
+            false => tamed.push(letter),
+        }
+    }
+    tamed
 }
 
 macro_rules! print {
@@ -54,4 +68,17 @@ macro_rules! eprint {
 
 macro_rules! eprintln {
     ($($words:tt)*) => { $crate::output::complain(format_args!("{}\n", format_args!($($words)*))) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::tame;
+
+    #[test]
+    fn control_characters_are_shown_and_do_nothing() {
+        let hostile = "a\u{1b}]0;title\u{7}\u{9b}2J\u{7f}\rb\nü";
+        let tamed = r"a\u{1b}]0;title\u{7}\u{9b}2J\u{7f}\rb";
+        assert_eq!(tame(hostile, &['\n']), format!("{tamed}\nü"));
+        assert_eq!(tame(hostile, &[]), format!("{tamed}\\nü"));
+    }
 }

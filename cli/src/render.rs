@@ -1,13 +1,18 @@
 //! Tables and units, for people.
 
-/// Prints rows so that columns line up; the first row is the head. Columns in `right` are aligned right.
+use crate::output::tame;
+
+/// Prints rows so that columns line up; the first row is the head. Columns in `right` are aligned right. What cells
+/// quote cannot steer the terminal.
 pub fn table(rows: &[Vec<String>], right: &[usize]) -> String {
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|cell| tame(cell, &[])).collect()).collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width =
         |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
     let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let cells: Vec<String> = row
             .iter()
             .zip(&widths)
@@ -60,6 +65,12 @@ mod tests {
     fn table_lines_up() {
         let rows = [["a", "10"], ["long", "5"]].map(|row| row.map(String::from).to_vec());
         assert_eq!(table(&rows, &[1]), "a     10\nlong   5\n");
+    }
+
+    #[test]
+    fn table_does_not_pass_on_control_characters() {
+        let rows = [vec!["a\u{1b}[2J\u{9b}".to_owned(), "b".to_owned()]];
+        assert_eq!(table(&rows, &[]), "a\\u{1b}[2J\\u{9b}  b\n");
     }
 
     #[test]

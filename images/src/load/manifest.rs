@@ -175,7 +175,14 @@ fn fit(descriptor: &Descriptor) -> Fit {
 fn platform_name(descriptor: &Descriptor) -> Option<String> {
     let platform = descriptor.platform().as_ref()?;
     let variant = platform.variant().as_ref().map(|variant| format!("/{variant}")).unwrap_or_default();
-    Some(format!("{}/{}{variant}", platform.os(), platform.architecture()))
+    Some(quoted(&format!("{}/{}{variant}", platform.os(), platform.architecture())))
+}
+
+/// A stranger's word as a message may show it: of bounded length, and nothing that ends a line or steers a terminal.
+pub(super) fn quoted(word: &str) -> String {
+    const MOST: usize = 100;
+    let rest = if word.chars().nth(MOST).is_some() { "…" } else { "" };
+    word.chars().take(MOST).flat_map(char::escape_debug).chain(rest.chars()).collect()
 }
 
 /// The manifest that a descriptor in `named_by` stands for.
@@ -208,8 +215,8 @@ pub(crate) fn plan_manifest<B: Blobs>(
     let parsed: ImageManifest = parse_json(member, &manifest)?;
     let config = parsed.config();
     if *config.media_type() != MediaType::ImageConfig && config.media_type().as_ref() != DOCKER_CONFIG {
-        let problem =
-            format!("its configuration is of type {}, so this is not an image", config.media_type());
+        let media_type = quoted(config.media_type().as_ref());
+        let problem = format!("its configuration is of type {media_type}, so this is not an image");
         return Err(invalid(member, problem).into());
     }
     if parsed.layers().len() > MAX_LAYERS {
@@ -270,6 +277,40 @@ fn invalid(member: &str, problem: String) -> LoadError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn quoted_words_are_short_and_do_nothing() {
+        assert_eq!(quoted("plan9/é"), "plan9/é");
+        assert_eq!(quoted("a\u{1b}[2J\u{9b}\n"), r"a\u{1b}[2J\u{9b}\n");
+        let cut = quoted(&"x".repeat(1 << 20));
+        assert!(cut.len() < 110 && cut.ends_with('…'), "{cut}");
+    }
+
+    #[test]
+    fn type_of_a_configuration_is_quoted() {
+        struct Nothing;
+        impl Blobs for Nothing {
+            type Error = LoadError;
+            fn fetch(
+                &self,
+                _: &str,
+                _: Form,
+                _: Digest,
+                _: u64,
+                _: u64,
+            ) -> Result<(String, Vec<u8>), LoadError> {
+                panic!("there is nothing to fetch")
+            }
+        }
+        let digest = Digest::of(b"");
+        let manifest = format!(
+            r#"{{"schemaVersion":2,"layers":[],"config":{{"mediaType":"x/\u001b]0;{}","digest":"{digest}","size":2}}}}"#,
+            "y".repeat(10_000)
+        );
+        let plan = plan_manifest(&Nothing, "m", manifest.into_bytes(), Vec::new());
+        let error = plan.err().unwrap().to_string();
+        assert!(error.contains(r"x/\u{1b}]0;yyy") && error.len() < 300, "{error}");
+    }
 
     #[test]
     fn manifest_and_index_are_told_apart_and_what_is_both_is_refused() {

@@ -403,7 +403,7 @@ fn parse_config(member: &str, content: &[u8]) -> Result<Vec<Digest>, LoadError> 
     if (config.os(), config.architecture()) != (&Os::Linux, &Arch::Amd64) {
         return Err(LoadError::Platform {
             member: member.to_owned(),
-            available: vec![format!("{}/{}", config.os(), config.architecture())],
+            available: vec![manifest::quoted(&format!("{}/{}", config.os(), config.architecture()))],
         });
     }
     let invalid = |problem: String| LoadError::Invalid { member: member.to_owned(), problem };
