@@ -580,6 +580,7 @@ impl Read for BodyReader<'_> {
         };
         let most = output.len().min(usize::try_from(limit).unwrap_or(usize::MAX));
         let count = connection.read(output.get_mut(..most).unwrap_or_default())?;
+        connection.wire.progressed(count);
         match &mut self.framing {
             Framing::UntilClose if count == 0 => self.connection = None,
             Framing::UntilClose => {}

@@ -105,12 +105,6 @@ impl Timed {
         // The system rounds what is shorter down to "for ever".
         Ok(left.max(Duration::from_millis(1)))
     }
-
-    fn progressed(&mut self, count: usize) {
-        if let Wait::Progress { bytes, .. } = &mut self.wait {
-            *bytes += count as u64;
-        }
-    }
 }
 
 /// Whether a system call should be tried again, as the time is looked at before.
@@ -124,10 +118,7 @@ impl Read for Timed {
             let left = self.left()?;
             self.tcp.set_read_timeout(Some(left))?;
             match self.tcp.read(buffer) {
-                Ok(count) => {
-                    self.progressed(count);
-                    return Ok(count);
-                }
+                Ok(count) => return Ok(count),
                 Err(error) if is_passing(&error) => {}
                 Err(error) => return Err(error),
             }
@@ -141,10 +132,7 @@ impl Write for Timed {
             let left = self.left()?;
             self.tcp.set_write_timeout(Some(left))?;
             match self.tcp.write(buffer) {
-                Ok(count) => {
-                    self.progressed(count);
-                    return Ok(count);
-                }
+                Ok(count) => return Ok(count),
                 Err(error) if is_passing(&error) => {}
                 Err(error) => return Err(error),
             }
@@ -194,6 +182,14 @@ impl Wire {
         timed.wait = Wait::Until(Instant::now() + timed.patience.head);
     }
 
+    /// So many bytes of a body went through. What frames them (TLS' padding, chunks' extensions) is no progress: there
+    /// may be a thousand times as much of it.
+    pub(super) fn progressed(&mut self, count: usize) {
+        if let Wait::Progress { bytes, .. } = &mut self.timed().wait {
+            *bytes += count as u64;
+        }
+    }
+
     /// From now on, bytes must flow.
     pub(super) fn expect_body(&mut self) {
         self.timed().wait = Wait::Progress { since: Instant::now(), bytes: 0 };
@@ -211,10 +207,12 @@ impl Read for Wire {
 
 impl Write for Wire {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        match self {
-            Wire::Plain(timed) => timed.write(buffer),
-            Wire::Tls(stream) => stream.write(buffer),
-        }
+        let count = match self {
+            Wire::Plain(timed) => timed.write(buffer)?,
+            Wire::Tls(stream) => stream.write(buffer)?,
+        };
+        self.progressed(count);
+        Ok(count)
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -208,6 +208,20 @@ const LIES: &[(&str, &str, Lie)] = &[
             })
         })
     }),
+    ("a layer that comes in single bytes, with much around each", "bytes in 1.5 s", |shelf, asked| {
+        on_layer(shelf, asked, || {
+            let layer = shelf.layer.clone();
+            Box::new(move |stream| {
+                stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+                for byte in layer {
+                    let chunk = format!("1;{}\r\n", "x".repeat(900));
+                    stream.write_all(&[chunk.as_bytes(), &[byte], b"\r\n"].concat())?;
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                stream.write_all(b"0\r\n\r\n")
+            })
+        })
+    }),
     ("another part than was asked for", "answered 206", |shelf, asked| {
         on_layer(shelf, asked, || answer(206, &[("Content-Range", "bytes 5-9/10")], "abcde"))
     }),
@@ -451,7 +465,7 @@ fn killed(bed: &Bed) -> Result<(), Failure> {
         })
     })?;
     let mut child = crate::child::spawn_pull(bed.store.root(), &server.image("app:1"))?;
-    let partial = bed.store.root().join("partial/sha256").join(sha256(&shelf.layer));
+    let partial = partial_of(bed, &shelf);
     let patience = Instant::now() + Duration::from_secs(20);
     while fs::metadata(&partial).map_or(0, |metadata| metadata.len()) < 900_000 {
         expect("the download begins", Instant::now() < patience)?;
@@ -522,10 +536,16 @@ fn full_disk(bed: &Bed) -> Result<(), Failure> {
     result
 }
 
+/// Where the layer's download grows.
+fn partial_of(bed: &Bed, shelf: &Shelf) -> std::path::PathBuf {
+    let name = format!("{}-{}", sha256(&shelf.layer), shelf.layer.len());
+    bed.store.root().join("partial/sha256").join(name)
+}
+
 fn bad_start(bed: &Bed) -> Result<(), Failure> {
     let shelf = Shelf::new()?;
     let server = registry(&shelf, |_, _| None)?;
-    let partial = bed.store.root().join("partial/sha256").join(sha256(&shelf.layer));
+    let partial = partial_of(bed, &shelf);
     for start in [noise(1000, 5), noise(shelf.layer.len(), 5), noise(shelf.layer.len() + 5, 5)] {
         fs::write(&partial, start)?;
         let name = server.image("app:1");
