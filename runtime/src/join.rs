@@ -12,7 +12,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     os::unix::fs::MetadataExt,
-    path::PathBuf,
+    path::{Component, PathBuf},
 };
 
 use oci_spec::runtime::{LinuxPersonality, LinuxSeccomp, Process};
@@ -184,7 +184,17 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
 fn clone_into(join: &Join<'_>, foreign: u64) -> Result<Cloned, LaunchError> {
     let directory = join.cgroup.clone_target()?;
     let clone = || {
-        syscalls::clone3(0, directory.as_ref().map(AsFd::as_fd)).map_err(process_failed("clone this process"))
+        let cloned = syscalls::clone3(0, directory.as_ref().map(AsFd::as_fd));
+        match (cloned, &directory) {
+            // Once the container has handed controllers down, only the cgroups below its own take processes (kernel:
+            // cgroup-v2.rst, "No Internal Process Constraint").
+            (Err(error), Some(_)) if error.raw_os_error() == Some(libc::EBUSY) => {
+                let own = open_cgroup_of_first(join.pid, join.cgroup)?;
+                syscalls::clone3(0, Some(own.as_fd()))
+            }
+            (cloned, _) => cloned,
+        }
+        .map_err(process_failed("clone this process"))
     };
     if foreign & NEW_PID == 0 {
         return clone();
@@ -198,6 +208,24 @@ fn clone_into(join: &Join<'_>, foreign: u64) -> Result<Cloned, LaunchError> {
             .map_err(process_failed("return to the own PID namespace"))?;
     }
     cloned
+}
+
+/// The v2 cgroup that the container's first process has moved itself to, below this one.
+fn open_cgroup_of_first(pid: i32, cgroup: &Cgroup) -> Result<OwnedFd, LaunchError> {
+    let failed = process_failed("find the cgroup of the container's first process");
+    let find = || -> io::Result<OwnedFd> {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let path = text.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+        // The kernel's path is as this process sees the hierarchy; the names in it are the container's.
+        let own = cgroup.unified_root().join(path);
+        if !cgroup.unified_directory().is_some_and(|directory| own.starts_with(directory))
+            || own.components().any(|part| part == Component::ParentDir)
+        {
+            return Err(io::Error::other(format!("/{path} is not below the container's cgroup")));
+        }
+        Ok(openat(CWD, own, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+    };
+    find().map_err(failed)
 }
 
 /// Moves the process into the v1 cgroups, and lets it go on.

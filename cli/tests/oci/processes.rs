@@ -3,6 +3,7 @@
 use std::{
     fs,
     os::{fd::AsRawFd, unix::net::UnixListener},
+    path::Path,
     process::Stdio,
 };
 
@@ -15,6 +16,7 @@ use crate::{
 
 pub fn all() -> Vec<Test> {
     crate::tests![
+        exec_goes_where_the_first_process_is_if_controllers_were_handed_down,
         signal_reaches_the_first_process,
         signal_to_all_reaches_all,
         exec_is_in_the_container,
@@ -218,4 +220,37 @@ fn environment_variable_given_twice_has_its_later_value() {
     let env = bundle.ok(&["exec", "--env", "AB=4", &bundle.id, "env"]);
     let lines: Vec<_> = env.lines().filter(|line| line.starts_with('A')).collect();
     assert_eq!(lines, ["A=3", "AB=4"]);
+}
+
+/// cgroup v2 takes processes only at the leaves, once a cgroup has controllers in its `cgroup.subtree_control`.
+fn exec_goes_where_the_first_process_is_if_controllers_were_handed_down() {
+    let root = Path::new("/sys/fs/cgroup");
+    let root = if root.join("cgroup.controllers").exists() { root.to_owned() } else { root.join("unified") };
+    let controllers = fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
+    let Some(controller) = controllers.split_whitespace().next() else {
+        eprintln!("not tested: the cgroup v2 hierarchy of this machine has no controllers");
+        return;
+    };
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.start();
+    let pid = bundle.state()["pid"].to_string();
+    let own = root.join("cloche").join(&bundle.id);
+    fs::create_dir(own.join("first")).unwrap();
+    fs::write(own.join("first/cgroup.procs"), &pid).unwrap();
+    let mut enabled = Vec::new();
+    for directory in [&root, &root.join("cloche"), &own] {
+        let file = directory.join("cgroup.subtree_control");
+        if !fs::read_to_string(&file).unwrap().split_whitespace().any(|listed| listed == controller) {
+            fs::write(&file, format!("+{controller}")).unwrap();
+            enabled.push(file);
+        }
+    }
+    let output = bundle.run(&["exec", &bundle.id, "cat", "/proc/self/cgroup"]);
+    bundle.ok(&["delete", "--force", &bundle.id]);
+    for file in enabled.iter().rev().filter(|file| file.exists()) {
+        fs::write(file, format!("-{controller}")).unwrap();
+    }
+    let listed = text(&output.stdout);
+    let expected = format!("0::/cloche/{}/first", bundle.id);
+    assert!(listed.lines().any(|line| line == expected), "{output:?}");
 }

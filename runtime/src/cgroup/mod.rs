@@ -380,6 +380,12 @@ impl Cgroup {
         self.unified.as_deref()
     }
 
+    /// Where the v2 hierarchy is mounted, if there is one.
+    pub(crate) fn unified_root(&self) -> PathBuf {
+        let root = Path::new(ROOT);
+        if self.layout == Layout::V2 { root.to_owned() } else { root.join("unified") }
+    }
+
     /// How many processes the kernel has killed because the memory limit was hit.
     pub fn oom_kills(&self) -> u64 {
         match (self.layout, &self.unified, v1::of(&self.v1, "memory")) {
