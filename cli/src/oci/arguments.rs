@@ -147,7 +147,7 @@ pub enum Verb {
         /// Directory of the bundle
         #[arg(short, long, value_name = "DIR", default_value = ".")]
         bundle: PathBuf,
-        /// For a plain user, who becomes root in the container
+        /// With a user namespace, in which the caller becomes root; a plain user also needs a cgroup to make others in
         #[arg(long)]
         rootless: bool,
     },
