@@ -7,8 +7,8 @@ use std::ops::RangeInclusive;
 use crate::{
     assembler::{EXIT_PORT, Width},
     driver::{
-        ADDED_MEMORY, BLOCK_BYTES, Device, ECHO, Guest, INDIRECT, MEMORY_END, NEXT, NOBODY, Packet, Queue,
-        READ_ONLY_FILE, REQUESTED_BLOCKS, SECTOR_ZERO, SERVED, WRITE, register, status,
+        ADDED_BYTES, ADDED_MEMORY, BLOCK_BYTES, Device, ECHO, Guest, INDIRECT, MEMORY_END, NEXT, NOBODY,
+        Packet, Queue, READ_ONLY_FILE, REQUESTED_BLOCKS, SECTOR_ZERO, SERVED, WRITE, register, status,
     },
     machine::{End, Host, Limits, Setting},
 };
@@ -428,6 +428,7 @@ fn nonsense_memory_requests(guest: &mut Guest) {
             (ADDED_MEMORY - BLOCK_BYTES, 2),
             (READ_ONLY_FILE, 1),
             (READ_ONLY_FILE - BLOCK_BYTES, 2),
+            (ADDED_MEMORY + ADDED_BYTES - BLOCK_BYTES, 2),
             (ADDED_MEMORY, u16::MAX),
             (u64::MAX, 1),
             (u64::MAX - BLOCK_BYTES + 1, u16::MAX),
