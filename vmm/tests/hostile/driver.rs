@@ -350,8 +350,8 @@ impl Guest {
 /// The first bytes of the disk.
 pub const SECTOR_ZERO: u64 = u64::from_le_bytes(*b"SECTOR00");
 
-/// Memory that can be added: where, how much, in which units, and how much of it is asked for. After it, and a gap, is a file that
-/// nobody may write.
+/// Memory that can be added: where, how much, in which units, and how much of it is asked for. After it, and
+/// a gap, is a file that nobody may write.
 pub const ADDED_MEMORY: u64 = 4 << 30;
 pub const ADDED_BYTES: u64 = 384 << 20;
 pub const BLOCK_BYTES: u64 = 4 << 20;
