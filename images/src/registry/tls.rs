@@ -57,7 +57,7 @@ pub(super) fn config(host: &str, verify: bool) -> Result<ClientConfig, TlsError>
         .with_safe_default_protocol_versions()
         .map_err(bad)?;
     if !verify {
-        let anyone = Arc::new(Anyone(provider));
+        let anyone = Arc::new(Unchecked { provider, accepted: true });
         return Ok(builder.dangerous().with_custom_certificate_verifier(anyone).with_no_client_auth());
     }
     let mut roots = RootCertStore::empty();
@@ -76,6 +76,10 @@ pub(super) fn config(host: &str, verify: bool) -> Result<ClientConfig, TlsError>
         }
     }
     roots.add_parsable_certificates(named.iter().cloned());
+    if roots.is_empty() {
+        let nobody = Arc::new(Unchecked { provider, accepted: false });
+        return Ok(builder.dangerous().with_custom_certificate_verifier(nobody).with_no_client_auth());
+    }
     let webpki = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)
         .build()
         .map_err(|error| bad(Error::Other(OtherError(Arc::new(error)))))?;
@@ -174,11 +178,14 @@ fn is_by_form(problem: &CertificateError) -> bool {
     matches!(problem, CertificateError::Other(_) | CertificateError::UnknownIssuer)
 }
 
-/// Accepts any certificate.
+/// Accepts any certificate, or none where there are no authorities to check one by.
 #[derive(Debug)]
-struct Anyone(Arc<CryptoProvider>);
+struct Unchecked {
+    provider: Arc<CryptoProvider>,
+    accepted: bool,
+}
 
-impl ServerCertVerifier for Anyone {
+impl ServerCertVerifier for Unchecked {
     fn verify_server_cert(
         &self,
         _end_entity: &CertificateDer<'_>,
@@ -187,7 +194,14 @@ impl ServerCertVerifier for Anyone {
         _ocsp_response: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
+        if self.accepted {
+            return Ok(ServerCertVerified::assertion());
+        }
+        Err(Error::General(
+            "this machine has no certificate authorities; install ca-certificates, or put the registry's into \
+             /etc/docker/certs.d/HOST:PORT/ca.crt"
+                .into(),
+        ))
     }
 
     fn verify_tls12_signature(
@@ -196,7 +210,7 @@ impl ServerCertVerifier for Anyone {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(
@@ -205,10 +219,10 @@ impl ServerCertVerifier for Anyone {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
