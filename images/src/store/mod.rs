@@ -151,8 +151,11 @@ impl Store {
     pub fn open(root: &Path) -> Result<Store, StoreError> {
         let root = std::path::absolute(root).map_err(io_error("find", root))?;
         let store = Store { root };
-        for directory in [store.blobs(), store.layers(), store.recipes(), store.partials()] {
-            fs::create_dir_all(&directory).map_err(io_error("create", &directory))?;
+        // The last to be made stands for all: each start of a sandbox opens the store, and looks for one only.
+        if !store.partials().is_dir() {
+            for directory in [store.blobs(), store.layers(), store.recipes(), store.partials()] {
+                fs::create_dir_all(&directory).map_err(io_error("create", &directory))?;
+            }
         }
         Ok(store)
     }
