@@ -57,7 +57,7 @@ pub(super) fn config(host: &str, verify: bool) -> Result<ClientConfig, TlsError>
         .with_safe_default_protocol_versions()
         .map_err(bad)?;
     if !verify {
-        let anyone = Arc::new(Unchecked { provider, accepted: true });
+        let anyone = Arc::new(Verifier { provider, trust: Trust::Anyone });
         return Ok(builder.dangerous().with_custom_certificate_verifier(anyone).with_no_client_auth());
     }
     let mut roots = RootCertStore::empty();
@@ -76,14 +76,16 @@ pub(super) fn config(host: &str, verify: bool) -> Result<ClientConfig, TlsError>
         }
     }
     roots.add_parsable_certificates(named.iter().cloned());
-    if roots.is_empty() {
-        let nobody = Arc::new(Unchecked { provider, accepted: false });
-        return Ok(builder.dangerous().with_custom_certificate_verifier(nobody).with_no_client_auth());
-    }
-    let webpki = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)
-        .build()
-        .map_err(|error| bad(Error::Other(OtherError(Arc::new(error)))))?;
-    let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(Named { webpki, named }));
+    let trust = if roots.is_empty() {
+        Trust::Nobody
+    } else {
+        let webpki = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+            .build()
+            .map_err(|error| bad(Error::Other(OtherError(Arc::new(error)))))?;
+        Trust::Authorities { webpki, named }
+    };
+    let verifier = Arc::new(Verifier { provider, trust });
+    let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
     match identity {
         Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(bad),
         None => Ok(builder.with_no_client_auth()),
@@ -120,15 +122,25 @@ fn key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
     PrivateKeyDer::from_pem_slice(&content).map_err(|error| bad(io::Error::other(error)))
 }
 
-/// Verifies as usual, and accepts a server's own certificate if the host's folder has that very one: people make
-/// self-signed certificates with `openssl req -x509`, which are authorities by form and so no server's for webpki.
+/// Checks a server's certificate as far as `trust` says; its signatures in any case.
 #[derive(Debug)]
-struct Named {
-    webpki: Arc<WebPkiServerVerifier>,
-    named: Vec<CertificateDer<'static>>,
+struct Verifier {
+    provider: Arc<CryptoProvider>,
+    trust: Trust,
 }
 
-impl ServerCertVerifier for Named {
+#[derive(Debug)]
+enum Trust {
+    /// Any certificate.
+    Anyone,
+    /// None: there are no authorities to check one by.
+    Nobody,
+    /// As usual, and a server's own certificate if the host's folder has that very one: people make self-signed
+    /// certificates with `openssl req -x509`, which are authorities by form and so no server's for webpki.
+    Authorities { webpki: Arc<WebPkiServerVerifier>, named: Vec<CertificateDer<'static>> },
+}
+
+impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -137,71 +149,26 @@ impl ServerCertVerifier for Named {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let usual =
-            self.webpki.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
-        match usual {
+        let (webpki, named) = match &self.trust {
+            Trust::Anyone => return Ok(ServerCertVerified::assertion()),
+            Trust::Nobody => {
+                return Err(Error::General(
+                    "this machine has no certificate authorities; install ca-certificates, or put the registry's \
+                     into /etc/docker/certs.d/HOST:PORT/ca.crt"
+                        .into(),
+                ));
+            }
+            Trust::Authorities { webpki, named } => (webpki, named),
+        };
+        match webpki.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
             Err(Error::InvalidCertificate(problem))
-                if is_by_form(&problem) && self.named.contains(&end_entity.clone().into_owned()) =>
+                if is_by_form(&problem) && named.contains(&end_entity.clone().into_owned()) =>
             {
                 rustls::client::verify_server_name(&ParsedCertificate::try_from(end_entity)?, server_name)?;
                 Ok(ServerCertVerified::assertion())
             }
             other => other,
         }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.webpki.verify_tls12_signature(message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.webpki.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.webpki.supported_verify_schemes()
-    }
-}
-
-/// Whether a certificate was refused for what it is, rather than for its dates, its names or a revocation.
-fn is_by_form(problem: &CertificateError) -> bool {
-    matches!(problem, CertificateError::Other(_) | CertificateError::UnknownIssuer)
-}
-
-/// Accepts any certificate, or none where there are no authorities to check one by.
-#[derive(Debug)]
-struct Unchecked {
-    provider: Arc<CryptoProvider>,
-    accepted: bool,
-}
-
-impl ServerCertVerifier for Unchecked {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        if self.accepted {
-            return Ok(ServerCertVerified::assertion());
-        }
-        Err(Error::General(
-            "this machine has no certificate authorities; install ca-certificates, or put the registry's into \
-             /etc/docker/certs.d/HOST:PORT/ca.crt"
-                .into(),
-        ))
     }
 
     fn verify_tls12_signature(
@@ -225,4 +192,9 @@ impl ServerCertVerifier for Unchecked {
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
     }
+}
+
+/// Whether a certificate was refused for what it is, rather than for its dates, its names or a revocation.
+fn is_by_form(problem: &CertificateError) -> bool {
+    matches!(problem, CertificateError::Other(_) | CertificateError::UnknownIssuer)
 }
