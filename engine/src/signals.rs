@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use crate::syscalls;
+use cloche_runtime::signal_descriptor;
 
 /// What a user or a supervisor sends to steer a program.
 const FORWARDED: [i32; 7] =
@@ -25,7 +25,7 @@ impl Signals {
     /// From here on these signals no longer act on this process.
     pub fn collect() -> io::Result<Self> {
         let collected = [&FORWARDED[..], &[RELAYED]].concat();
-        Ok(Self { fd: syscalls::signal_descriptor(&collected)? })
+        Ok(Self { fd: signal_descriptor(&collected)? })
     }
 
     /// Whether a signal, sent to what has not started yet, means that it need not start any more.

@@ -5,34 +5,9 @@ use std::{
     ffi::{CStr, c_char},
     io,
     mem::MaybeUninit,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, OwnedFd, RawFd},
     ptr,
 };
-
-/// Blocks these signals for the calling thread and returns a non-blocking descriptor that yields them (signalfd(2)).
-pub fn signal_descriptor(signals: &[i32]) -> io::Result<OwnedFd> {
-    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: `set` is writable memory of the right type; sigemptyset initialises it.
-    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-    // SAFETY: initialised by sigemptyset just above.
-    let mut set = unsafe { set.assume_init() };
-    for signo in signals {
-        // SAFETY: `set` is an initialised signal set.
-        unsafe { libc::sigaddset(&raw mut set, *signo) };
-    }
-    // SAFETY: `set` is initialised; the old mask is not asked for.
-    let blocked = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) };
-    if blocked != 0 {
-        return Err(io::Error::from_raw_os_error(blocked));
-    }
-    // SAFETY: `set` is initialised; -1 asks for a new descriptor.
-    let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `fd` was just returned by signalfd(2) and belongs to nobody else.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
 
 /// Queues a signal with a number for a process (pidfd_send_signal(2), sigqueue(3)).
 pub fn queue_signal(pidfd: &OwnedFd, signo: i32, value: i32) -> io::Result<()> {

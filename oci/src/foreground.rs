@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use cloche_runtime::pump;
+use cloche_runtime::{pump, signal_descriptor};
 use rustix::{
     event::{PollFd, PollFlags},
     process::{Signal, pidfd_send_signal},
@@ -11,7 +11,6 @@ use rustix::{
 use crate::{
     console::Terminal,
     error::{Error, system},
-    syscalls,
 };
 
 /// Signals that are passed on, collected so that none is lost.
@@ -35,7 +34,7 @@ impl Signals {
             libc::SIGTRAP,
         ];
         let passed: Vec<_> = (1..=31).filter(|signo| !own.contains(signo)).collect();
-        syscalls::signal_descriptor(&passed).map(Self).map_err(system("collect signals"))
+        signal_descriptor(&passed).map(Self).map_err(system("collect signals"))
     }
 
     fn take(&self) -> Option<i32> {

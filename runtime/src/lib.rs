@@ -41,6 +41,6 @@ pub use namespaces::NamespaceError;
 pub use process::capabilities::names as capability_names;
 pub use seccomp::{ACTIONS as SECCOMP_ACTIONS, SeccompError};
 pub use spec_check::{SpecError, check as check_spec};
-pub use syscalls::{Cloned, clone3, pidfd_send_signal as send_signal};
+pub use syscalls::{Cloned, clone3, pidfd_send_signal as send_signal, signal_descriptor};
 pub use sysctls::SysctlError;
 pub use user_namespace::UserNamespaceError;
