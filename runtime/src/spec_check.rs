@@ -217,10 +217,11 @@ fn resources(check: &mut Check, resources: &LinuxResources) {
 }
 
 fn memory(check: &mut Check, memory: &LinuxMemory) {
-    // All others are acted on; 0 means "not set" for limits. `useHierarchy` asks for what kernels do anyway (the file is
-    // read-only since Linux 5.11).
+    // All others are acted on; 0 means "not set" for limits.
     #[allow(deprecated)]
     check.refuse("linux.resources.memory.kernel", memory.kernel().is_some_and(|limit| limit != 0));
+    // Kernels do nothing else: the file is read-only since Linux 5.11.
+    check.refuse("linux.resources.memory.useHierarchy", memory.use_hierarchy() == Some(false));
     check.refuse("linux.resources.memory.checkBeforeUpdate", memory.check_before_update() == Some(true));
 }
 

@@ -73,6 +73,7 @@ fn unsupported_field_is_refused_by_its_name() {
         ("linux/memoryPolicy", json!({ "mode": "MPOL_BIND", "nodes": "0" })),
         ("linux/resources/memory/kernel", json!(1)),
         ("linux/resources/memory/checkBeforeUpdate", json!(true)),
+        ("linux/resources/memory/useHierarchy", json!(false)),
         ("linux/resources/blockIO/leafWeight", json!(10)),
     ];
     for (path, value) in fields {
