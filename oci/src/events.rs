@@ -106,14 +106,22 @@ fn report(cgroup: &Cgroup) -> Value {
     let memory = find("memory");
     let raw = memory.as_deref().map(|directory| numbers(directory, "memory.stat")).unwrap_or_default();
     let limit = usage.memory_limit_bytes.unwrap_or(u64::MAX);
+    // How often the limit was hit.
+    let hits = memory.as_deref().and_then(|directory| {
+        let of_v2 = || numbers(directory, "memory.events").get("max")?.as_u64();
+        one(directory, "memory.failcnt").or_else(of_v2)
+    });
+    // On v2 these files do not exist, and cpu.stat tells below.
+    let spent = |file| find("cpuacct").and_then(|directory| one(&directory, file));
+    let (kernel, user) = (spent("cpuacct.usage_sys"), spent("cpuacct.usage_user"));
     let mut data = json!({
-        "cpu": { "usage": { "total": number(usage.cpu_ns), "kernel": 0, "user": 0 }, "throttling": {} },
+        "cpu": { "usage": { "total": number(usage.cpu_ns), "kernel": kernel, "user": user }, "throttling": {} },
         "memory": {
             "usage": {
                 "limit": limit,
                 "usage": number(usage.memory_bytes),
                 "max": cgroup.memory_peak_bytes().unwrap_or(0),
-                "failcnt": cgroup.oom_kills(),
+                "failcnt": hits,
             },
             "raw": raw,
         },
