@@ -7,13 +7,13 @@
 //! is attached nowhere, or a sealed copy in memory where mounting is not allowed.
 
 use std::{
-    ffi::CString,
     fs::File,
     io,
     os::{
-        fd::{AsFd, OwnedFd},
-        unix::ffi::OsStringExt,
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::process::CommandExt,
     },
+    process::Command,
 };
 
 use rustix::{
@@ -24,10 +24,7 @@ use rustix::{
     mount::{OpenTreeFlags, open_tree},
 };
 
-use crate::{
-    error::{Error, system},
-    syscalls,
-};
+use crate::error::{Error, system};
 
 const OWN: &str = "/proc/self/exe";
 
@@ -40,10 +37,10 @@ pub fn protect() -> Result<(), Error> {
     }
     let protected =
         read_only_mount().or_else(|_| sealed_copy(&own)).map_err(system("protect this program's file"))?;
-    let words = std::env::args_os().map(|word| CString::new(word.into_vec()));
-    let words: Vec<_> =
-        words.collect::<Result<_, _>>().map_err(|error| system("read arguments")(io::Error::from(error)))?;
-    Err(system("run this program again")(syscalls::execute(protected.as_fd(), &words)))
+    let mut words = std::env::args_os();
+    let mut again = Command::new(format!("/proc/self/fd/{}", protected.as_raw_fd()));
+    again.arg0(words.next().unwrap_or_default()).args(words);
+    Err(system("run this program again")(again.exec()))
 }
 
 fn is_protected(own: &OwnedFd) -> bool {

@@ -24,7 +24,6 @@ mod foreground;
 mod gate;
 mod process;
 mod state;
-mod syscalls;
 pub mod template;
 pub mod time;
 mod verbs;
