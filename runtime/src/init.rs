@@ -150,8 +150,9 @@ impl Init<'_> {
         }
         if self.namespaces.has_user() {
             user_namespace::become_root()?;
+            // The switch made it dumpable or not by the machine's settings.
+            self.entry.become_undumpable()?;
         }
-        self.entry.become_undumpable()?;
         self.set_up_namespaces()?;
         let root = self.enter_root(pid)?;
         self.set_up_files(root.as_fd())?;
