@@ -14,18 +14,18 @@ pub fn read<T: ByteValued>(memory: &GuestMemory, address: u64) -> Result<T, Gues
     Ok(slice.get_ref::<T>(0)?.load())
 }
 
-/// Descriptor flags.
-mod flag {
-    pub const NEXT: u16 = 1;
-    pub const WRITE: u16 = 2;
-    pub const INDIRECT: u16 = 4;
-}
-
 /// Writes what lies in one piece.
 pub fn write<T: ByteValued>(memory: &GuestMemory, address: u64, value: T) -> Result<(), GuestMemoryError> {
     let slice = memory.get_slice(GuestAddress(address), size_of::<T>())?;
     slice.get_ref::<T>(0)?.store(value);
     Ok(())
+}
+
+/// Descriptor flags.
+mod flag {
+    pub const NEXT: u16 = 1;
+    pub const WRITE: u16 = 2;
+    pub const INDIRECT: u16 = 4;
 }
 
 /// A buffer of a chain; where it lies is not checked yet.
