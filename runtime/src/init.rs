@@ -189,7 +189,7 @@ impl Init<'_> {
     /// From here on, no path leads to the caller's files.
     fn enter_root(&self, pid: Option<i32>) -> Result<OwnedFd, InitError> {
         rootfs::isolate_mounts()?;
-        if let (Some(hooks), Some(state), Some(pid)) = (self.spec.hooks(), self.hook_state, pid) {
+        if let (Some(hooks), Some(state), Some(pid)) = (self.spec.hooks(), self.hook_state(), pid) {
             let listed = hooks.create_container().as_deref().unwrap_or_default();
             // Other runtimes run these in the root file system, and hooks count on it.
             let enter = || match self.rootfs {
@@ -261,7 +261,7 @@ impl Init<'_> {
         if is_own_dev && !self.namespaces.has_user() {
             devices::create(root, self.listed_devices())?;
         }
-        if let Some(socket) = self.console_socket {
+        if let Some(socket) = self.console_socket.filter(|_| cfg!(feature = "terminal")) {
             console::set_up(root, self.entry.process, is_own_dev, socket)?;
         }
         mounts::close_filled(root, self.mounts)?;
@@ -283,9 +283,13 @@ impl Init<'_> {
         }
     }
 
+    fn hook_state(&self) -> Option<HookState<'_>> {
+        self.hook_state.filter(|_| cfg!(feature = "hooks"))
+    }
+
     fn run_start_hooks(&self, pid: Option<i32>, env: &[CString]) -> Result<(), InitError> {
         let listed = self.spec.hooks().as_ref().and_then(|hooks| hooks.start_container().as_deref());
-        match (listed, self.hook_state, pid) {
+        match (listed, self.hook_state(), pid) {
             (Some(listed), Some(state), Some(pid)) => {
                 self.entry.run_confined_hooks("startContainer", listed, &state(pid, "created"), env)
             }

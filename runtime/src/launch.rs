@@ -90,6 +90,16 @@ pub struct Oci<'a> {
     pub hook_state: Option<HookState<'a>>,
 }
 
+impl<'a> Oci<'a> {
+    fn console_socket(&self) -> Option<BorrowedFd<'a>> {
+        self.console_socket.filter(|_| cfg!(feature = "terminal"))
+    }
+
+    fn hook_state(&self) -> Option<HookState<'a>> {
+        self.hook_state.filter(|_| cfg!(feature = "hooks"))
+    }
+}
+
 /// Takes the process's id and its cgroup.
 pub type Created<'a> = &'a dyn Fn(i32, &Cgroup) -> Result<(), String>;
 
@@ -242,8 +252,10 @@ struct Plan<'a> {
 impl<'a> Plan<'a> {
     fn new(launch: &Launch<'a>) -> Result<Self, LaunchError> {
         let spec = launch.spec;
-        let means =
-            Means { terminal: launch.oci.console_socket.is_some(), hooks: launch.oci.hook_state.is_some() };
+        let means = Means {
+            terminal: launch.oci.console_socket().is_some(),
+            hooks: launch.oci.hook_state().is_some(),
+        };
         spec_check::check_with(spec, means)?;
         let missing = |what: &str| SpecError::Invalid(format!("{what} is missing"));
         let linux = spec.linux().as_ref().ok_or_else(|| missing("linux"))?;
@@ -385,8 +397,8 @@ fn spawn(
                 released: attached.as_ref().map(AsFd::as_fd),
                 released_early,
                 prepared,
-                console_socket: launch.oci.console_socket,
-                hook_state: launch.oci.hook_state,
+                console_socket: launch.oci.console_socket(),
+                hook_state: launch.oci.hook_state(),
             })
         }
     }

@@ -82,18 +82,23 @@ impl Namespaces {
     }
 
     fn joins_user(&self) -> bool {
-        self.joined.iter().any(|joined| joined.kind == LinuxNamespaceType::User)
+        cfg!(feature = "user-namespaces")
+            && self.joined.iter().any(|joined| joined.kind == LinuxNamespaceType::User)
+    }
+
+    fn has_new_user(&self) -> bool {
+        cfg!(feature = "user-namespaces") && self.new_user
     }
 
     /// Whether the container's root is not the caller's.
     pub(crate) fn has_user(&self) -> bool {
-        self.new_user || self.joins_user()
+        self.has_new_user() || self.joins_user()
     }
 
     /// Whether a process in between has to join before the container's is made: new namespaces belong to the user
     /// namespace that their maker is in, and from within a new one the caller's could not be joined.
     pub(crate) fn need_go_between(&self) -> bool {
-        self.joins_user() || self.new_user && !self.joined.is_empty()
+        self.joins_user() || self.has_new_user() && !self.joined.is_empty()
     }
 
     /// Joins all, the user namespace first.

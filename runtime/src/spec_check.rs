@@ -164,14 +164,14 @@ fn linux(check: &mut Check, spec: &Spec, linux: &Linux) {
         linux.namespaces().iter().flatten().any(|listed| listed.typ() == kind && listed.path().is_none())
     };
     let has_maps = [linux.uid_mappings(), linux.gid_mappings()].map(|maps| !maps.is_empty_or_absent());
+    let has_user = linux.namespaces().iter().flatten().any(|listed| listed.typ() == LinuxNamespaceType::User);
+    check.refuse("linux.namespaces[user]", has_user && !cfg!(feature = "user-namespaces"));
     if new(LinuxNamespaceType::User) {
         check.require(has_maps == [true, true], || {
             "a new user namespace needs linux.uidMappings and linux.gidMappings".into()
         });
     } else {
-        let joins =
-            linux.namespaces().iter().flatten().any(|listed| listed.typ() == LinuxNamespaceType::User);
-        check.require(joins || has_maps == [false, false], || {
+        check.require(has_user || has_maps == [false, false], || {
             "linux.uidMappings and linux.gidMappings need a user namespace".into()
         });
     }

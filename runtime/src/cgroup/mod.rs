@@ -127,6 +127,8 @@ impl Layout {
     pub fn detect() -> Result<Self, CgroupError> {
         if files::is_cgroup2(Path::new(ROOT)) {
             Ok(Self::V2)
+        } else if !cfg!(feature = "cgroup-v1") {
+            Err(CgroupError::NotMounted)
         } else if files::is_cgroup2(&Path::new(ROOT).join("unified")) {
             Ok(Self::Hybrid)
         } else if v1::any_hierarchy(Path::new(ROOT)) {

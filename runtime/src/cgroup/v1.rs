@@ -61,7 +61,7 @@ pub(super) fn any_hierarchy(root: &Path) -> bool {
 /// Where a controller's hierarchy is mounted, with its mount point's name: `cpu` may be a link to `cpu,cpuacct`.
 fn hierarchy(root: &Path, controller: &str) -> Option<(String, PathBuf)> {
     let mount_point = root.join(controller);
-    if !files::is_cgroup1(&mount_point) {
+    if !cfg!(feature = "cgroup-v1") || !files::is_cgroup1(&mount_point) {
         return None;
     }
     let mount_point = match fs::read_link(&mount_point) {
@@ -81,6 +81,9 @@ pub(super) fn create(
     wanted: &[&str],
     made: &mut Vec<Directory>,
 ) -> Result<(), CgroupError> {
+    if !cfg!(feature = "cgroup-v1") {
+        return Err(CgroupError::NotMounted);
+    }
     if let Some((file, _)) = limits.unified.first() {
         return Err(CgroupError::Limit {
             limit: format!("linux.resources.unified {file:?}"),
@@ -158,11 +161,15 @@ pub(super) fn open(root: &Path, relative: &Path) -> Vec<Directory> {
 
 /// A controller's directory.
 pub(super) fn of<'a>(directories: &'a [Directory], controller: &str) -> Option<&'a Path> {
-    directories.iter().find(|directory| directory.has(controller)).map(Directory::path)
+    let mut here = directories.iter().filter(|_| cfg!(feature = "cgroup-v1"));
+    here.find(|directory| directory.has(controller)).map(Directory::path)
 }
 
 /// Sets the limits.
 pub(super) fn apply(directories: &[Directory], limits: &Limits) -> Result<(), CgroupError> {
+    if !cfg!(feature = "cgroup-v1") {
+        return Err(CgroupError::NotMounted);
+    }
     let write = |controller: &'static str, limit: &'static str, file: &str, value: &str| match directories
         .iter()
         .find(|directory| directory.has(controller))

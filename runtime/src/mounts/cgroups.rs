@@ -23,7 +23,7 @@ pub(super) fn mount(
     cgroup: &Cgroup,
     clones: &[OwnedFd],
 ) -> Result<(), MountError> {
-    if cgroup.layout() == Layout::V2 {
+    if cgroup.layout() == Layout::V2 || !cfg!(feature = "cgroup-v1") {
         let view = view_mount(mount, None, clones.first())?;
         return attach(root, mount, view.as_fd(), Symlinks::Follow, Make::Directory);
     }

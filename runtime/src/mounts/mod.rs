@@ -161,6 +161,9 @@ impl Mount {
             }
             _ => None,
         };
+        if maps.is_some() && !cfg!(feature = "user-namespaces") {
+            return Err(invalid("uidMappings and gidMappings are not supported here"));
+        }
         if maps.is_some() && !matches!(kind, Kind::Bind { .. }) {
             return Err(invalid("uidMappings and gidMappings are for bind mounts"));
         }
@@ -220,7 +223,7 @@ pub(crate) fn clone_binds(mounts: &[Mount], isolate: bool) -> Result<Vec<Option<
             mount_setattr(tree.as_fd(), true, MountAttr::propagating(libc::MS_SLAVE))
                 .map_err(mount.failed("make it independent of the caller's"))?;
         }
-        if let Some((uids, gids)) = &mount.maps {
+        if let Some((uids, gids)) = mount.maps.as_ref().filter(|_| cfg!(feature = "user-namespaces")) {
             let namespace = user_namespace::of_maps(uids, gids)
                 .map_err(|error| mount.failed("map its users")(io::Error::other(error)))?;
             let recursive = mount.options.idmap == Some(Bind::WithSubmounts);

@@ -128,6 +128,7 @@ fn value_that_asks_for_nothing_is_accepted() {
     }
 }
 
+#[cfg(feature = "user-namespaces")]
 #[test]
 fn contradiction_is_refused_with_its_reason() {
     let cases = [
@@ -211,4 +212,18 @@ fn fields_of_the_specs_types_are_those_that_were_considered() {
         fields(&LinuxSeccomp::default()),
         "default_action default_errno_ret architectures flags listener_path listener_metadata syscalls"
     );
+}
+
+/// As the guest agent is built.
+#[cfg(not(feature = "user-namespaces"))]
+#[test]
+fn user_namespace_is_refused_where_it_is_left_out() {
+    let namespaces = serde_json::json!([{ "type": "mount" }, { "type": "user" }]);
+    let spec: Spec = serde_json::from_value(serde_json::json!({
+        "ociVersion": "1.2.0",
+        "process": { "user": { "uid": 0, "gid": 0 }, "args": ["x"], "cwd": "/" },
+        "linux": { "namespaces": namespaces },
+    }))
+    .unwrap();
+    assert_eq!(check(&spec), Err(SpecError::Unsupported("linux.namespaces[user]".into())));
 }
