@@ -10,9 +10,9 @@ use crate::{
     console::{Console, own_stdio},
     error::{Error, of_file},
     foreground::{self, Signals},
-    gate,
+    gate, listener,
     process::ProcessId,
-    state::{Home, Known, Record},
+    state::{Home, Known, Record, Status},
     time,
 };
 
@@ -174,6 +174,9 @@ fn start(
         known.save().and_then(|()| run_runtime_hooks(spec, &known.record, pid)).map_err(|error| chain(&error))
     };
     let hook_state = |pid, status: &str| record.state_json(pid, status);
+    let listener = |pid, listener| {
+        listener::send(&record, listener::policy(spec), (pid, Status::Creating), pid, listener)
+    };
     let container = cloche_runtime::launch(Launch {
         id: creation.id,
         spec,
@@ -193,6 +196,7 @@ fn start(
             keep_keyring: creation.keep_keyring,
             created: Some(&created),
             hook_state: Some(&hook_state),
+            listener: Some(&listener),
             warn: Some(creation.warn),
         },
     })?;

@@ -10,6 +10,7 @@ use crate::{
     create::{Preserved, exit_code, write_pid_file},
     error::{Error, system},
     foreground::{self, Signals},
+    listener,
     state::{Home, Status},
 };
 
@@ -65,12 +66,16 @@ pub fn exec(home: &Home, execution: &Execution<'_>) -> Result<u8, Error> {
     };
     let signals = if execution.detach { None } else { Some(Signals::collect()?) };
     let linux = spec.linux().as_ref();
+    let listener = |pid, listener| {
+        listener::send(&known.record, listener::policy(&spec), (first.pid, status), pid, listener)
+    };
     let joined: Joined = join(Join {
         id: execution.id,
         pid: first.pid,
         pidfd: pidfd.as_fd(),
         process: &process,
-        seccomp: linux.and_then(|linux| linux.seccomp().as_ref()),
+        seccomp: listener::policy(&spec),
+        listener: Some(&listener),
         personality: linux.and_then(|linux| linux.personality().as_ref()),
         cgroup: &cgroup,
         stdio: own_stdio()?,

@@ -53,8 +53,12 @@ pub(crate) enum Outcome {
     },
 }
 
-/// Lets the waiting process go on, and waits until it has become the container's program.
-pub(crate) fn open(directory: &Path) -> io::Result<Outcome> {
+/// Lets the waiting process go on, and waits until it has become the container's program. `take_listener` takes a
+/// descriptor of it, by its number.
+pub(crate) fn open(
+    directory: &Path,
+    take_listener: &dyn Fn(i32) -> Result<(), String>,
+) -> io::Result<Outcome> {
     let socket = socket()?;
     match with_address(directory, |address| connect(&socket, address)) {
         Err(Errno::CONNREFUSED | Errno::NOENT) => return Ok(Outcome::NotWaiting),
@@ -69,7 +73,14 @@ pub(crate) fn open(directory: &Path) -> io::Result<Outcome> {
     while report.len() < MAX_REPORT_BYTES {
         match retry_on_intr(|| read(&socket, &mut buffer)) {
             Ok(0) => break,
-            Ok(count) => report.extend(buffer.iter().take(count)),
+            Ok(count) => {
+                report.extend(buffer.iter().take(count));
+                let Some(number) = cloche_runtime::listener_in(&mut report) else { continue };
+                if let Err(message) = take_listener(number) {
+                    return Ok(Outcome::Failed { exit_code: 125, message });
+                }
+                retry_on_intr(|| write(&socket, &[1]))?;
+            }
             // It was killed, or somebody else was let through a moment ago.
             Err(Errno::CONNRESET) => return Ok(Outcome::NotWaiting),
             Err(errno) => return Err(errno.into()),

@@ -22,6 +22,7 @@ mod exec;
 mod features;
 mod foreground;
 mod gate;
+mod listener;
 mod process;
 mod state;
 pub mod template;

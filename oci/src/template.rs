@@ -2,6 +2,7 @@
 
 use std::{fs, io, path::Path};
 
+use cloche_runtime::cgroup::Layout;
 use serde_json::{Value, json};
 
 use crate::error::{Error, of_file};
@@ -76,6 +77,12 @@ fn template(rootless: bool) -> Value {
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
         },
     });
+    // Programs find their v1 cgroups by /proc/self/cgroup, which a namespace would hide; other templates have none either.
+    if Layout::detect().is_ok_and(|layout| layout != Layout::V2)
+        && let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut()
+    {
+        namespaces.retain(|namespace| namespace["type"] != "cgroup");
+    }
     if rootless {
         let id = |host: u32| json!([{ "containerID": 0, "hostID": host, "size": 1 }]);
         spec["linux"]["uidMappings"] = id(rustix::process::geteuid().as_raw());

@@ -13,6 +13,7 @@ use crate::{
     create::{run_hooks, run_poststart},
     error::{Error, of_file, system},
     gate::{self, Outcome},
+    listener,
     state::{Home, Known, Status},
 };
 
@@ -24,14 +25,26 @@ pub fn start(home: &Home, id: &str) -> Result<(), Error> {
         let hint = if status == Status::Stopped { "; delete it" } else { "; it was started already" };
         Error::Status { action: "start", id: id.to_owned(), status: status.name(), hint }
     };
-    if known.alive().is_none() {
+    let Some(process) = known.alive() else { return Err(refused(Status::Stopped)) };
+    let Some(pidfd) = process.open().map_err(system("open the container's process"))? else {
         return Err(refused(Status::Stopped));
-    }
+    };
     let spec = known.spec()?;
-    match gate::open(&known.directory).map_err(of_file("use the start socket of", &known.directory))? {
+    let take_listener = |number| {
+        let listener = cloche_runtime::take_listener(pidfd.as_fd(), number)
+            .map_err(|error| format!("cannot fetch the seccomp listener of the process: {error}"))?;
+        let first = (process.pid, Status::Created);
+        listener::send(&known.record, listener::policy(&spec), first, process.pid, listener)
+    };
+    let outcome = gate::open(&known.directory, &take_listener);
+    match outcome.map_err(of_file("use the start socket of", &known.directory))? {
         Outcome::Started => {}
         Outcome::NotWaiting => return Err(refused(known.status())),
-        Outcome::Failed { exit_code, message } => return Err(Error::Start { exit_code, message }),
+        Outcome::Failed { exit_code, message } => {
+            // It may still wait for what has failed here.
+            let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+            return Err(Error::Start { exit_code, message });
+        }
     }
     run_poststart(&known, &spec)
 }

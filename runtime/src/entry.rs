@@ -2,7 +2,7 @@
 //! joins later: what it sheds at the beginning, and what it takes on at the end.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     convert::Infallible,
     ffi::{CStr, CString},
     fs, io,
@@ -34,7 +34,7 @@ use crate::{
         program::{self, OwnProgram},
         rlimits, scheduling, user,
     },
-    seccomp::{Filter, SeccompError},
+    seccomp::Filter,
     syscalls,
 };
 
@@ -58,15 +58,23 @@ pub(crate) struct Entry<'a> {
     pub(crate) keep_groups: bool,
     /// Gets [`READY`] before the last steps, then nothing if they succeed.
     pub(crate) verdict: BorrowedFd<'a>,
+    /// Yields this process's id, as the parent sees it, once the parent lets it go on; then a byte if it hands over a
+    /// listener and there is no gate.
+    pub(crate) released: Option<BorrowedFd<'a>>,
     /// A listening socket at which it waits for the byte that lets it go on.
     pub(crate) gate: Option<BorrowedFd<'a>>,
     /// Who let it through the gate, and hears of what fails then.
     pub(crate) starter: RefCell<Option<OwnedFd>>,
+    /// Whether the seccomp policy is in force.
+    pub(crate) is_filtered: Cell<bool>,
 }
 
 /// Tells the parent that the process has come to its last steps. Without it, the end of the pipe means that the
 /// process was killed on its way there.
 pub(crate) const READY: u8 = 0xff;
+
+/// Has whoever waits for news take a listener from this process; the number of its descriptor follows, in four bytes.
+pub(crate) const LISTENER: u8 = 0xfe;
 
 pub(crate) fn step<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> InitError {
     move |source| InitError::Step { action, source: source.into() }
@@ -247,20 +255,47 @@ impl Entry<'_> {
     /// Gives up all rights that the program does not get. Without no_new_privs only CAP_SYS_ADMIN may install a
     /// filter, and the filter then has to let capset pass.
     pub(crate) fn confine(&self) -> Result<(), InitError> {
+        self.prepare_filter()?;
         if self.process.no_new_privileges() == Some(true) {
-            set_no_new_privs(true).map_err(step("set no_new_privs"))?;
             self.capabilities.apply()?;
-            self.install_filter()?;
+            self.install_filter()
         } else {
-            capabilities::raise_permitted()?;
             self.install_filter()?;
-            self.capabilities.apply()?;
+            Ok(self.capabilities.apply()?)
         }
-        Ok(())
     }
 
-    fn install_filter(&self) -> Result<(), SeccompError> {
-        self.filter.map_or(Ok(()), Filter::install)
+    fn prepare_filter(&self) -> Result<(), InitError> {
+        if self.process.no_new_privileges() == Some(true) {
+            set_no_new_privs(true).map_err(step("set no_new_privs"))
+        } else {
+            Ok(capabilities::raise_permitted()?)
+        }
+    }
+
+    fn install_filter(&self) -> Result<(), InitError> {
+        let Some(filter) = self.filter.filter(|_| !self.is_filtered.replace(true)) else { return Ok(()) };
+        match filter.install()? {
+            Some(listener) => self.hand_over(listener).map_err(step("hand over the seccomp listener")),
+            None => Ok(()),
+        }
+    }
+
+    /// Has whoever waits for news fetch the listener, and waits until that is done. Calls that this takes are subject to
+    /// the policy by now: `write`, of which it must not notify, and `read`, which may well wait for an answer.
+    fn hand_over(&self, listener: OwnedFd) -> io::Result<()> {
+        let mut message = vec![LISTENER];
+        message.extend(listener.as_raw_fd().to_le_bytes());
+        let starter = self.starter.borrow();
+        let (to, from) = match &starter.as_ref().map(AsFd::as_fd) {
+            Some(starter) => (*starter, *starter),
+            None => (self.verdict, self.released.ok_or(io::ErrorKind::NotConnected)?),
+        };
+        rustix::io::write(to, &message)?;
+        let is_taken = rustix::io::retry_on_intr(|| rustix::io::read(from, &mut [0]))? == 1;
+        // `execve` closes it; `close` might not be allowed.
+        std::mem::forget(listener);
+        if is_taken { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }
 
     /// Runs hooks of the container with no more rights than its program has, and its environment.
@@ -271,6 +306,11 @@ impl Entry<'_> {
         state: &str,
         env: &[CString],
     ) -> Result<(), InitError> {
+        if self.filter.is_some_and(Filter::notifies) {
+            // One listener is for all: whoever takes it knows the container's process only.
+            self.prepare_filter()?;
+            self.install_filter()?;
+        }
         let confine = || self.confine().map_err(|error| error.to_string());
         Ok(hooks::run_with(kind, listed, state, env, &confine)?)
     }

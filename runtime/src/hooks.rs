@@ -196,6 +196,9 @@ impl<'a> Running<'a> {
                 format!("did not end within {} s", self.deadline.map_or(0, |(_, seconds)| seconds))
             }
             Some((Some(code), _)) => format!("failed: exit status {code}"),
+            Some((None, Some(libc::SIGSYS))) => {
+                "was killed: bad system call (SIGSYS); see linux.seccomp".into()
+            }
             Some((None, Some(signo))) => format!("was killed by signal {signo}"),
             _ => "ended".into(),
         };

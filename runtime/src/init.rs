@@ -61,9 +61,7 @@ pub(crate) struct Init<'a> {
     pub(crate) mounts: &'a [Mount],
     pub(crate) cgroup: &'a Cgroup,
     pub(crate) device_guard: Option<&'a DeviceGuard>,
-    /// Yields this process's id, as the parent sees it, once the parent lets it go on.
-    pub(crate) released: Option<BorrowedFd<'a>>,
-    /// Whether to wait for that before anything of the container is made.
+    /// Whether to wait for the parent before anything of the container is made.
     pub(crate) released_early: bool,
     /// What the parent has prepared, if the process cannot.
     pub(crate) prepared: Option<RefCell<Prepared>>,
@@ -248,7 +246,7 @@ impl Init<'_> {
 
     /// Waits until the parent lets this process go on; returns the process's id in the parent's eyes.
     fn await_release(&self) -> io::Result<i32> {
-        let Some(released) = self.released else { return Ok(0) };
+        let Some(released) = self.entry.released else { return Ok(0) };
         let mut pid = [0; 4];
         match rustix::io::retry_on_intr(|| rustix::io::read(released, &mut pid))? {
             4 => Ok(i32::from_le_bytes(pid)),

@@ -5,7 +5,7 @@
 //! its first process is known by a pidfd; and this process cannot be looked into until it is the container's.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     convert::Infallible,
     ffi::CString,
     fs::File,
@@ -28,7 +28,7 @@ use crate::{
     container::{ExitStatus, WaitError, wait_for},
     entry::{Entry, step},
     init::InitError,
-    launch::{LaunchError, Stdio, granted, process_failed},
+    launch::{LaunchError, Listener, Stdio, granted, process_failed},
     process::{
         program::{self, OwnProgram},
         rlimits, scheduling,
@@ -36,7 +36,7 @@ use crate::{
     seccomp::Filter,
     spec_check::{self, Means},
     syscalls::{self, Cloned},
-    verdict,
+    verdict::{self, Reporter},
 };
 
 /// What to run in which container.
@@ -63,6 +63,8 @@ pub struct Join<'a> {
     pub preserved_fds: &'a [i32],
     /// Whether the process keeps the caller's session keyring.
     pub keep_keyring: bool,
+    /// As [`crate::Oci::listener`].
+    pub listener: Option<Listener<'a>>,
     /// As [`crate::Oci::warn`].
     pub warn: Option<&'a dyn Fn(&str)>,
 }
@@ -126,7 +128,9 @@ fn foreign_namespaces(pid: i32) -> io::Result<u64> {
 /// [`crate::launch`].
 pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
     let process = join.process;
-    spec_check::check_process(process, Means { terminal: join.console_socket.is_some(), hooks: false })?;
+    let means =
+        Means { terminal: join.console_socket.is_some(), hooks: false, listener: join.listener.is_some() };
+    spec_check::check_process(process, join.seccomp, means)?;
     let strings = |what, strings: &Option<Vec<String>>| {
         program::c_strings(strings.iter().flatten()).ok_or(LaunchError::NulByte(what))
     };
@@ -143,8 +147,14 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
         Cloned::Parent { pid, pidfd } => {
             drop((verdict_writer, released));
             let joined = Joined { pid, pidfd };
-            let result = release(&join, pid, released_writer)
-                .and_then(|()| verdict::read(verdict.as_fd(), joined.pidfd(), join.cgroup, false));
+            let reporter = Reporter {
+                pid,
+                pidfd: joined.pidfd(),
+                verdict: verdict.as_fd(),
+                released: Some(released_writer.as_fd()),
+            };
+            let result = release(&join, pid, released_writer.as_fd())
+                .and_then(|()| verdict::read(&reporter, join.cgroup, false, join.listener));
             if let Err(error) = result {
                 let _ = syscalls::pidfd_send_signal(joined.pidfd(), libc::SIGKILL);
                 let _ = joined.wait();
@@ -169,8 +179,10 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
                     preserved_fds: join.preserved_fds,
                     keep_groups: false,
                     verdict: verdict_writer.as_fd(),
+                    released: Some(released.as_fd()),
                     gate: None,
                     starter: RefCell::new(None),
+                    is_filtered: Cell::new(false),
                 },
                 join: &join,
                 kinds: foreign & !NEW_PID,
@@ -229,11 +241,11 @@ fn open_cgroup_of_first(pid: i32, cgroup: &Cgroup) -> Result<OwnedFd, LaunchErro
 }
 
 /// Moves the process into the v1 cgroups, and lets it go on.
-fn release(join: &Join<'_>, pid: i32, writer: OwnedFd) -> Result<(), LaunchError> {
+fn release(join: &Join<'_>, pid: i32, writer: BorrowedFd<'_>) -> Result<(), LaunchError> {
     if join.cgroup.needs_attach() {
         join.cgroup.attach(pid)?;
     }
-    match rustix::io::write(&writer, &[0]) {
+    match rustix::io::write(writer, &[0]) {
         // It has failed already, and the verdict tells why.
         Err(rustix::io::Errno::PIPE) => Ok(()),
         result => result.map(drop).map_err(process_failed("tell the child to go on")),

@@ -1,7 +1,7 @@
 //! The parent's half of a start: everything up to `clone3`, and the wait for the child's verdict.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     ffi::CString,
     fs::File,
     io,
@@ -38,7 +38,7 @@ use crate::{
     syscalls::{self, Cloned},
     sysctls::{SysctlError, Sysctls},
     user_namespace::{self, UserNamespaceError},
-    verdict,
+    verdict::{self, Reporter},
 };
 
 /// What to start.
@@ -85,6 +85,9 @@ pub struct Oci<'a> {
     /// Called with what is not done as asked, where the specification wants a warning instead of a failure. Without it,
     /// such a spec is refused.
     pub warn: Option<&'a dyn Fn(&str)>,
+    /// Takes the listener of a seccomp policy that notifies. Without it, such a spec is refused. Its error ends the start.
+    /// With a gate, it is whoever lets the process through that is asked: see [`take_listener`](crate::take_listener).
+    pub listener: Option<Listener<'a>>,
     /// Makes the state that hooks inside of the container get on stdin. Without it, a spec with hooks is refused;
     /// `prestart`, `createRuntime`, `poststart` and `poststop` are the caller's to run.
     pub hook_state: Option<HookState<'a>>,
@@ -102,6 +105,9 @@ impl<'a> Oci<'a> {
 
 /// Takes the process's id and its cgroup.
 pub type Created<'a> = &'a dyn Fn(i32, &Cgroup) -> Result<(), String>;
+
+/// Takes the process's id, and the listener that its seccomp policy notifies.
+pub type Listener<'a> = &'a dyn Fn(i32, OwnedFd) -> Result<(), String>;
 
 /// Makes the state's JSON from process id and status.
 pub type HookState<'a> = &'a dyn Fn(i32, &str) -> String;
@@ -183,7 +189,7 @@ pub enum LaunchError {
     /// [`Launch::approve`] said no.
     #[error("the container's process is not isolated as required")]
     Rejected,
-    /// [`Oci::created`] failed.
+    /// [`Oci::created`] or [`Oci::listener`] failed.
     #[error("{0}")]
     Refused(String),
     /// The process was killed between `clone3` and `execve`.
@@ -255,6 +261,7 @@ impl<'a> Plan<'a> {
         let means = Means {
             terminal: launch.oci.console_socket().is_some(),
             hooks: launch.oci.hook_state().is_some(),
+            listener: launch.oci.listener.is_some(),
         };
         spec_check::check_with(spec, means)?;
         let missing = |what: &str| SpecError::Invalid(format!("{what} is missing"));
@@ -313,10 +320,10 @@ fn start(
     let limited = plan.linux.resources().as_ref().is_some_and(|resources| resources.memory().is_some());
     let oom_event = if limited { cgroup.oom_event()? } else { None };
     let device_guard = cgroup.device_guard(plan.linux.resources().as_ref())?;
-    let mut child = spawn(launch, plan, cgroup, device_guard.as_ref())?;
+    let child = spawn(launch, plan, cgroup, device_guard.as_ref())?;
     match child
         .release(launch, plan, cgroup, device_guard.as_ref())
-        .and_then(|()| child.read_verdict(cgroup, launch.oci.gate.is_some()))
+        .and_then(|()| child.read_verdict(cgroup, launch))
     {
         Ok(()) => Ok((child, oom_event)),
         Err(error) => {
@@ -361,7 +368,8 @@ fn spawn(
     let (verdict, verdict_writer) = pipe()?;
     let released_early = launch.oci.created.is_some() || plan.namespaces.has_user();
     let prepared = prepare(launch, plan)?.map(RefCell::new);
-    let is_held = released_early || cgroup.needs_attach() || launch.approve.is_some();
+    let notifies = plan.filter.as_ref().is_some_and(Filter::notifies);
+    let is_held = released_early || cgroup.needs_attach() || launch.approve.is_some() || notifies;
     let (attached, attached_writer) = if is_held { Some(pipe()?) } else { None }.unzip();
     match clone(&plan.namespaces, cgroup)? {
         Cloned::Parent { pid, pidfd } => Ok(Child { pid, pidfd, verdict, attached: attached_writer }),
@@ -383,8 +391,10 @@ fn spawn(
                     preserved_fds: launch.oci.preserved_fds,
                     keep_groups: launch.oci.keep_groups,
                     verdict: verdict_writer.as_fd(),
+                    released: attached.as_ref().map(AsFd::as_fd),
                     gate: launch.oci.gate,
                     starter: RefCell::new(None),
+                    is_filtered: Cell::new(false),
                 },
                 spec: launch.spec,
                 linux: plan.linux,
@@ -394,7 +404,6 @@ fn spawn(
                 mounts: &plan.mounts,
                 cgroup,
                 device_guard,
-                released: attached.as_ref().map(AsFd::as_fd),
                 released_early,
                 prepared,
                 console_socket: launch.oci.console_socket(),
@@ -480,13 +489,13 @@ impl Child {
     /// Lets the child go on: approves of it and moves it into its v1 cgroups. It prepares its files meanwhile, since
     /// that can take milliseconds.
     fn release(
-        &mut self,
+        &self,
         launch: &Launch<'_>,
         plan: &Plan<'_>,
         cgroup: &Cgroup,
         device_guard: Option<&DeviceGuard>,
     ) -> Result<(), LaunchError> {
-        let Some(attached) = self.attached.take() else { return Ok(()) };
+        let Some(attached) = &self.attached else { return Ok(()) };
         if !launch.approve.is_none_or(|approve| approve(self.pid)) {
             return Err(LaunchError::Rejected);
         }
@@ -499,7 +508,7 @@ impl Child {
         if let Some(created) = launch.oci.created {
             created(self.pid, cgroup).map_err(LaunchError::Refused)?;
         }
-        match rustix::io::write(&attached, &self.pid.to_le_bytes()) {
+        match rustix::io::write(attached, &self.pid.to_le_bytes()) {
             // It has failed already, and the verdict tells why.
             Err(Errno::PIPE) => Ok(()),
             result => result.map(drop).map_err(process_failed("tell the child to go on")),
@@ -528,8 +537,14 @@ impl Child {
     }
 
     /// Waits until the child has become the container's program, waits at its gate, or failed.
-    fn read_verdict(&self, cgroup: &Cgroup, is_gated: bool) -> Result<(), LaunchError> {
-        verdict::read(self.verdict.as_fd(), self.pidfd.as_fd(), cgroup, is_gated)
+    fn read_verdict(&self, cgroup: &Cgroup, launch: &Launch<'_>) -> Result<(), LaunchError> {
+        let process = Reporter {
+            pid: self.pid,
+            pidfd: self.pidfd.as_fd(),
+            verdict: self.verdict.as_fd(),
+            released: self.attached.as_ref().map(AsFd::as_fd),
+        };
+        verdict::read(&process, cgroup, launch.oci.gate.is_some(), launch.oci.listener)
     }
 
     /// Leaves neither a process nor a zombie.

@@ -35,7 +35,9 @@ mod verdict;
 
 pub use container::{Container, Exit, ExitStatus, WaitError};
 pub use join::{Join, Joined, join};
-pub use launch::{Created, HookState, Launch, LaunchError, Oci, Rootfs, Stdio, cgroup_path, launch};
+pub use launch::{
+    Created, HookState, Launch, LaunchError, Listener, Oci, Rootfs, Stdio, cgroup_path, launch,
+};
 pub use mounts::{MOUNT_OPTIONS, MountError, OptionError, protect::make_mount_readonly};
 pub use namespaces::NamespaceError;
 pub use process::capabilities::names as capability_names;
@@ -44,3 +46,4 @@ pub use spec_check::{SpecError, check as check_spec};
 pub use syscalls::{Cloned, clone3, pidfd_send_signal as send_signal, signal_descriptor};
 pub use sysctls::SysctlError;
 pub use user_namespace::UserNamespaceError;
+pub use verdict::{listener_in, take_listener};

@@ -6,7 +6,7 @@
 
 use oci_spec::runtime::{
     Hooks, Linux, LinuxBlockIo, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources,
-    LinuxSeccompAction, Process, Spec,
+    LinuxSeccomp, LinuxSeccompAction, Process, Spec,
 };
 
 /// Why a spec was refused before anything was created.
@@ -63,6 +63,8 @@ pub(crate) struct Means {
     pub(crate) terminal: bool,
     /// Hooks are run.
     pub(crate) hooks: bool,
+    /// Somebody passes on the listener of a seccomp policy.
+    pub(crate) listener: bool,
 }
 
 /// Refuses a spec that asks for something this runtime would not do for a sandbox.
@@ -71,9 +73,16 @@ pub fn check(spec: &Spec) -> Result<(), SpecError> {
 }
 
 /// As [`check_with`], for a process that joins a container.
-pub(crate) fn check_process(process: &Process, means: Means) -> Result<(), SpecError> {
+pub(crate) fn check_process(
+    process: &Process,
+    seccomp: Option<&LinuxSeccomp>,
+    means: Means,
+) -> Result<(), SpecError> {
     let mut check = Check(Ok(()));
     self::process(&mut check, process, means);
+    if let Some(seccomp) = seccomp {
+        self::seccomp(&mut check, seccomp, means);
+    }
     check.0
 }
 
@@ -100,7 +109,12 @@ pub(crate) fn check_with(spec: &Spec, means: Means) -> Result<(), SpecError> {
         None => check.require(false, || "process is missing".into()),
     }
     match spec.linux() {
-        Some(linux) => self::linux(&mut check, spec, linux),
+        Some(linux) => {
+            self::linux(&mut check, spec, linux);
+            if let Some(seccomp) = linux.seccomp() {
+                self::seccomp(&mut check, seccomp, means);
+            }
+        }
         None => check.require(false, || "linux is missing".into()),
     }
     check.0
@@ -151,14 +165,6 @@ fn linux(check: &mut Check, spec: &Spec, linux: &Linux) {
     if let Some(resources) = linux.resources() {
         self::resources(check, resources);
     }
-    if let Some(seccomp) = linux.seccomp() {
-        let notify = LinuxSeccompAction::ScmpActNotify;
-        check.refuse("linux.seccomp.listenerPath", seccomp.listener_path().is_some());
-        check.refuse("linux.seccomp.listenerMetadata", is_set(seccomp.listener_metadata()));
-        let actions = seccomp.syscalls().iter().flatten().map(|rule| rule.action());
-        let uses_notify = actions.chain([seccomp.default_action()]).any(|action| action == notify);
-        check.refuse("linux.seccomp action SCMP_ACT_NOTIFY", uses_notify);
-    }
     namespaces(check, spec, linux.namespaces().as_deref().unwrap_or_default());
     let new = |kind| {
         linux.namespaces().iter().flatten().any(|listed| listed.typ() == kind && listed.path().is_none())
@@ -184,6 +190,16 @@ fn linux(check: &mut Check, spec: &Spec, linux: &Linux) {
             format!("linux.timeOffsets has {clock:?}, which is neither monotonic nor boottime")
         });
     }
+}
+
+/// `listenerPath` and `listenerMetadata` are the caller's; they ask for nothing without SCMP_ACT_NOTIFY
+/// (config-linux.md#seccomp).
+fn seccomp(check: &mut Check, seccomp: &LinuxSeccomp, means: Means) {
+    let mut actions = seccomp.syscalls().iter().flatten().map(|rule| rule.action());
+    let notifies = actions.any(|action| action == LinuxSeccompAction::ScmpActNotify);
+    check.refuse("linux.seccomp action SCMP_ACT_NOTIFY", notifies && !means.listener);
+    let path = seccomp.listener_path().as_ref().filter(|path| !path.as_os_str().is_empty());
+    check.require(!notifies || path.is_some(), || "SCMP_ACT_NOTIFY needs linux.seccomp.listenerPath".into());
 }
 
 fn namespaces(check: &mut Check, spec: &Spec, namespaces: &[LinuxNamespace]) {

@@ -1,24 +1,25 @@
 //! What a process on its way to its program tells the one that made it: [`READY`] before the last steps, then an exit
-//! code and a message, or nothing.
+//! code and a message, or nothing. Between them, it may ask for its seccomp listener to be taken.
 
 use std::{
     convert::Infallible,
     error::Error,
     fmt::Write as _,
-    os::fd::BorrowedFd,
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
 use rustix::{
     io::{Errno, read as read_fd, retry_on_intr},
-    process::{WaitId, WaitIdOptions, waitid},
+    process::{PidfdGetfdFlags, WaitId, WaitIdOptions, pidfd_getfd, waitid},
 };
 
 use crate::{
     cgroup::Cgroup,
-    entry::{Entry, READY},
+    entry::{Entry, LISTENER, READY},
     init::InitError,
-    launch::{LaunchError, process_failed},
+    launch::{LaunchError, Listener, process_failed},
     syscalls,
 };
 
@@ -50,32 +51,80 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     message
 }
 
-/// Waits until the process of `pidfd` has become its program, or failed; if `is_gated`, until it waits at its gate.
+/// A process on its way to its program, as the one that made it sees it.
+pub(crate) struct Reporter<'a> {
+    pub(crate) pid: i32,
+    pub(crate) pidfd: BorrowedFd<'a>,
+    /// Where it says how it fares.
+    pub(crate) verdict: BorrowedFd<'a>,
+    /// Where it is told that its listener was taken.
+    pub(crate) released: Option<BorrowedFd<'a>>,
+}
+
+impl Reporter<'_> {
+    fn take_listener(&self, number: i32, take: Option<Listener<'_>>) -> Result<(), LaunchError> {
+        let listener = take_listener(self.pidfd, number)
+            .map_err(process_failed("fetch the seccomp listener of the process"))?;
+        let (Some(take), Some(released)) = (take, self.released) else {
+            return Err(LaunchError::Refused("nobody takes the seccomp listener".into()));
+        };
+        take(self.pid, listener).map_err(LaunchError::Refused)?;
+        let told = rustix::io::write(released, &[0]).map_err(process_failed("tell the child to go on"));
+        told.map(drop)
+    }
+}
+
+/// The listener's number, if the report starts with one; that part is taken out.
+pub fn listener_in(report: &mut Vec<u8>) -> Option<i32> {
+    match report.as_slice() {
+        [LISTENER, a, b, c, d, ..] => {
+            let number = i32::from_le_bytes([*a, *b, *c, *d]);
+            report.drain(..5);
+            Some(number)
+        }
+        _ => None,
+    }
+}
+
+/// Duplicates the listener that a process hands over.
+pub fn take_listener(pidfd: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> {
+    Ok(pidfd_getfd(pidfd, number, PidfdGetfdFlags::empty())?)
+}
+
+/// Waits until the process has become its program, or failed; if `is_gated`, until it waits at its gate.
 pub(crate) fn read(
-    verdict: BorrowedFd<'_>,
-    pidfd: BorrowedFd<'_>,
+    process: &Reporter<'_>,
     cgroup: &Cgroup,
     is_gated: bool,
+    listener: Option<Listener<'_>>,
 ) -> Result<(), LaunchError> {
     let mut report = Vec::new();
     let mut buffer = [0; 1 + MAX_MESSAGE_BYTES];
+    let mut is_ready = false;
     loop {
-        let count = retry_on_intr(|| read_fd(verdict, &mut buffer))
+        let count = retry_on_intr(|| read_fd(process.verdict, &mut buffer))
             .map_err(|errno: Errno| process_failed("read from the child")(errno))?;
         report.extend(buffer.iter().take(count));
+        if !is_ready && report.first() == Some(&READY) {
+            is_ready = true;
+            report.remove(0);
+        }
+        if let Some(number) = listener_in(&mut report) {
+            process.take_listener(number, listener)?;
+        }
         // What says that the process waits at its gate is a write of its own.
-        if count == 0 || is_gated && report == [READY] {
+        if count == 0 || is_gated && is_ready && report.is_empty() {
             break;
         }
     }
     match report.as_slice() {
-        [READY] => Ok(()),
-        [READY, exit_code, message @ ..] | [exit_code, message @ ..] => Err(LaunchError::Init {
+        [] if is_ready => Ok(()),
+        [exit_code, message @ ..] => Err(LaunchError::Init {
             exit_code: *exit_code,
             message: String::from_utf8_lossy(message).into_owned(),
         }),
         [] => {
-            let status = waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED);
+            let status = waitid(WaitId::PidFd(process.pidfd), WaitIdOptions::EXITED);
             let signo = status.ok().flatten().and_then(|status| status.terminating_signal()).unwrap_or(0);
             let hint = if cgroup.oom_kills() > 0 { ": its memory limit is too small" } else { "" };
             Err(LaunchError::Killed { signo, hint })

@@ -36,6 +36,8 @@ pub struct Policy {
     pub calls: Vec<(u32, Decision)>,
     /// For all other calls.
     pub default: u32,
+    /// For calls with a higher number than any of `calls`: those that whoever wrote the policy perhaps did not know of.
+    pub newer: u32,
 }
 
 /// What happens to one system call.
@@ -138,7 +140,7 @@ fn ranges(policy: &Policy) -> Vec<Range> {
         push(*number, decision.clone());
         next = number + 1;
     }
-    push(next, Decision::Always(policy.default));
+    push(next, Decision::Always(policy.newer));
     ranges
 }
 

@@ -8,4 +8,4 @@ pub mod interpreter;
 mod kernel;
 pub mod syscall_table;
 
-pub use kernel::install;
+pub use kernel::{install, install_with_listener};

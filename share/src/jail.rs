@@ -275,7 +275,7 @@ fn filter() -> Vec<libc::sock_filter> {
         (libc::SYS_mprotect as u32, only(2, &not_executable)),
     ]);
     calls.sort_by_key(|(call, _)| *call);
-    bpf::assemble(&Policy { calls, default: kill })
+    bpf::assemble(&Policy { calls, default: kill, newer: kill })
 }
 
 #[cfg(test)]

@@ -202,8 +202,7 @@ Examples:
   cloche-container exec -t --env TERM=xterm --user 1000:1000 c1 sh
   cloche-container exec --process process.json --detach --pid-file pid c1
 
-Exit status: that of the process, or 128 + N if signal N killed it; 255 if it could not be run, 126 if it cannot be
-executed, 127 if it was not found.")]
+Exit status: that of the process, or 128 + N if signal N killed it; 255 if it could not be run.")]
 pub struct Exec {
     /// File with the whole process, as `process` in a configuration
     #[arg(short, long, value_name = "FILE")]

@@ -40,9 +40,11 @@ pub fn main() -> ExitCode {
     match carry_out(&arguments, &preserved, &log) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            // What a process in the container would hardly say.
-            let own = if matches!(arguments.verb, Verb::Exec(_)) { 255 } else { 1 };
-            let code = error.exit_code().unwrap_or(own);
+            // What a process in the container would hardly say; engines tell by it that none ran.
+            let code = match arguments.verb {
+                Verb::Exec(_) => 255,
+                _ => error.exit_code().unwrap_or(1),
+            };
             log.fail(&error, code)
         }
     }

@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const BUSYBOX: &str = "/bin/busybox";
-const APPLETS: [&str; 22] = [
+const APPLETS: [&str; 23] = [
     "sh", "cat", "echo", "sleep", "true", "false", "id", "ls", "ps", "kill", "mount", "head", "touch", "env",
-    "stty", "tty", "readlink", "pwd", "cp", "chmod", "hostname", "test",
+    "stty", "tty", "readlink", "pwd", "cp", "mkdir", "chmod", "hostname", "test",
 ];
 
 /// What these tests lack here.

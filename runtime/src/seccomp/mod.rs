@@ -5,14 +5,17 @@
 //! ```
 //!
 //! Rules of one call are OR'ed, the comparisons within a rule AND'ed. If several matching rules have different
-//! actions, the strictest counts, whatever their order: kill process, kill thread, trap, errno, trace, log,
+//! actions, the strictest counts, whatever their order: kill process, kill thread, trap, errno, notify, trace, log,
 //! allow. That is also how the kernel combines filters (seccomp(2)).
+//!
+//! Where the default action is an errno, calls newer than any that the policy names fail with ENOSYS, as in runc: programs
+//! then fall back to older calls, where EPERM would make them fail.
 //!
 //! Only x86_64 calls get through: a 32-bit (i386) call kills the process, and an x32 call fails with ENOSYS
 //! unless the default action kills or traps. Other architectures that the policy lists are therefore never let in, and
 //! listing them asks for nothing that could be lost but their use.
 
-use std::io;
+use std::{io, os::fd::OwnedFd};
 
 use cloche_seccomp::{
     bpf::{self, Comparison, Condition, Decision, Policy, Rule},
@@ -25,9 +28,17 @@ use oci_spec::runtime::{
 /// Why a seccomp policy could not be compiled or installed.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
-    /// The policy uses an action or a flag that this runtime does not offer.
-    #[error("not supported yet: linux.seccomp {0}")]
-    Unsupported(String),
+    /// Whoever answers the notifications could not be told of the listener.
+    #[error("SCMP_ACT_NOTIFY cannot be used {0}: the process needs it to hand over its listener")]
+    Notify(&'static str),
+    /// A return value for an action that has none (config-linux.md#seccomp: "the runtime MUST print an error and fail").
+    #[error("the seccomp policy gives errnoRet {value} for {action}, which returns no value")]
+    NoReturnValue {
+        /// The action.
+        action: LinuxSeccompAction,
+        /// The value.
+        value: u32,
+    },
     /// None of the policy's architectures is this machine's.
     #[error("the seccomp policy is for {0}, and this machine is SCMP_ARCH_X86_64")]
     ForeignArchitecture(String),
@@ -58,13 +69,14 @@ pub enum SeccompError {
 }
 
 /// The actions that policies may have.
-pub const ACTIONS: [&str; 8] = [
+pub const ACTIONS: [&str; 9] = [
     "SCMP_ACT_ALLOW",
     "SCMP_ACT_ERRNO",
     "SCMP_ACT_KILL",
     "SCMP_ACT_KILL_PROCESS",
     "SCMP_ACT_KILL_THREAD",
     "SCMP_ACT_LOG",
+    "SCMP_ACT_NOTIFY",
     "SCMP_ACT_TRACE",
     "SCMP_ACT_TRAP",
 ];
@@ -74,6 +86,7 @@ pub const ACTIONS: [&str; 8] = [
 pub(crate) struct Filter {
     program: Vec<libc::sock_filter>,
     flags: u32,
+    notifies: bool,
 }
 
 impl Filter {
@@ -82,29 +95,53 @@ impl Filter {
     pub(crate) fn compile(seccomp: &LinuxSeccomp) -> Result<Self, SeccompError> {
         check_architectures(seccomp.architectures().as_deref().unwrap_or_default())?;
         let default = action_value(seccomp.default_action(), seccomp.default_errno_ret())?;
+        if default == libc::SECCOMP_RET_USER_NOTIF {
+            return Err(SeccompError::Notify("as the default action"));
+        }
         let mut rules: Vec<(u32, Rule)> = Vec::new();
         for entry in seccomp.syscalls().iter().flatten() {
             let action = action_value(entry.action(), entry.errno_ret())?;
+            if action == libc::SECCOMP_RET_USER_NOTIF && entry.names().iter().any(|name| name == "write") {
+                return Err(SeccompError::Notify("for the write syscall"));
+            }
             let entry_rules = rules_of(entry.args().as_deref().unwrap_or_default(), action)?;
             for number in entry.names().iter().filter_map(|name| syscall_table::number(name)) {
                 rules.extend(entry_rules.iter().map(|rule| (number, rule.clone())));
             }
         }
         rules.sort_by_key(|(number, rule)| (*number, strictness(rule.action)));
+        let notifies = rules.iter().any(|(_, rule)| rule.action == libc::SECCOMP_RET_USER_NOTIF);
         let of_one_call = rules.chunk_by(|(a, _), (b, _)| a == b);
-        let calls =
+        let calls: Vec<_> =
             of_one_call.filter_map(|rules| Some((rules.first()?.0, decide(rules, default)))).collect();
-        let program = bpf::assemble(&Policy { calls, default });
+        let is_errno = default & libc::SECCOMP_RET_ACTION_FULL == libc::SECCOMP_RET_ERRNO;
+        let newer = if is_errno && !calls.is_empty() {
+            libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32
+        } else {
+            default
+        };
+        let program = bpf::assemble(&Policy { calls, default, newer });
         if program.len() > bpf::MAX_INSTRUCTIONS {
             return Err(SeccompError::TooLong(program.len()));
         }
-        Ok(Self { program, flags: flags(seccomp.flags().as_deref().unwrap_or_default())? })
+        let flags = flags(seccomp.flags().as_deref().unwrap_or_default(), notifies);
+        Ok(Self { program, flags, notifies })
     }
 
-    /// Puts the filter into force for this thread and all that it becomes. Needs no_new_privs or CAP_SYS_ADMIN.
-    pub(crate) fn install(&self) -> Result<(), SeccompError> {
-        cloche_seccomp::install(&self.program, self.flags)
-            .map_err(|source| SeccompError::Install { instructions: self.program.len(), source })
+    /// Whether somebody has to decide on some calls.
+    pub(crate) fn notifies(&self) -> bool {
+        self.notifies
+    }
+
+    /// Puts the filter into force for this thread and all that it becomes. Needs no_new_privs or CAP_SYS_ADMIN. Returns
+    /// the listener, if the policy notifies.
+    pub(crate) fn install(&self) -> Result<Option<OwnedFd>, SeccompError> {
+        let installed = if self.notifies {
+            cloche_seccomp::install_with_listener(&self.program, self.flags).map(Some)
+        } else {
+            cloche_seccomp::install(&self.program, self.flags).map(|()| None)
+        };
+        installed.map_err(|source| SeccompError::Install { instructions: self.program.len(), source })
     }
 }
 
@@ -126,6 +163,11 @@ fn action_value(action: LinuxSeccompAction, data: Option<u32>) -> Result<u32, Se
         value if value <= max => Ok(base | value),
         value => Err(SeccompError::ReturnValue { what, value, max }),
     };
+    if let Some(value) = data
+        && !matches!(action, LinuxSeccompAction::ScmpActErrno | LinuxSeccompAction::ScmpActTrace)
+    {
+        return Err(SeccompError::NoReturnValue { action, value });
+    }
     match action {
         LinuxSeccompAction::ScmpActKillProcess => Ok(libc::SECCOMP_RET_KILL_PROCESS),
         LinuxSeccompAction::ScmpActKill | LinuxSeccompAction::ScmpActKillThread => {
@@ -137,22 +179,23 @@ fn action_value(action: LinuxSeccompAction, data: Option<u32>) -> Result<u32, Se
         LinuxSeccompAction::ScmpActTrace => with_data("SCMP_ACT_TRACE", libc::SECCOMP_RET_TRACE, 0xffff),
         LinuxSeccompAction::ScmpActLog => Ok(libc::SECCOMP_RET_LOG),
         LinuxSeccompAction::ScmpActAllow => Ok(libc::SECCOMP_RET_ALLOW),
-        LinuxSeccompAction::ScmpActNotify => Err(SeccompError::Unsupported("action SCMP_ACT_NOTIFY".into())),
+        LinuxSeccompAction::ScmpActNotify => Ok(libc::SECCOMP_RET_USER_NOTIF),
     }
 }
 
-fn flags(listed: &[LinuxSeccompFilterFlag]) -> Result<u32, SeccompError> {
-    listed.iter().try_fold(0, |flags, flag| match flag {
-        LinuxSeccompFilterFlag::SeccompFilterFlagLog => Ok(flags | libc::SECCOMP_FILTER_FLAG_LOG as u32),
-        LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => {
-            Ok(flags | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u32)
-        }
+fn flags(listed: &[LinuxSeccompFilterFlag], notifies: bool) -> u32 {
+    let flag = |flag: &LinuxSeccompFilterFlag| match flag {
+        LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG as u32,
+        LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u32,
         // Asks that all threads get the filter, and there is one.
-        LinuxSeccompFilterFlag::SeccompFilterFlagTsync => Ok(flags),
-        LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => {
-            Err(SeccompError::Unsupported(format!("flag {flag}")))
+        LinuxSeccompFilterFlag::SeccompFilterFlagTsync => 0,
+        // How to wait for an answer; without notifications nobody does, and the kernel refuses it.
+        LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv if notifies => {
+            libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV as u32
         }
-    })
+        LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
+    };
+    listed.iter().map(flag).fold(0, |flags, flag| flags | flag)
 }
 
 /// The rules that one entry of the policy means. Comparisons of different arguments must all hold; if one

@@ -45,12 +45,16 @@ use LinuxSeccompAction::{
 
 #[test]
 fn call_without_rule_gets_the_default_action() {
-    let policy = policy(Errno, vec![rule(&["read", "write"], Allow, vec![])]);
+    let policy = policy(Errno, vec![rule(&["read", "mseal"], Allow, vec![])]);
     assert_eq!(answer(&policy, &call("read", [0; 6])), ALLOW);
-    assert_eq!(answer(&policy, &call("write", [0; 6])), ALLOW);
+    assert_eq!(answer(&policy, &call("mseal", [0; 6])), ALLOW);
     assert_eq!(answer(&policy, &call("open", [0; 6])), EPERM);
-    let unheard_of = Call { number: 400_000, ..call("read", [0; 6]) };
-    assert_eq!(answer(&policy, &unheard_of), EPERM);
+    // `mseal` is the last that the policy knows.
+    let newer = Call { number: 400_000, ..call("read", [0; 6]) };
+    assert_eq!(answer(&policy, &newer), ENOSYS);
+    let of_other_default = self::policy(Log, vec![rule(&["read"], Allow, vec![])]);
+    assert_eq!(answer(&of_other_default, &newer), libc::SECCOMP_RET_LOG);
+    assert_eq!(answer(&self::policy(Errno, vec![]), &newer), EPERM);
 }
 
 #[test]
@@ -120,7 +124,11 @@ fn comparison_sees_all_64_bits() {
 fn unknown_names_are_skipped_and_impossible_policies_refused() {
     assert!(Filter::compile(&policy(Errno, vec![rule(&["chown32", "no such call"], Allow, vec![])])).is_ok());
     let refused = |policy: &LinuxSeccomp| Filter::compile(policy).unwrap_err().to_string();
-    assert!(refused(&policy(Notify, vec![])).contains("SCMP_ACT_NOTIFY"));
+    assert!(
+        refused(&policy(Notify, vec![])).contains("SCMP_ACT_NOTIFY cannot be used as the default action")
+    );
+    let of_write = policy(Allow, vec![rule(&["read", "write"], Notify, vec![])]);
+    assert!(refused(&of_write).contains("SCMP_ACT_NOTIFY cannot be used for the write syscall"));
     let seventh = policy(Errno, vec![rule(&["read"], Allow, vec![arg(6, Op::ScmpCmpEq, 0, 0)])]);
     assert!(refused(&seventh).contains("argument 6"));
     let foreign = |arch| {
@@ -174,11 +182,21 @@ fn model(policy: &LinuxSeccomp, call: &Call) -> u32 {
         let named = rule.names().iter().any(|name| syscall_table::number(name) == Some(call.number));
         named && if repeated { args.iter().any(holds) } else { args.iter().all(holds) }
     };
-    let order = [KillProcess, Trap, Errno, Trace, Log, Allow];
+    let order = [KillProcess, Trap, Errno, Notify, Trace, Log, Allow];
     let rank = |action| order.iter().position(|listed| *listed == action).unwrap();
     let matching = policy.syscalls().iter().flatten().filter(matches).map(LinuxSyscall::action);
+    let last = policy.syscalls().iter().flatten().flat_map(|rule| rule.names());
+    let last = last.filter_map(|name| syscall_table::number(name)).max();
+    if policy.default_action() == Errno && last.is_some_and(|last| call.number > last) {
+        return ENOSYS;
+    }
     let action = matching.min_by_key(|action| rank(*action)).unwrap_or(policy.default_action());
     action_value(action, None).unwrap()
+}
+
+/// What a rule's action may be; any but one of the default's.
+fn some_action_of_a_rule() -> impl Strategy<Value = LinuxSeccompAction> {
+    prop_oneof![some_action(), Just(Notify)]
 }
 
 fn some_action() -> impl Strategy<Value = LinuxSeccompAction> {
@@ -205,11 +223,11 @@ fn some_arg() -> impl Strategy<Value = LinuxSeccompArg> {
         .prop_map(|(index, op, value, under)| arg(index, op, value, under & value))
 }
 
-const NAMES: [&str; 8] = ["read", "write", "open", "close", "clone", "socket", "openat2", "mseal"];
+const NAMES: [&str; 8] = ["read", "pread64", "open", "close", "clone", "socket", "openat2", "mseal"];
 
 fn some_policy() -> impl Strategy<Value = LinuxSeccomp> {
     let names = prop::sample::subsequence(NAMES.to_vec(), 1..4);
-    let rule = (names, some_action(), prop::collection::vec(some_arg(), 0..4))
+    let rule = (names, some_action_of_a_rule(), prop::collection::vec(some_arg(), 0..4))
         .prop_map(|(names, action, args)| rule(&names, action, args));
     (some_action(), prop::collection::vec(rule, 0..12)).prop_map(|(default, rules)| policy(default, rules))
 }

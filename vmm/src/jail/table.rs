@@ -226,7 +226,7 @@ impl Table {
             };
             Some((rules.first()?.0, decision))
         });
-        Policy { calls: calls.collect(), default: denied }
+        Policy { calls: calls.collect(), default: denied, newer: denied }
     }
 
     /// Puts this thread into the filter of its kind.
