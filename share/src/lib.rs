@@ -35,6 +35,8 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 pub use jail::JailError;
+#[doc(hidden)]
+pub use jail::allowed_calls;
 
 /// What is shared, by its number: the guest finds number 0 as `0` in the share's root directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,6 +87,12 @@ pub enum ShareError {
 
 /// Serves what the first message on stdin asks for until stdin, a socket, ends.
 pub fn run() -> Result<(), ShareError> {
+    run_without(None)
+}
+
+/// As [`run`], with one system call less: for the test that shows that the list has none in vain.
+#[doc(hidden)]
+pub fn run_without(call: Option<libc::c_long>) -> Result<(), ShareError> {
     syscalls::close_inherited()
         .map_err(|source| ShareError::Socket { action: "close what it inherited", source })?;
     let socket = rustix::stdio::stdin();
@@ -96,7 +104,7 @@ pub fn run() -> Result<(), ShareError> {
     drop(message);
     let shares = jail::open(&config.shares)?;
     let mut server = server::Server::new(shares);
-    jail::enter()?;
+    jail::enter(call)?;
     let said = std::io::stdout().write_all(format!("{READY}\n").as_bytes());
     said.map_err(|source| ShareError::Socket { action: "say that it serves", source })?;
 
