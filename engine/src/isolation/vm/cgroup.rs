@@ -106,6 +106,11 @@ impl VmCgroup {
     pub(super) fn remove(mut self) -> Result<(), CgroupError> {
         self.cgroup.take().map_or(Ok(()), kill_and_delete)
     }
+
+    /// Leaves it and what is in it to the next command's `reconcile`.
+    pub(super) fn leave(mut self) {
+        self.cgroup = None;
+    }
 }
 
 impl Drop for VmCgroup {

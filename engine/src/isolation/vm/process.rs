@@ -18,11 +18,13 @@ use std::{
     io::{self, Read, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
+    time::{Duration, Instant},
 };
 
 use cloche_runtime::{Cloned, cgroup::CgroupError, clone3};
 use cloche_vmm::{Event, VmConfig};
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     io::fcntl_dupfd_cloexec,
     pipe::{PipeFlags, pipe_with},
     process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
@@ -40,6 +42,28 @@ const MAX_LINE_BYTES: usize = 64 << 10;
 const MAX_ROUNDS: u32 = 64;
 /// Lines that are kept of what is no event.
 const MAX_WORDS: usize = 16;
+
+/// How long a VMM that was killed may take to end. It ends after all that is in its PID namespace, and a file server that
+/// waits for a file system of the host, where that waits for a server that does not answer, may never do.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a VMM is not gone.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RemoveError {
+    /// It was killed in vain.
+    #[error(
+        "process {pid} or another of its VM was killed and has not ended within {} s: a mounted directory whose file \
+         system does not answer (FUSE, NFS) holds it up; repair or unmount that, the next cloche command removes the rest",
+        PATIENCE.as_secs()
+    )]
+    Hangs {
+        /// The VMM.
+        pid: i32,
+    },
+    /// Its cgroup stays.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+}
 
 /// Why there is no VMM process.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +96,8 @@ pub struct Vmm {
     lines: Lines,
     /// How it ended, once it is reaped.
     status: Option<String>,
+    /// It was killed, and does not end.
+    hangs: bool,
 }
 
 impl Vmm {
@@ -107,8 +133,8 @@ impl Vmm {
             }
         };
         drop((stdin, stdout, companion));
-        let mut vmm =
-            Self { pid, pidfd, cgroup, events: events.into(), lines: Lines::default(), status: None };
+        let (events, lines) = (events.into(), Lines::default());
+        let mut vmm = Self { pid, pidfd, cgroup, events, lines, status: None, hangs: false };
         if in_user_namespace {
             map_own_user(pid).map_err(failed("map this user into the VMM's user namespace"))?;
         }
@@ -160,9 +186,7 @@ impl Vmm {
     /// Says how it ended, and what it said last. One that is well is gone by now; one that lives on without a word is
     /// not waited for long.
     pub fn obituary(&mut self) -> String {
-        let timeout = rustix::event::Timespec { tv_sec: 2, tv_nsec: 0 };
-        let mut ended = [rustix::event::PollFd::from_borrowed_fd(self.pidfd(), rustix::event::PollFlags::IN)];
-        let _ = rustix::event::poll(&mut ended, Some(&timeout));
+        has_ended_within(self.pidfd(), Duration::from_secs(2));
         self.end();
         let mut told = self.status.clone().unwrap_or_default();
         if let Some(limit) = self.cgroup.exceeded() {
@@ -175,20 +199,30 @@ impl Vmm {
         told
     }
 
-    /// As [`Vmm::end`], and removes its cgroup.
-    pub(super) fn remove(mut self) -> Result<(), CgroupError> {
+    /// As [`Vmm::end`], and removes its cgroup. What hangs is left to the next command's `reconcile`, by its cgroup.
+    pub(super) fn remove(mut self) -> Result<(), RemoveError> {
         self.end();
-        std::mem::take(&mut self.cgroup).remove()
+        let cgroup = std::mem::take(&mut self.cgroup);
+        if self.hangs {
+            cgroup.leave();
+            return Err(RemoveError::Hangs { pid: self.pid });
+        }
+        Ok(cgroup.remove()?)
     }
 
-    /// Kills it and waits for its end.
+    /// Kills it and waits for its end, within [`PATIENCE`].
     pub fn end(&mut self) {
         if self.status.is_none() {
             // A process gives up its namespaces before its files. The end of a network namespace waits for the host's
             // RCU in the background, and KVM's own wait would queue behind it: so it ends after KVM (decision 0018).
             let network = File::open(format!("/proc/{}/ns/net", self.pid));
             let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
-            self.reap();
+            if has_ended_within(self.pidfd(), PATIENCE) {
+                self.reap();
+            } else {
+                self.hangs = true;
+                self.status = Some(RemoveError::Hangs { pid: self.pid }.to_string());
+            }
             drop(network);
         }
     }
@@ -215,6 +249,22 @@ impl Vmm {
 impl Drop for Vmm {
     fn drop(&mut self) {
         self.end();
+        if self.hangs {
+            std::mem::take(&mut self.cgroup).leave();
+        }
+    }
+}
+
+/// Whether a process ends in this time. Its end is not taken.
+fn has_ended_within(pidfd: BorrowedFd, patience: Duration) -> bool {
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)], Some(&timeout)) {
+            Err(rustix::io::Errno::INTR) => {}
+            ready => return ready.is_ok_and(|ready| ready > 0),
+        }
     }
 }
 
@@ -351,7 +401,21 @@ fn map_own_user(pid: i32) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
     use super::*;
+
+    #[test]
+    fn end_of_a_process_is_awaited_for_a_time_only() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        let begun = Instant::now();
+        assert!(!has_ended_within(pidfd.as_fd(), Duration::from_millis(50)));
+        assert!(begun.elapsed() >= Duration::from_millis(50));
+        child.kill().unwrap();
+        assert!(has_ended_within(pidfd.as_fd(), Duration::from_secs(60)));
+        child.wait().unwrap();
+    }
 
     #[test]
     fn lines_in_pieces_become_events_and_words() {
