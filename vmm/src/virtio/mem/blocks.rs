@@ -13,7 +13,7 @@ use crate::{config::MEMORY_BLOCK_MIB, guest_memory::CHUNK_BYTES};
 pub const BLOCK_BYTES: u64 = (MEMORY_BLOCK_MIB as u64) << 20;
 const CHUNK_BLOCKS: usize = (CHUNK_BYTES / BLOCK_BYTES) as usize;
 
-/// Chunks that one request may plug or unplug: each is a system call that waits for vCPUs. Linux plugs one memory block at a
+/// Chunks that one request may plug or unplug, and a turn of one that unplugs all: each is a system call that waits for vCPUs. Linux plugs one memory block at a
 /// time, which is one chunk, or 16 in a guest with 64 GiB and more.
 const CHUNKS_AT_ONCE: usize = 17;
 
@@ -115,9 +115,10 @@ impl Blocks {
         blocks.iter().filter(|plugged| **plugged).count()
     }
 
-    /// All blocks.
-    pub fn all(&self) -> Range<usize> {
-        0..self.plugged.len()
+    /// The blocks of the first chunks that have plugged ones, as many as one turn may touch; `None` if there is none.
+    pub fn first_plugged(&self) -> Option<Range<usize>> {
+        let first = self.plugged.iter().position(|plugged| *plugged)? / CHUNK_BLOCKS;
+        Some(first * CHUNK_BLOCKS..((first + CHUNKS_AT_ONCE) * CHUNK_BLOCKS).min(self.plugged.len()))
     }
 }
 

@@ -67,7 +67,8 @@ impl MemoryDevice {
         self.handle.clone()
     }
 
-    fn answer(&mut self, chain: &Chain) -> Result<[u8; RESPONSE_BYTES], QueueError> {
+    /// What a request comes to; `None` if there is more of it to do, for another turn.
+    fn answer(&mut self, chain: &Chain) -> Result<Option<[u8; RESPONSE_BYTES]>, QueueError> {
         let bytes = chain.readable.prefix(REQUEST_BYTES).to_vec();
         let fields = (|| {
             let kind = u16::from_le_bytes(bytes.get(0..2)?.try_into().ok()?);
@@ -92,7 +93,10 @@ impl MemoryDevice {
                 State::Plugged => self.unplug(&range),
                 State::Unplugged | State::Mixed => Err(Refusal::Wrong),
             }),
-            request::UNPLUG_ALL => self.unplug(&self.blocks.all()),
+            request::UNPLUG_ALL => match self.blocks.first_plugged() {
+                Some(range) => self.unplug(&range),
+                None => Ok(()),
+            },
             request::STATE => range.map(|range| {
                 state = match self.blocks.state(&range) {
                     State::Plugged => 0,
@@ -103,6 +107,9 @@ impl MemoryDevice {
             _ => Err(Refusal::Wrong),
         };
         self.handle.set_plugged_bytes(self.blocks.plugged_bytes());
+        if kind == request::UNPLUG_ALL && self.blocks.plugged_bytes() > 0 {
+            return Ok(None);
+        }
         let kind = match done {
             Ok(()) => response::ACK,
             Err(Refusal::TooMuch) => response::NACK,
@@ -113,7 +120,7 @@ impl MemoryDevice {
         let (kind_at, state_at) = (kind.to_le_bytes(), state.to_le_bytes());
         let written = answer.iter_mut().zip(kind_at.into_iter().chain([0; 6]).chain(state_at));
         written.for_each(|(to, from)| *to = from);
-        Ok(answer)
+        Ok(Some(answer))
     }
 
     fn chunk_start(&self, chunk: usize) -> GuestAddress {
@@ -199,7 +206,11 @@ impl Device for MemoryDevice {
                 }
                 return Ok(Progress::Done);
             };
-            let answer = self.answer(&chain)?;
+            let Some(answer) = self.answer(&chain)? else {
+                // It is found again, and goes on where it was; its driver waits for the answer.
+                queue.put_back(&chain);
+                return Ok(Progress::More);
+            };
             chain.writable.write(&answer);
             queue.push_used(memory, chain.head, RESPONSE_BYTES as u32)?;
         }

@@ -202,6 +202,23 @@ fn request_for_very_many_chunks_is_put_off() {
 }
 
 #[test]
+fn unplugging_all_of_very_many_chunks_takes_several_turns() {
+    let mut fixture = Fixture::with_chunks(40, 40 * 128);
+    for chunk in 0..40 {
+        assert_eq!(fixture.ask(PLUG, 32 * chunk, 32), (ACK, 0));
+    }
+    fixture.driver.add(&[Part::Readable(&Fixture::request(UNPLUG_ALL, 0, 0)), Part::Writable(10)]);
+    for left in [40 - 17, 40 - 2 * 17] {
+        let progress = ring(&mut fixture.device, std::slice::from_mut(&mut fixture.queue), &fixture.memory);
+        assert_eq!(progress.unwrap(), crate::virtio::device::Progress::More);
+        assert_eq!((fixture.reach().len(), fixture.plugged_mib()), (left, left as u32 * 128));
+        assert!(fixture.driver.take_used().is_none(), "it is answered before it is done");
+    }
+    fixture.ring().unwrap();
+    assert_eq!((fixture.driver.take_used().map(|used| used.2), fixture.plugged_mib()), (Some(10), 0));
+}
+
+#[test]
 fn requests_that_may_not_be_are_answered_so() {
     let mut fixture = Fixture::new(8);
     assert_eq!(fixture.ask(PLUG, 0, 3), (NACK, 0));
