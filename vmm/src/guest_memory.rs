@@ -112,11 +112,40 @@ pub fn buffer(
     bytes: usize,
     write: bool,
 ) -> Option<VolatileSlice<'_>> {
-    let (region, offset) = memory.to_region_addr(address)?;
-    if write && region.is_read_only() {
-        return None;
+    Finder::new(memory).buffer(address, bytes, write)
+}
+
+/// Finds one buffer of a guest after the other. They mostly lie in the same region.
+#[derive(Debug)]
+pub struct Finder<'m> {
+    memory: &'m GuestMemory,
+    last: Option<&'m Region>,
+}
+
+impl<'m> Finder<'m> {
+    /// For this memory.
+    pub fn new(memory: &'m GuestMemory) -> Self {
+        Self { memory, last: None }
     }
-    region.get_slice(offset, bytes).ok()
+
+    /// As [`buffer`].
+    pub fn buffer(&mut self, address: GuestAddress, bytes: usize, write: bool) -> Option<VolatileSlice<'m>> {
+        let known = self.last.and_then(|region| Some((region, region.to_region_addr(address)?)));
+        let (region, offset) = match known {
+            Some(known) => known,
+            None => self.memory.to_region_addr(address)?,
+        };
+        self.last = Some(region);
+        if write && region.is_read_only() {
+            return None;
+        }
+        region.get_slice(offset, bytes).ok()
+    }
+}
+
+/// Whether all of this memory is there for ever.
+pub fn is_fixed(memory: &GuestMemory) -> bool {
+    memory.iter().all(|region| !region.is_pluggable())
 }
 
 fn map_region(start: GuestAddress, bytes: u64) -> Result<GuestRegionMmap<()>, MapError> {
@@ -268,11 +297,11 @@ fn with_iovecs(
     buffers: &[VolatileSlice],
     call: impl Fn(*const libc::iovec, libc::c_int) -> libc::ssize_t,
 ) -> io::Result<usize> {
-    // The guards must outlive the call: they are what keeps a slice's pointer valid.
-    let guards: Vec<_> = buffers.iter().take(MAX_BUFFERS).map(VolatileSlice::ptr_guard_mut).collect();
-    let iovecs: Vec<libc::iovec> = guards
+    // A slice's pointer is valid as long as its mapping, which outlives `buffers`; a guard only matters under Xen.
+    let iovecs: Vec<libc::iovec> = buffers
         .iter()
-        .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
+        .take(MAX_BUFFERS)
+        .map(|slice| libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() })
         .collect();
     let count = libc::c_int::try_from(iovecs.len()).unwrap_or(0);
     loop {

@@ -125,6 +125,9 @@ impl Region {
 
     /// Gives back all memory of the chunks that have some of these bytes and are not there.
     pub(super) fn discard_gone(&self, offset: usize, bytes: usize) {
+        if self.chunks.is_none() {
+            return;
+        }
         let end = offset.saturating_add(bytes);
         let touched = |part: &Part| part.offset < end && offset < part.offset.saturating_add(part.bytes);
         for part in self.parts().filter(|part| !part.present && touched(part)) {

@@ -15,7 +15,7 @@ use std::{
 
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
-use super::{GuestMemory, MAX_BUFFERS, Region};
+use super::{GuestMemory, MAX_BUFFERS, Region, is_fixed};
 
 /// Buffers of one guest, one after the other.
 #[derive(Debug)]
@@ -88,6 +88,9 @@ impl Transfer {
 
     /// Moves bytes if all memory of the buffers is there; EFAULT if it is not, as for memory that is not mapped.
     fn while_there(&self, call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
+        if is_fixed(&self.memory) {
+            return repeat(call);
+        }
         let are_there = || {
             self.buffers.iter().all(|buffer| is_there(&self.memory, buffer.iov_base.addr(), buffer.iov_len))
         };
@@ -163,7 +166,11 @@ impl Kept {
 
     /// Drops the first `count` of them, with what was moved into memory that has gone since it was kept.
     pub fn drop_front(&mut self, count: usize) {
-        for buffer in self.buffers.drain(..count.min(self.buffers.len())) {
+        let dropped = self.buffers.drain(..count.min(self.buffers.len()));
+        if is_fixed(&self.memory) {
+            return;
+        }
+        for buffer in dropped {
             discard_gone(&self.memory, buffer.iov_base.addr(), buffer.iov_len);
         }
     }

@@ -1,7 +1,9 @@
 //! A descriptor chain as its driver linked it (virtio 1.2 §2.7.5): descriptors of the queue's table, then, if the last
 //! of them says so, those of one indirect table.
 
-use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory};
+use vm_memory::{
+    ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory, VolatileSlice,
+};
 
 use super::queue::QueueError;
 use crate::guest_memory::GuestMemory;
@@ -44,7 +46,8 @@ pub struct Walk<'m> {
     memory: &'m GuestMemory,
     head: u16,
     limit: u16,
-    table: u64,
+    /// The table in use; `None` if it is not, or not all, in memory.
+    table: Option<VolatileSlice<'m>>,
     entries: u32,
     indirect: bool,
     next: Option<u16>,
@@ -59,7 +62,7 @@ impl<'m> Walk<'m> {
             memory,
             head,
             limit: size,
-            table,
+            table: table_at(memory, table, size.into()),
             entries: size.into(),
             indirect: false,
             next: Some(head),
@@ -104,8 +107,8 @@ impl<'m> Walk<'m> {
             );
         }
         self.indirect = true;
-        self.table = address;
         self.entries = bytes / DESCRIPTOR_BYTES as u32;
+        self.table = table_at(self.memory, address, self.entries);
         Ok(())
     }
 
@@ -115,11 +118,17 @@ impl<'m> Walk<'m> {
             return Err(self.broken("it goes on outside of its table (virtio 1.2 §2.7.5)"));
         }
         let outside = || self.broken("its table is not in memory (virtio 1.2 §2.7.5)");
-        let at = self.table.checked_add(u64::from(index) * DESCRIPTOR_BYTES).ok_or_else(outside)?;
+        let table = self.table.as_ref().ok_or_else(outside)?;
+        let at = usize::from(index) * DESCRIPTOR_BYTES as usize;
         // Each half is read once: the driver may change it at any time, but not under us.
-        let [address, rest] = read::<[u64; 2]>(self.memory, at).map_err(|_| outside())?.map(u64::from_le);
+        let [address, rest] = table.get_ref::<[u64; 2]>(at).map_err(|_| outside())?.load().map(u64::from_le);
         Ok((address, rest as u32, (rest >> 32) as u16, (rest >> 48) as u16))
     }
+}
+
+fn table_at(memory: &GuestMemory, address: u64, entries: u32) -> Option<VolatileSlice<'_>> {
+    let bytes = usize::try_from(u64::from(entries) * DESCRIPTOR_BYTES).ok()?;
+    memory.get_slice(GuestAddress(address), bytes).ok()
 }
 
 impl Iterator for Walk<'_> {

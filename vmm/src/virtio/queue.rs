@@ -174,10 +174,12 @@ impl VirtQueue {
         let mut writable = Buffers::default();
         let mut descriptors = 0;
         let mut written_part = false;
+        let mut finder = guest_memory::Finder::new(memory);
         for descriptor in Walk::new(memory, self.ring.desc_table(), limit, head) {
             let Descriptor { address, bytes, writable: write } = descriptor?;
             descriptors += 1;
-            let slice = guest_memory::buffer(memory, GuestAddress(address), bytes as usize, write)
+            let slice = finder
+                .buffer(GuestAddress(address), bytes as usize, write)
                 .ok_or(QueueError::BufferOutsideMemory { head, address, bytes })?;
             written_part |= write;
             if write {
