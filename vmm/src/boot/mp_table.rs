@@ -115,7 +115,7 @@ fn entries(vcpus: u8, pins: &BTreeSet<u8>) -> (Vec<u8>, u16) {
     let mut ioapic = vec![entry::IOAPIC, ioapic_id, IOAPIC_VERSION, ENABLED];
     ioapic.extend(layout::IOAPIC.to_le_bytes());
     add(&ioapic);
-    // Flags 0: polarity and trigger mode as usual on ISA, high and edge, which is how an irqfd pulses its line.
+    // Flags 0: polarity and trigger mode as usual on ISA, high and edge, which is how lines are pulsed.
     for pin in pins.iter().copied() {
         add(&[entry::IO_INTERRUPT, interrupt::VECTORED, 0, 0, ISA_BUS, pin, ioapic_id, pin]);
     }

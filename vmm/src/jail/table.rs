@@ -5,8 +5,8 @@
 
 use cloche_seccomp::bpf::{self, Comparison, Condition, Decision, Policy, Rule};
 use kvm_bindings::{
-    kvm_cpuid2, kvm_dirty_log, kvm_ioeventfd, kvm_irqfd, kvm_lapic_state, kvm_msrs, kvm_pit_config, kvm_regs,
-    kvm_sregs, kvm_userspace_memory_region,
+    kvm_cpuid2, kvm_dirty_log, kvm_ioeventfd, kvm_irq_level, kvm_lapic_state, kvm_msrs, kvm_pit_config,
+    kvm_regs, kvm_sregs, kvm_userspace_memory_region,
 };
 use libc::c_long;
 
@@ -149,6 +149,9 @@ pub const ENTRIES: &[Entry] = &[
 
     // KVM.
     only(&[KvmSetup], libc::SYS_mmap, &[NOT_EXECUTABLE], "kvm_run pages"),
+    // Those that a running guest needs come first: they are compared in this order.
+    ioctl(&[Vcpu], &[Is(1, request(NONE, 0x80, 0))], "KVM_RUN"),
+    ioctl(&[Main, Vcpu], &[Is(1, request(WRITE, 0x61, size_of::<kvm_irq_level>()))], "KVM_IRQ_LINE"),
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x01, 0))], "KVM_CREATE_VM"),
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x03, 0))], "KVM_CHECK_EXTENSION"),
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x04, 0))], "KVM_GET_VCPU_MMAP_SIZE"),
@@ -158,7 +161,6 @@ pub const ENTRIES: &[Entry] = &[
     ioctl(&[Main], &[Is(1, request(WRITE, 0x42, size_of::<kvm_dirty_log>()))], "KVM_GET_DIRTY_LOG"),
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x47, 0))], "KVM_SET_TSS_ADDR"),
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x60, 0))], "KVM_CREATE_IRQCHIP"),
-    ioctl(&[KvmSetup], &[Is(1, request(WRITE, 0x76, size_of::<kvm_irqfd>()))], "KVM_IRQFD"),
     ioctl(&[KvmSetup], &[Is(1, request(WRITE, 0x77, size_of::<kvm_pit_config>()))], "KVM_CREATE_PIT2, for hosts without a deadline timer"),
     ioctl(&[KvmSetup], &[Is(1, request(WRITE, 0x79, size_of::<kvm_ioeventfd>()))], "KVM_IOEVENTFD"),
     ioctl(&[KvmSetup], &[Is(1, request(WRITE, 0x89, size_of::<kvm_msrs>()))], "KVM_SET_MSRS"),
@@ -169,7 +171,6 @@ pub const ENTRIES: &[Entry] = &[
     ioctl(&[Main], &[Is(1, request(READ, 0x83, size_of::<kvm_sregs>()))], "KVM_GET_SREGS of the boot vCPU"),
     ioctl(&[Main], &[Is(1, request(WRITE, 0x84, size_of::<kvm_sregs>()))], "KVM_SET_SREGS of the boot vCPU"),
     ioctl(&[Main, Vcpu], &[Is(1, request(NONE, 0xce, 0))], "KVM_GET_STATS_FD"),
-    ioctl(&[Vcpu], &[Is(1, request(NONE, 0x80, 0))], "KVM_RUN"),
     ioctl(&[Vcpu], &[Is(1, request(READ, 0x81, size_of::<kvm_regs>()))], "KVM_GET_REGS, to say where a vCPU was lost"),
     ioctl(&[Vcpu], &[Is(1, request(NONE, 0xad, 0))], "KVM_KVMCLOCK_CTRL, before a pause"),
 ];

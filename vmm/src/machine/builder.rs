@@ -26,6 +26,7 @@ use super::{
     bus::Bus,
     cpu,
     cpu_template::{self, LackingFeatures},
+    interrupts::Lines,
     kvm::{self as kvm_memory, Slots},
     lifecycle::Gate,
     open::Opened,
@@ -44,7 +45,6 @@ use crate::{
     },
     config::{MIN_MEMORY_MIB, VmConfig},
     devices::{
-        Interrupt,
         console::Console,
         serial::{self, SerialPort},
     },
@@ -79,7 +79,7 @@ const DISK_STACK_BYTES: usize = 64 * 1024;
 
 /// A machine that has not run yet.
 pub struct Machine {
-    /// Holds irqfds and ioeventfds; closed last.
+    /// Holds ioeventfds; closed last.
     pub vm: Arc<VmFd>,
     /// vCPUs by index, and the threads that wait for them.
     pub vcpus: Vec<(VcpuFd, VcpuThread)>,
@@ -267,27 +267,25 @@ pub fn build(
         let device = FileSystem::new(&share.tag, channel);
         devices.add(Box::new(device)).map_err(resources("the file system device"))?;
     }
-    let serial_line = EventFd::new(EFD_NONBLOCK).map_err(resources("the serial port"))?;
-    let serial_interrupt = serial_line.try_clone().map_err(resources("the serial port"))?;
-    devices.wiring.interrupts.push((serial_line, serial::INTERRUPT_LINE));
-
-    let Devices { workers, transports, counters, lines, wiring, .. } = devices;
+    let Devices { workers, transports, counters, lines, doorbells, interrupts, .. } = devices;
+    let serial_line = interrupts.line(serial::INTERRUPT_LINE);
     let end = EventFd::new(EFD_NONBLOCK).map_err(resources("the event loop"))?;
     let wake = end.try_clone().map_err(resources("the event loop"))?;
     let all_parked = EventFd::new(EFD_NONBLOCK).map_err(resources("the event loop"))?;
     let parked = all_parked.try_clone().map_err(resources("the event loop"))?;
     let gate = Gate::new(config.vcpus.into(), parked);
-    let bus = Bus::new(SerialPort::new(Box::new(IrqFd(serial_interrupt)), console.clone()), transports);
+    let bus = Bus::new(SerialPort::new(Box::new(serial_line), console.clone()), transports);
     let shared = Arc::new(Shared::new(bus, Endings::new(wake), reporter.clone(), gate, config.vcpus));
     // Before there are other threads: it blocks the signal for those to come.
     let terminate = syscalls::sigterm_fd().map_err(resources("SIGTERM"))?;
     kvm_memory::install_kick_handler().map_err(resources("the signal of vCPU threads"))?;
 
-    let ((vm, vcpus), threads, start) = thread::scope(|scope| {
+    let (Created { vm, vcpus }, threads, start) = thread::scope(|scope| {
         let setting_up = jail.confined(ThreadKind::KvmSetup, || {
-            let created = create(&kvm, &slots, config, &wiring);
+            let mut created = Created::default();
+            let result = created.create(&kvm, &slots, config, &doorbells);
             reporter.mark(Mark::KvmReady);
-            created
+            (created, result)
         });
         let setting_up = thread::Builder::new()
             .name("kvm-setup".into())
@@ -303,7 +301,7 @@ pub fn build(
             let threads = (0..config.vcpus).map(|index| vcpu::spawn(index, jail, &shared));
             let threads: Vec<_> = threads.collect::<Result<_, _>>().map_err(resources("a vCPU's thread"))?;
             jail.close(limits)?;
-            let start = load(config, &memory, &mut kernel, initramfs, &lines, &wiring)?;
+            let start = load(config, &memory, &mut kernel, initramfs, &lines)?;
             reporter.mark(Mark::KernelLoaded);
             Ok::<_, BuildError>((threads, start))
         };
@@ -312,9 +310,12 @@ pub fn build(
         let created = setting_up.join().ok().flatten();
         let (threads, start) = loaded?;
         // A thread without its filter has made `close` fail.
-        let created = created.ok_or_else(|| io::Error::other("its thread panicked"));
-        Ok::<_, BuildError>((created.map_err(resources("the virtual machine"))??, threads, start))
+        let panicked = || io::Error::other("its thread panicked");
+        let (created, result) = created.ok_or_else(panicked).map_err(resources("the virtual machine"))?;
+        result?;
+        Ok::<_, BuildError>((created, threads, start))
     })?;
+    let vm = vm.ok_or_else(|| io::Error::other("KVM made none")).map_err(resources("the virtual machine"))?;
     if let Some(boot_vcpu) = vcpus.first() {
         cpu::set_registers(boot_vcpu, start.entry, start.page_tables)
             .map_err(|source| CreateError::Call { call: "setting the boot vCPU's registers", source })?;
@@ -323,26 +324,9 @@ pub fn build(
     let kvm = kvm_memory::vm_statistics(&vm);
     let vm = Arc::new(vm);
     slots.attach(vm.clone());
+    interrupts.attach(vm.clone());
     let subject = Subject { shared, console, memory, balloon, memory_device, devices: counters, kvm, slots };
     Ok(Machine { vm, vcpus, workers, end, terminate, all_parked, listener: control, subject, last_words })
-}
-
-/// An interrupt line that KVM pulses when the eventfd is signalled.
-struct IrqFd(EventFd);
-
-impl Interrupt for IrqFd {
-    fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
-    }
-}
-
-/// Eventfds between devices and KVM.
-#[derive(Default)]
-struct Wiring {
-    /// Those that pulse an interrupt line.
-    interrupts: Vec<(EventFd, u32)>,
-    /// Those that a write to a virtio device's doorbell signals, in the order of the devices.
-    doorbells: Vec<EventFd>,
 }
 
 /// virtio devices as they are added, each with the next address and interrupt line.
@@ -353,7 +337,9 @@ struct Devices<'a> {
     counters: Vec<Arc<DeviceCounters>>,
     /// Interrupt line of each device.
     lines: Vec<u32>,
-    wiring: Wiring,
+    /// Eventfds that a write to a device's doorbell signals, in the order of the devices.
+    doorbells: Vec<EventFd>,
+    interrupts: Arc<Lines>,
 }
 
 impl<'a> Devices<'a> {
@@ -364,19 +350,18 @@ impl<'a> Devices<'a> {
             transports: vec![],
             counters: vec![],
             lines: vec![],
-            wiring: Wiring::default(),
+            doorbells: vec![],
+            interrupts: Arc::default(),
         }
     }
 
     /// Adds a device and returns its doorbell.
     fn add(&mut self, device: Box<dyn Device>) -> io::Result<EventFd> {
         let line = VIRTIO_LINES.iter().copied().cycle().nth(self.lines.len()).unwrap_or_default();
-        let irqfd = EventFd::new(EFD_NONBLOCK)?;
-        let interrupt = Arc::new(InterruptStatus::new(Box::new(IrqFd(irqfd.try_clone()?))));
+        let interrupt = Arc::new(InterruptStatus::new(Box::new(self.interrupts.line(line))));
         let (worker, handle) = Worker::new(device, self.memory.clone(), interrupt)?;
-        self.wiring.interrupts.push((irqfd, line));
         let doorbell = worker.doorbell().try_clone()?;
-        self.wiring.doorbells.push(worker.doorbell().try_clone()?);
+        self.doorbells.push(worker.doorbell().try_clone()?);
         self.lines.push(line);
         self.counters.push(handle.counters().clone());
         self.workers.push(worker);
@@ -385,48 +370,53 @@ impl<'a> Devices<'a> {
     }
 }
 
-/// KVM's side: everything but the boot vCPU's registers.
-fn create(
-    kvm: &Kvm,
-    slots: &Slots,
-    config: &VmConfig,
-    wiring: &Wiring,
-) -> Result<(VmFd, Vec<VcpuFd>), CreateError> {
-    let failed = |call| move |source| CreateError::Call { call, source };
-    let vcpus = config.vcpus;
-    // Before there is anything that a failure would have to close, which this thread has no right to.
-    let mut cpuid = cpu::machine_cpuid(kvm, vcpus).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
-    cpu_template::apply(&mut cpuid, config.cpu_template)?;
-    let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
-    slots.fill(&vm).map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-    if kvm.check_extension(Cap::SetTssAddr) {
-        vm.set_tss_address(layout::KVM_TSS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+/// KVM's side: everything but the boot vCPU's registers. What a failure leaves is closed by whoever takes it: the thread
+/// that makes it may close nothing.
+#[derive(Default)]
+struct Created {
+    vm: Option<VmFd>,
+    vcpus: Vec<VcpuFd>,
+}
+
+impl Created {
+    fn create(
+        &mut self,
+        kvm: &Kvm,
+        slots: &Slots,
+        config: &VmConfig,
+        doorbells: &[EventFd],
+    ) -> Result<(), CreateError> {
+        let failed = |call| move |source| CreateError::Call { call, source };
+        let mut cpuid = cpu::machine_cpuid(kvm, config.vcpus).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+        cpu_template::apply(&mut cpuid, config.cpu_template)?;
+        let vm = self.vm.insert(kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?);
+        slots.fill(vm).map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        if kvm.check_extension(Cap::SetTssAddr) {
+            vm.set_tss_address(layout::KVM_TSS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+        }
+        vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+        if !kvm.check_extension(Cap::TscDeadlineTimer) && kvm.check_extension(Cap::Pit2) {
+            // Only to calibrate a local APIC timer that counts at an unknown rate; it costs a kernel thread.
+            let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            vm.create_pit2(config).map_err(failed("KVM_CREATE_PIT2"))?;
+        }
+        for index in 0..config.vcpus {
+            self.vcpus.push(vm.create_vcpu(index.into()).map_err(failed("KVM_CREATE_VCPU"))?);
+        }
+        for (index, vcpu) in (0..).zip(&self.vcpus) {
+            vcpu.set_cpuid2(&cpu::for_vcpu(&cpuid, index)).map_err(failed("KVM_SET_CPUID2"))?;
+            cpu::set_msrs(vcpu).map_err(failed("KVM_SET_MSRS"))?;
+            cpu::set_local_interrupts(vcpu).map_err(failed("KVM_SET_LAPIC"))?;
+        }
+        let mut address = layout::VIRTIO_MMIO_START + QUEUE_NOTIFY;
+        for doorbell in doorbells {
+            // One doorbell for all queues of a device: each registration waits for the host's SRCU.
+            vm.register_ioevent(doorbell, &IoEventAddress::Mmio(address), NoDatamatch)
+                .map_err(failed("KVM_IOEVENTFD"))?;
+            address += layout::VIRTIO_MMIO_BYTES;
+        }
+        Ok(())
     }
-    vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
-    if !kvm.check_extension(Cap::TscDeadlineTimer) && kvm.check_extension(Cap::Pit2) {
-        // Only to calibrate a local APIC timer that counts at an unknown rate; it costs a kernel thread.
-        let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.create_pit2(config).map_err(failed("KVM_CREATE_PIT2"))?;
-    }
-    let mut fds = Vec::with_capacity(vcpus.into());
-    for index in 0..vcpus {
-        let vcpu = vm.create_vcpu(index.into()).map_err(failed("KVM_CREATE_VCPU"))?;
-        vcpu.set_cpuid2(&cpu::for_vcpu(&cpuid, index)).map_err(failed("KVM_SET_CPUID2"))?;
-        cpu::set_msrs(&vcpu).map_err(failed("KVM_SET_MSRS"))?;
-        cpu::set_local_interrupts(&vcpu).map_err(failed("KVM_SET_LAPIC"))?;
-        fds.push(vcpu);
-    }
-    for (irqfd, line) in &wiring.interrupts {
-        vm.register_irqfd(irqfd, *line).map_err(failed("KVM_IRQFD"))?;
-    }
-    let mut address = layout::VIRTIO_MMIO_START + QUEUE_NOTIFY;
-    for doorbell in &wiring.doorbells {
-        // One doorbell for all queues of a device: each registration waits for the host's SRCU.
-        vm.register_ioevent(doorbell, &IoEventAddress::Mmio(address), NoDatamatch)
-            .map_err(failed("KVM_IOEVENTFD"))?;
-        address += layout::VIRTIO_MMIO_BYTES;
-    }
-    Ok((vm, fds))
 }
 
 /// How the boot vCPU starts.
@@ -442,7 +432,6 @@ fn load(
     kernel: &mut File,
     initramfs: Vec<Part>,
     lines: &[u32],
-    wiring: &Wiring,
 ) -> Result<Start, LoadError> {
     let regions = layout::memory_regions(config.memory_bytes());
     let low_memory_bytes = regions.first().map_or(0, |(_, bytes)| *bytes);
@@ -452,7 +441,8 @@ fn load(
         .map_err(|source| LoadError::Kernel { path: config.kernel.clone(), source })?;
     let initramfs = initramfs::load(memory, initramfs, kernel.end, kernel.initramfs_limit)?;
     boot::write_cmdline(memory, &line)?;
-    mp_table::write(memory, config.vcpus, wiring.interrupts.iter().map(|(_, line)| *line))?;
+    let interrupts = lines.iter().copied().chain([serial::INTERRUPT_LINE]);
+    mp_table::write(memory, config.vcpus, interrupts)?;
     let page_tables = match (kernel.entry, kernel.setup_header) {
         (EntryPoint::Linux64 { .. }, Some(header)) => {
             bzimage::write_zero_page(memory, &header, &usable, initramfs)?;

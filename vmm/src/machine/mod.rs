@@ -12,6 +12,7 @@ mod bus;
 mod cpu;
 mod cpu_template;
 mod host;
+mod interrupts;
 mod kvm;
 mod kvm_statistics;
 mod lifecycle;

@@ -83,7 +83,7 @@ impl WorkerHandle {
 
     /// The driver rang by a register write that did not take the eventfd's short way.
     pub fn ring(&self) {
-        // It only fails when the counter is full, and then the doorbell is pending anyway.
+        // It only fails when 2^64 rings have filled the counter.
         let _ = self.doorbell.write(1);
     }
 
@@ -254,8 +254,10 @@ impl Worker {
 
 impl MutEventSubscriber for Worker {
     fn init(&mut self, ops: &mut EventOps) {
-        for fd in [&self.wake, &self.doorbell] {
-            if let Err(error) = ops.add(Events::new(fd, EventSet::IN)) {
+        // The doorbell's count says nothing, so that nobody reads it: edge-triggered, each ring is an event.
+        let rings = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        for (fd, events) in [(&self.wake, EventSet::IN), (&self.doorbell, rings)] {
+            if let Err(error) = ops.add(Events::new(fd, events)) {
                 warn!(%error, "a virtio device could not join the event loop");
             }
         }
@@ -270,7 +272,6 @@ impl MutEventSubscriber for Worker {
         if fd == self.wake.as_raw_fd() {
             self.handle_commands(&mut poller);
         } else if fd == self.doorbell.as_raw_fd() {
-            let _ = self.doorbell.read();
             self.drive(&mut poller, |device, running| device.queues_ready(running));
         } else {
             let set = events.event_set();
