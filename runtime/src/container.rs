@@ -13,6 +13,7 @@ use rustix::{
 
 use crate::{
     cgroup::{Cgroup, CgroupError},
+    changes::Changes,
     syscalls,
 };
 
@@ -22,6 +23,7 @@ pub struct Container {
     pid: i32,
     pidfd: OwnedFd,
     oom_event: Option<OwnedFd>,
+    base: Option<OwnedFd>,
     cgroup: Cgroup,
 }
 
@@ -55,8 +57,14 @@ pub struct WaitError {
 }
 
 impl Container {
-    pub(crate) fn new(pid: i32, pidfd: OwnedFd, oom_event: Option<OwnedFd>, cgroup: Cgroup) -> Self {
-        Self { pid, pidfd, oom_event, cgroup }
+    pub(crate) fn new(
+        pid: i32,
+        pidfd: OwnedFd,
+        oom_event: Option<OwnedFd>,
+        base: Option<OwnedFd>,
+        cgroup: Cgroup,
+    ) -> Self {
+        Self { pid, pidfd, oom_event, base, cgroup }
     }
 
     /// Process id in the caller's PID namespace.
@@ -126,6 +134,17 @@ impl Container {
 
     fn failed(&self, action: &str, source: io::Error) -> WaitError {
         WaitError { action: action.to_owned(), pid: self.pid, source }
+    }
+
+    /// A directory that holds the writable layer, as `upper`: other processes can open it by this one's descriptor. `None`
+    /// if the container has none, or made it in a user namespace.
+    pub fn writable(&self) -> Option<BorrowedFd<'_>> {
+        self.base.as_ref().map(AsFd::as_fd)
+    }
+
+    /// What the container has written, as a layer; also after its end. `None` as for [`Container::writable`].
+    pub fn changes(&self) -> Option<io::Result<Changes>> {
+        self.writable().map(Changes::of_base)
     }
 
     /// The container's cgroup.

@@ -56,6 +56,8 @@ pub(crate) struct Init<'a> {
     pub(crate) spec: &'a Spec,
     pub(crate) linux: &'a Linux,
     pub(crate) rootfs: &'a Rootfs,
+    /// What is under its writable layer, if the parent keeps that.
+    pub(crate) base: Option<BorrowedFd<'a>>,
     pub(crate) namespaces: &'a Namespaces,
     pub(crate) sysctls: &'a Sysctls,
     pub(crate) mounts: &'a [Mount],
@@ -211,7 +213,7 @@ impl Init<'_> {
                 rootfs::attach_clone(root.as_fd(), path)?;
                 root
             }
-            _ => rootfs::mount(self.rootfs)?,
+            _ => rootfs::mount(self.rootfs, self.base)?,
         };
         rootfs::enter(root.as_fd())?;
         let mut in_cgroups = false;

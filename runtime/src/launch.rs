@@ -223,7 +223,7 @@ pub fn launch(launch: Launch<'_>) -> Result<Container, LaunchError> {
     let breadth = if launch.oci.created.is_some() { Breadth::All } else { Breadth::Needed };
     let cgroup = Cgroup::create(&path, plan.linux.resources().as_ref(), breadth)?;
     match start(&launch, &plan, &cgroup) {
-        Ok((child, oom_event)) => Ok(Container::new(child.pid, child.pidfd, oom_event, cgroup)),
+        Ok((child, oom_event)) => Ok(Container::new(child.pid, child.pidfd, oom_event, child.base, cgroup)),
         Err(error) => {
             // The first failure is what the caller has to know.
             let _ = cgroup.kill_all();
@@ -356,6 +356,8 @@ struct Child {
     verdict: OwnedFd,
     /// Where it is told to go on: it is approved, and in its v1 cgroups.
     attached: Option<OwnedFd>,
+    /// What is under its writable layer.
+    base: Option<OwnedFd>,
 }
 
 fn spawn(
@@ -371,8 +373,10 @@ fn spawn(
     let notifies = plan.filter.as_ref().is_some_and(Filter::notifies);
     let is_held = released_early || cgroup.needs_attach() || launch.approve.is_some() || notifies;
     let (attached, attached_writer) = if is_held { Some(pipe()?) } else { None }.unzip();
+    // A user namespace's mounts are its own to make.
+    let base = if plan.namespaces.has_user() { None } else { rootfs::base(&launch.rootfs)? };
     match clone(&plan.namespaces, cgroup)? {
-        Cloned::Parent { pid, pidfd } => Ok(Child { pid, pidfd, verdict, attached: attached_writer }),
+        Cloned::Parent { pid, pidfd } => Ok(Child { pid, pidfd, verdict, attached: attached_writer, base }),
         Cloned::Child => {
             // The death of either side must be seen by the other.
             drop((verdict, attached_writer));
@@ -399,6 +403,7 @@ fn spawn(
                 spec: launch.spec,
                 linux: plan.linux,
                 rootfs: &launch.rootfs,
+                base: base.as_ref().map(AsFd::as_fd),
                 namespaces: &plan.namespaces,
                 sysctls: &plan.sysctls,
                 mounts: &plan.mounts,

@@ -13,6 +13,7 @@
 //! ```
 
 pub mod cgroup;
+mod changes;
 mod console;
 mod container;
 mod devices;
@@ -33,6 +34,7 @@ mod sysctls;
 mod user_namespace;
 mod verdict;
 
+pub use changes::Changes;
 pub use container::{Container, Exit, ExitStatus, WaitError};
 pub use join::{Join, Joined, join};
 pub use launch::{

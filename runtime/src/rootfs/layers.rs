@@ -3,7 +3,7 @@
 use std::{
     ffi::CString,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -21,37 +21,37 @@ use rustix::{
 use super::{RootfsError, cover_root};
 use crate::syscalls;
 
+/// The writable layer's directory in the base.
+pub(super) const UPPER: &str = "upper";
+
 /// Mounts the layers, bottom first, and the overlay over them:
 ///
 /// ```text
-///  base: tmpfs, attached only while the overlay is made
+///  base: tmpfs, attached only while the overlay is made; reached later by its descriptor alone
 ///   ├─ 0, 1, …     EROFS, read-only
 ///   ├─ upper, work
 ///   └─ root        overlay, which keeps the others alive by itself
 /// ```
-pub(super) fn mount(lowers: &[PathBuf], upper_bytes: Option<u64>) -> Result<OwnedFd, RootfsError> {
+pub(super) fn mount(lowers: &[PathBuf], base: BorrowedFd<'_>) -> Result<OwnedFd, RootfsError> {
     if lowers.is_empty() {
         return Err(RootfsError::NoLayers);
     }
-    let failed = |action| {
-        move |errno: Errno| RootfsError::Overlay { action, layers: lowers.len(), source: errno.into() }
-    };
+    let failed = |action| failed(action, lowers);
     // Layers are found through the caller's root, which the base is about to cover, but not to replace.
     let layers = lowers.iter().map(|path| mount_layer(path)).collect::<Result<Vec<_>, _>>()?;
-    let base = tmpfs(upper_bytes).map_err(failed("make a tmpfs"))?;
-    cover_root(base.as_fd()).map_err(failed("attach the tmpfs"))?;
+    cover_root(base).map_err(failed("attach the tmpfs"))?;
     // What overlayfs looks up by name is relative, so that hundreds of layers fit the page that mount(2) takes.
-    fchdir(&base).map_err(failed("change to the tmpfs"))?;
+    fchdir(base).map_err(failed("change to the tmpfs"))?;
     let directory = |name: &str| {
-        mkdirat(&base, name, Mode::from_raw_mode(0o755)).map_err(failed("make directories in the tmpfs"))
+        mkdirat(base, name, Mode::from_raw_mode(0o755)).map_err(failed("make directories in the tmpfs"))
     };
     for (number, layer) in layers.iter().enumerate() {
         let name = number.to_string();
         directory(&name)?;
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-        move_mount(layer, "", &base, name.as_str(), flags).map_err(failed("attach a layer"))?;
+        move_mount(layer, "", base, name.as_str(), flags).map_err(failed("attach a layer"))?;
     }
-    ["upper", "work", "root"].into_iter().try_for_each(directory)?;
+    [UPPER, "work", "root"].into_iter().try_for_each(directory)?;
     let options = overlay_options(layers.len()).map_err(|_| failed("name the layers")(Errno::INVAL))?;
     mount_classic("overlay", "root", "overlay", MountFlags::empty(), options.as_c_str())
         .map_err(failed("mount an overlay"))?;
@@ -65,7 +65,21 @@ pub(super) fn mount(lowers: &[PathBuf], upper_bytes: Option<u64>) -> Result<Owne
 /// overlayfs wants the top layer first.
 fn overlay_options(layers: usize) -> Result<CString, std::ffi::NulError> {
     let lowers: Vec<_> = (0..layers).rev().map(|number| number.to_string()).collect();
-    CString::new(format!("lowerdir={},upperdir=upper,workdir=work", lowers.join(":")))
+    // What is moved or changed must be in the upper layer as a whole: layers of images know no references to lower ones.
+    CString::new(format!(
+        "lowerdir={},upperdir={UPPER},workdir=work,redirect_dir=off,metacopy=off",
+        lowers.join(":")
+    ))
+}
+
+/// Makes the base, unattached.
+pub(super) fn base(lowers: &[PathBuf], upper_bytes: Option<u64>) -> Result<OwnedFd, RootfsError> {
+    tmpfs(upper_bytes).map_err(failed("make a tmpfs", lowers))
+}
+
+fn failed(action: &'static str, lowers: &[PathBuf]) -> impl FnOnce(Errno) -> RootfsError {
+    let layers = lowers.len();
+    move |errno| RootfsError::Overlay { action, layers, source: errno.into() }
 }
 
 fn tmpfs(size_bytes: Option<u64>) -> Result<OwnedFd, Errno> {
@@ -130,7 +144,8 @@ mod tests {
     #[test]
     fn overlay_options_of_three_layers_name_the_top_first() {
         let options = overlay_options(3).unwrap();
-        assert_eq!(options.to_str().unwrap(), "lowerdir=2:1:0,upperdir=upper,workdir=work");
+        let options = options.to_str().unwrap();
+        assert!(options.starts_with("lowerdir=2:1:0,upperdir=upper,workdir=work,"), "{options}");
     }
 
     #[test]

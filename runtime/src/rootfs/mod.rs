@@ -82,11 +82,30 @@ pub(crate) fn isolate_mounts() -> Result<(), RootfsError> {
 }
 
 /// Mounts the root file system. The returned descriptor refers to its root, which is attached but not yet entered.
-pub(crate) fn mount(rootfs: &Rootfs) -> Result<OwnedFd, RootfsError> {
+/// `base` is what [`base`] has made of the same one, if the caller did.
+pub(crate) fn mount(rootfs: &Rootfs, base: Option<BorrowedFd<'_>>) -> Result<OwnedFd, RootfsError> {
     match rootfs {
         Rootfs::Directory(path) => mount_directory(path),
-        Rootfs::Layers { lowers, upper_bytes } => layers::mount(lowers, *upper_bytes),
+        Rootfs::Layers { lowers, upper_bytes } => match base {
+            Some(base) => layers::mount(lowers, base),
+            None => layers::mount(lowers, layers::base(lowers, *upper_bytes)?.as_fd()),
+        },
     }
+}
+
+/// What is under the writable layer of layers, for a caller that wants to keep it: it outlives the container's mounts as
+/// long as the descriptor is open. [`changes`] reads it.
+pub(crate) fn base(rootfs: &Rootfs) -> Result<Option<OwnedFd>, RootfsError> {
+    match rootfs {
+        Rootfs::Directory(_) => Ok(None),
+        Rootfs::Layers { lowers, upper_bytes } => layers::base(lowers, *upper_bytes).map(Some),
+    }
+}
+
+/// The writable layer on a base.
+pub(crate) fn upper(base: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(base, layers::UPPER, flags, Mode::empty())
 }
 
 /// Clones the mounts of a directory, for a process that could not. What the caller mounts there later does not arrive.

@@ -22,6 +22,7 @@ pub fn tests() -> impl IntoIterator<Item = Test> {
         writable_layer_keeps_to_its_size needs MKFS,
         readonly_root_of_layers_cannot_be_written needs MKFS,
         layer_that_is_not_erofs_is_named,
+        changes_are_a_layer_while_it_runs_and_after_its_end needs MKFS,
         killed_container_leaves_no_mount_and_no_loop_device needs MKFS,
     ]
 }
@@ -118,6 +119,44 @@ fn layer_that_is_not_erofs_is_named() {
     assert!(sandbox.refusal().1.contains("cannot mount the layer /no/such as EROFS: No such file"));
     sandbox.rootfs = Rootfs::Layers { lowers: vec![], upper_bytes: None };
     assert_eq!(sandbox.refusal().1, "cannot make a root file system of no layers");
+}
+
+fn changes_are_a_layer_while_it_runs_and_after_its_end() {
+    let store = tempfile::tempdir_in("/var/tmp").unwrap();
+    let script =
+        "rm /etc/group; rm -r /tmp; mkdir /tmp; echo x > /tmp/x; mv /etc/passwd /new; ln /new /tmp/new
+        chown 5:6 /new; echo ready; sleep 0.2; touch /late";
+    let sandbox = layered(script, &[], store.path());
+    let mut running = sandbox.start().unwrap();
+    assert_eq!(running.read_line(), "ready");
+    let listed = |changes: Option<std::io::Result<cloche_runtime::Changes>>| {
+        let mut changes = changes.unwrap().unwrap();
+        let archive = store.path().join("changes.tar");
+        std::io::copy(&mut changes, &mut fs::File::create(&archive).unwrap()).unwrap();
+        let output = Command::new("tar").args(["--numeric-owner", "-tvf"]).arg(&archive).output().unwrap();
+        let lines = String::from_utf8(output.stdout).unwrap();
+        let line = |line: &str| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            format!("{} {} {}", words[0], words[1], words[5..].join(" "))
+        };
+        lines.lines().map(line).collect::<Vec<_>>()
+    };
+    let expected = [
+        "drwxr-xr-x 0/0 etc/",
+        "---------- 0/0 etc/.wh.group",
+        "---------- 0/0 etc/.wh.passwd",
+        "-rw-r--r-- 5/6 new",
+        "drwxr-xr-x 0/0 tmp/",
+        "---------- 0/0 tmp/.wh..wh..opq",
+        "hrw-r--r-- 5/6 tmp/new link to new",
+        "-rw-r--r-- 0/0 tmp/x",
+    ];
+    assert_eq!(listed(running.container.changes()), expected);
+    running.container.wait().unwrap();
+    let after = listed(running.container.changes());
+    assert_eq!(after.len(), expected.len() + 1, "{after:?}");
+    assert!(after.contains(&"-rw-r--r-- 0/0 late".to_owned()), "{after:?}");
+    running.container.delete().unwrap();
 }
 
 fn killed_container_leaves_no_mount_and_no_loop_device() {
