@@ -9,6 +9,7 @@
 //!              └─▶ sandboxes (records on disk, reconcile) ◀─ steering, stats (other processes)
 //! ```
 
+pub mod changes;
 pub mod compare;
 pub mod doctor;
 pub mod home;

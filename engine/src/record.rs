@@ -55,6 +55,9 @@ pub enum State {
 pub struct Processes {
     /// The container's first process, or the VMM.
     pub leader: ProcessId,
+    /// The monitor's descriptor of a container's writable layer: see [`cloche_runtime::Container::writable`].
+    #[serde(default)]
+    pub writable: Option<i32>,
 }
 
 /// How and when a sandbox ended.

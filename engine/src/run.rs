@@ -4,13 +4,14 @@
 //!  validate ▸ resolve image ▸ spec ▸ record ▸ start ▸ observe ▸ attend ▸ tear down ▸ record
 //! ```
 
-use std::path::PathBuf;
+use std::{io::Read, path::PathBuf};
 
 use cloche_images::{ResolveError, Store, StoreError};
 use cloche_protocol::message::Exit;
 use oci_spec::image::ImageConfiguration;
 
 use crate::{
+    changes,
     home::Home,
     isolation::{Lost, Running, container, vm},
     monitor::{self, MonitorError},
@@ -63,6 +64,12 @@ pub enum RunError {
     /// The process's end was not seen.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
+    /// The process ended, but what it has written could not be read.
+    #[error("cannot read what the sandbox has written: {0}")]
+    Changes(String),
+    /// The process ended, but what was to be done with what it has written failed.
+    #[error("cannot use what the sandbox has written")]
+    AtEnd(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The process ended, but something of the sandbox is left.
     #[error("the sandbox could not be removed")]
     Teardown(#[source] Lost),
@@ -93,8 +100,23 @@ pub struct Outcome {
     pub host_memory_peak_bytes: Option<u64>,
 }
 
+/// Takes what a sandbox has written, as a layer's archive ([`crate::changes`]), once its process has ended like this and
+/// before anything of it is removed.
+pub type AtEnd<'a> =
+    dyn FnMut(&Exit, &mut (dyn Read + Send)) -> Result<(), Box<dyn std::error::Error + Send + Sync>> + 'a;
+
 /// Runs a sandbox in the foreground: this process is its monitor, and its stdio is this process's.
 pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outcome, RunError> {
+    run_to(home, request, trace, None)
+}
+
+/// As [`run`], and hands what it has written to `at_end`, whatever its process's exit code.
+pub fn run_to(
+    home: &Home,
+    request: &RunRequest,
+    trace: &mut Trace,
+    at_end: Option<&mut AtEnd<'_>>,
+) -> Result<Outcome, RunError> {
     request.validate()?;
     if request.isolation != Isolation::Vm && !has_sys_admin() {
         return Err(RunError::Unprivileged(request.isolation));
@@ -125,7 +147,7 @@ pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outco
     let layers = image.layers.iter().map(|layer| layer.erofs.clone()).collect();
     let started = start(&mut sandbox, request, &image.config, layers, &sources, &signals, trace);
     drop(hold);
-    let result = started.and_then(|running| attend(&mut sandbox, running, &signals, trace));
+    let result = started.and_then(|running| attend(&mut sandbox, running, &signals, trace, at_end));
     let id = sandbox.record.id.clone();
     match result {
         Ok(exit) => {
@@ -143,7 +165,10 @@ pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outco
             Ok(Outcome { id, exit, host_memory_peak_bytes: memory })
         }
         // Its process ran: that is worth a record.
-        Err(error @ (RunError::Monitor(_) | RunError::Teardown(_))) => {
+        Err(
+            error
+            @ (RunError::Monitor(_) | RunError::Changes(_) | RunError::AtEnd(_) | RunError::Teardown(_)),
+        ) => {
             sandbox.finish(Ended {
                 exit_code: error.exit_code(),
                 oom_killed: false,
@@ -200,16 +225,38 @@ fn attend(
     mut running: Box<dyn Running>,
     signals: &Signals,
     trace: &mut Trace,
+    at_end: Option<&mut AtEnd<'_>>,
 ) -> Result<Exit, RunError> {
     let written = running.processes().map(|processes| sandbox.set_state(State::Running(processes)));
     let attended = match written {
         Some(Err(error)) => Err(error.into()),
         _ => monitor::attend(running.as_mut(), signals, trace).map_err(RunError::from),
     };
+    let used = match (&attended, at_end) {
+        (Ok(exit), Some(at_end)) => use_changes(running.as_mut(), exit, at_end),
+        _ => Ok(()),
+    };
+    if attended.is_ok() && !sandbox.record.remove {
+        keep_changes(sandbox, running.as_mut());
+    }
     let removed = running.teardown();
     let exit = attended?;
+    used?;
     removed.map_err(RunError::Teardown)?;
     Ok(exit)
+}
+
+fn use_changes(running: &mut dyn Running, exit: &Exit, at_end: &mut AtEnd<'_>) -> Result<(), RunError> {
+    let mut changes = running.changes().map_err(|lost| RunError::Changes(lost.to_string()))?;
+    at_end(exit, &mut changes).map_err(RunError::AtEnd)
+}
+
+/// That they are not kept is no reason to fail: the process has done what it was for.
+fn keep_changes(sandbox: &Owned, running: &mut dyn Running) {
+    let kept = running.changes().map_err(|lost| std::io::Error::other(lost.to_string()));
+    if let Err(error) = kept.and_then(|mut changes| changes::save(sandbox.dir(), &mut changes)) {
+        eprintln!("cloche: what sandbox {} has written is not kept: {error}", sandbox.record.id);
+    }
 }
 
 /// Largest resident set of any child that was waited for (getrusage(2)).

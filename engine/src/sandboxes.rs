@@ -3,6 +3,7 @@
 //! ```text
 //! STATE/sandboxes/ID/record.json   replaced by rename, never written in place
 //!                    lock          held (flock) by the monitor as long as it lives
+//!                    changes.tar   what an ended sandbox has written, if it was not to be removed: `changes`
 //!                    …             what the isolation keeps here: vsock sockets, the boot archive
 //! STATE/sandboxes/.ID-PID          a directory being made; becomes ID when its lock is held
 //! ```
@@ -25,6 +26,7 @@ use rustix::{
     process::Signal,
 };
 
+use crate::changes;
 use crate::record::{Ended, ProcessId, Record, State, unix_time};
 
 /// Why the sandboxes on disk could not be read or changed.
@@ -381,7 +383,7 @@ fn inherited_lock(dir: &Path) -> Option<File> {
 /// Removes what the isolation kept beside the record: sockets, and the boot archive with the process's environment.
 fn keep_record_only(dir: &Path) {
     for file in fs::read_dir(dir).into_iter().flatten().flatten() {
-        if !["lock", "record.json"].iter().any(|kept| file.file_name() == *kept) {
+        if !["lock", "record.json", changes::SAVED].iter().any(|kept| file.file_name() == *kept) {
             let _ = fs::remove_file(file.path());
         }
     }

@@ -17,7 +17,7 @@ use std::{
 use cloche_protocol::message::Status;
 use cloche_runtime::cgroup::{Cgroup, CgroupError};
 use cloche_vmm::control::{
-    api::{Answer, MachineStats, Request, RunState},
+    api::{Answer, Info, MachineStats, Request, RunState},
     client::{ClientError, ask},
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -185,7 +185,7 @@ impl Steered {
         self.record.id.clone()
     }
 
-    fn is_vm(&self) -> bool {
+    pub(crate) fn is_vm(&self) -> bool {
         self.record.isolation == Isolation::Vm
     }
 
@@ -292,6 +292,14 @@ impl Steered {
             };
             let mut fds = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
             let _ = rustix::event::poll(&mut fds, Some(&left));
+        }
+    }
+
+    /// What a VM's machine is.
+    pub(crate) fn machine(&self) -> Result<Info, SteeringError> {
+        match self.ask("look at", Request::Info)? {
+            Answer::Info(info) => Ok(info),
+            _ => Err(SteeringError::NotRunning { id: self.id(), status: "not answering as it should" }),
         }
     }
 

@@ -11,6 +11,7 @@
 //! ```
 
 mod boot;
+mod changes;
 mod disks;
 mod serve;
 mod spec;

@@ -23,7 +23,9 @@ use rustix::{
 
 use crate::{
     boot::{self, Boot, BootError},
-    chain, disks, say, syscalls,
+    chain,
+    changes::Answer,
+    disks, say, syscalls,
 };
 
 /// Why the agent cannot serve. The host learns of it by the console.
@@ -59,25 +61,30 @@ pub fn run() -> Result<(), ServeError> {
     frame::write(&control, &FromGuest::Ready { version: VERSION })?;
     syscalls::mark(GuestMark::AgentReady);
     let mut streams = Streams::connect(boot.config.stdin)?;
-    let report = match launch(boot, &mut streams) {
-        Err(error) => FromGuest::Failed { exit_code: error.exit_code(), message: chain(&error) },
+    match launch(boot, &mut streams) {
+        Err(error) => {
+            let report = FromGuest::Failed { exit_code: error.exit_code(), message: chain(&error) };
+            frame::write(&control, &report)?;
+        }
         Ok(mut container) => {
             frame::write(&control, &FromGuest::Started)?;
-            serve(&mut container, &mut streams, &control)?;
+            let mut questions = Questions::listen();
+            serve(&mut container, &mut streams, &control, &mut questions)?;
             let exit = container.wait()?;
             syscalls::mark(GuestMark::ProcessExit);
             streams.drain()?;
-            FromGuest::Exited(message::Exit {
+            let report = FromGuest::Exited(message::Exit {
                 status: match exit.status {
                     ExitStatus::Code(code) => message::ExitStatus::Code(code),
                     ExitStatus::Signal(signo) => message::ExitStatus::Signal(signo),
                 },
                 oom_killed: exit.oom_killed,
                 memory_peak_bytes: exit.memory_peak_bytes,
-            })
+            });
+            frame::write(&control, &report)?;
+            questions.serve(&container)?;
         }
-    };
-    frame::write(&control, &report)?;
+    }
     // The stream must outlive the report's delivery: closing it here could reset it under the host's hands.
     std::mem::forget(control);
     Ok(())
@@ -147,37 +154,89 @@ fn launch(boot: Boot, streams: &mut Streams) -> Result<Container, LaunchError> {
     })
 }
 
-/// Tells everybody who has connected how the container is. Whoever does not listen is not waited for.
-fn tell_status(listener: &OwnedFd, container: &Container) {
-    while let Ok(client) = rustix::net::accept_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
-        let usage = container.cgroup().usage();
-        let status = Status { pids: usage.pids.ok(), memory_bytes: usage.memory_bytes.ok() };
-        let _ = frame::write(File::from(client), &status);
+/// What the host asks by dialling.
+struct Questions {
+    /// The container is served without them, too; the host then sees that nobody answers.
+    status: Option<OwnedFd>,
+    changes: Option<OwnedFd>,
+    /// One at a time; others wait to be accepted.
+    answer: Option<Answer>,
+}
+
+impl Questions {
+    fn listen() -> Self {
+        let listen = |port| {
+            let listener = syscalls::listen(port);
+            listener
+                .inspect_err(|error| say(&format!("cannot listen for questions of the host: {error}")))
+                .ok()
+        };
+        Self { status: listen(guest_port::STATUS), changes: listen(guest_port::CHANGES), answer: None }
+    }
+
+    fn poll_fds(&self) -> impl Iterator<Item = PollFd<'_>> {
+        let changes = match &self.answer {
+            Some(answer) => Some(answer.poll_fd()),
+            None => self.changes.as_ref().map(|listener| PollFd::new(listener, PollFlags::IN)),
+        };
+        self.status.as_ref().map(|listener| PollFd::new(listener, PollFlags::IN)).into_iter().chain(changes)
+    }
+
+    /// Does all that can be done without waiting.
+    fn answer(&mut self, container: &Container) {
+        let accept = |listener: &OwnedFd| {
+            rustix::net::accept_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC).ok()
+        };
+        while let Some(client) = self.status.as_ref().and_then(accept) {
+            let usage = container.cgroup().usage();
+            let status = Status { pids: usage.pids.ok(), memory_bytes: usage.memory_bytes.ok() };
+            // Whoever does not listen is not waited for.
+            let _ = frame::write(File::from(client), &status);
+        }
+        if self.answer.is_none() {
+            self.answer = self.changes.as_ref().and_then(accept).map(Answer::new);
+        }
+        if self.answer.as_mut().is_some_and(|answer| !answer.advance(container)) {
+            self.answer = None;
+        }
+    }
+
+    /// Answers about a container that has ended, until the host ends the VM.
+    fn serve(&mut self, container: &Container) -> Result<(), ServeError> {
+        loop {
+            self.answer(container);
+            let fds: Vec<_> = self.poll_fds().collect();
+            pump::poll(&mut [], &fds, None)
+                .map_err(|error| ServeError::System("wait for questions of the host", error))?;
+        }
     }
 }
 
 /// Serves until the container's first process has ended.
-fn serve(container: &mut Container, streams: &mut Streams, mut control: &File) -> Result<(), ServeError> {
+fn serve(
+    container: &mut Container,
+    streams: &mut Streams,
+    mut control: &File,
+    questions: &mut Questions,
+) -> Result<(), ServeError> {
     let mut decoder = Decoder::default();
-    // The container is served without it, too; the host then sees that nobody answers.
-    let asked = syscalls::listen(guest_port::STATUS)
-        .inspect_err(|error| say(&format!("cannot listen for questions of the host: {error}")))
-        .ok();
     loop {
         let mut others = vec![
             PollFd::from_borrowed_fd(container.pidfd(), PollFlags::IN),
             PollFd::from_borrowed_fd(control.as_fd(), PollFlags::IN),
         ];
-        others.extend(asked.as_ref().map(|asked| PollFd::new(asked, PollFlags::IN)));
+        others.extend(questions.poll_fds());
+        let count = others.len();
         let ready = pump::poll(&mut streams.pumps, &others, None)
             .map_err(|error| ServeError::System("carry stdio", error))?;
-        let questioned = asked.is_some() && ready.get(2) == Some(&true);
+        drop(others);
+        let questioned = ready.iter().take(count).skip(2).any(|ready| *ready);
         let [ended, commanded] = [ready.first(), ready.get(1)].map(|ready| ready == Some(&true));
         if ended {
             return Ok(());
         }
-        if let Some(asked) = asked.as_ref().filter(|_| questioned) {
-            tell_status(asked, container);
+        if questioned {
+            questions.answer(container);
         }
         if commanded {
             let mut bytes = [0; 4096];

@@ -11,12 +11,14 @@
 //!    vsock 1026  stdout  ◀─────────── raw bytes ─────────────────
 //!    vsock 1027  stderr  ◀─────────── raw bytes ─────────────────
 //!    vsock 1030  status  ─── a frame, when the host dials ────────▶
+//!    vsock 1031  changes ─── what the container has written, when the host dials and asks
 //!  VMM: I/O port 0x5c0 ◀── marks;  0x5c4 ◀── exit code
 //! ```
 //!
 //! The guest dials the host for every stream of the container, so nobody polls for readiness.
 
 pub mod boot;
+pub mod changes;
 pub mod frame;
 pub mod machine;
 pub mod message;

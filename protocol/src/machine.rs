@@ -23,6 +23,8 @@ pub mod vsock_port {
 pub mod guest_port {
     /// Whoever connects is told [`crate::message::Status`], framed as in [`crate::frame`], and the stream ends.
     pub const STATUS: u32 = 1030;
+    /// Whoever connects and asks gets the container's changes: see [`crate::changes`]. Also after the container's end.
+    pub const CHANGES: u32 = 1031;
 }
 
 /// x86 I/O ports of the VMM's own device.

@@ -1,7 +1,7 @@
 //! Container isolation: `cloche-runtime` on the host's own kernel. Also the baseline `process`, which is the same
 //! without any confinement.
 
-use std::{fs::File, path::PathBuf};
+use std::{fs::File, io::Read, os::fd::AsRawFd, path::PathBuf};
 
 use cloche_protocol::message::{Exit, ExitStatus};
 use cloche_runtime::{
@@ -82,7 +82,8 @@ impl Running for RunningContainer {
     }
 
     fn processes(&self) -> Option<Processes> {
-        Some(Processes { leader: ProcessId::of(self.container.pid())? })
+        let writable = self.container.writable().map(|fd| fd.as_raw_fd());
+        Some(Processes { leader: ProcessId::of(self.container.pid())?, writable })
     }
 
     fn poll_fds(&self) -> Vec<PollFd<'_>> {
@@ -121,6 +122,11 @@ impl Running for RunningContainer {
     fn signal(&mut self, signo: i32) {
         // A process that ended meanwhile needs no signal.
         let _ = self.container.signal(signo);
+    }
+
+    fn changes(&mut self) -> Result<Box<dyn Read + Send>, Lost> {
+        let changes = self.container.changes().ok_or_else(|| Lost("it has no writable layer".into()))?;
+        changes.map(|changes| Box::new(changes) as _).map_err(|error| Lost(error.to_string()))
     }
 
     fn teardown(self: Box<Self>) -> Result<(), Lost> {

@@ -4,7 +4,7 @@ pub mod container;
 pub mod observed;
 pub mod vm;
 
-use std::os::fd::OwnedFd;
+use std::{io::Read, os::fd::OwnedFd};
 
 use cloche_protocol::message::Exit;
 use rustix::event::PollFd;
@@ -43,6 +43,10 @@ pub trait Running {
 
     /// Sends a signal to the process.
     fn signal(&mut self, signo: i32);
+
+    /// What it has written to its root file system, as a layer's tar archive ([`crate::changes`]); also once its process
+    /// has ended.
+    fn changes(&mut self) -> Result<Box<dyn Read + Send>, Lost>;
 
     /// Ends and removes everything of the sandbox but its directory.
     fn teardown(self: Box<Self>) -> Result<(), Lost>;

@@ -25,7 +25,7 @@ pub(crate) fn status(dir: &Path) -> io::Result<Status> {
 }
 
 /// A stream to a port of the guest.
-fn connect(dir: &Path, port: u32) -> io::Result<UnixStream> {
+pub(super) fn connect(dir: &Path, port: u32) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(dir.join(VSOCK_SOCKET))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;

@@ -11,6 +11,7 @@
 //! and its file server are in the sandbox's cgroup.
 
 mod cgroup;
+pub(crate) mod changes;
 mod cpio;
 pub(crate) mod dial;
 pub mod kernel;
@@ -184,6 +185,8 @@ pub fn start(
     drop(theirs);
     trace.mark(Mark::VmmSpawned);
     let mut machine = Machine {
+        dir: dir.to_owned(),
+        most_changes_bytes: changes::most_bytes(config.memory_mib),
         vmm,
         file_server,
         control: Some(control),
@@ -353,6 +356,9 @@ fn write_boot_archive(
 
 /// A VM with a container in it.
 struct Machine {
+    dir: PathBuf,
+    /// Of what the container in it can have written.
+    most_changes_bytes: u64,
     vmm: Vmm,
     file_server: Option<FileServer>,
     control: Option<UnixStream>,
@@ -492,7 +498,7 @@ impl Running for Machine {
     }
 
     fn processes(&self) -> Option<Processes> {
-        Some(Processes { leader: ProcessId::of(self.vmm.pid())? })
+        Some(Processes { leader: ProcessId::of(self.vmm.pid())?, writable: None })
     }
 
     fn poll_fds(&self) -> Vec<PollFd<'_>> {
@@ -546,6 +552,11 @@ impl Running for Machine {
             // A guest that does not read its control stream cannot be signalled; it can still be killed.
             let _ = frame::write(control, &ToGuest::Signal { signo });
         }
+    }
+
+    fn changes(&mut self) -> Result<Box<dyn Read + Send>, Lost> {
+        let changes = changes::ask(&self.dir, false, self.most_changes_bytes);
+        changes.map(|changes| Box::new(changes) as _).map_err(|error| Lost(error.to_string()))
     }
 
     fn teardown(self: Box<Self>) -> Result<(), Lost> {
