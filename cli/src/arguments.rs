@@ -1,9 +1,11 @@
 //! What can be typed, and nothing about what it does.
 
+mod changes;
 mod images;
 
 use std::path::PathBuf;
 
+pub use changes::*;
 pub use images::*;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -64,6 +66,8 @@ pub enum Verb {
     Console(ConsoleArguments),
     /// Remove sandboxes
     Rm(Rm),
+    /// Make an image of a sandbox and what it has changed
+    Commit(Commit),
     /// Get images from their registries
     Pull(Pull),
     /// Put images into their registries

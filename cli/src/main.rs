@@ -52,6 +52,7 @@ fn dispatch(Arguments { global, verb }: Arguments, started_ns: u64) -> anyhow::R
         Verb::Kill(arguments) => commands::steer::kill(&global, &arguments),
         Verb::Console(arguments) => commands::steer::console(&global, &arguments),
         Verb::Rm(arguments) => commands::sandbox::rm(&global, &arguments),
+        Verb::Commit(arguments) => commands::changes::commit(&global, &arguments),
         Verb::Pull(arguments) => commands::registry::pull(&global, &arguments),
         Verb::Push(arguments) => commands::registry::push(&global, &arguments),
         Verb::Login(arguments) => commands::registry::login(&arguments),

@@ -2,6 +2,7 @@
 
 use std::{fs, time::SystemTime};
 
+use cloche_images::Settings;
 use serde::{Deserialize, Serialize};
 
 use crate::request::Isolation;
@@ -19,6 +20,9 @@ pub struct Record {
     pub image_id: String,
     /// The command line of the first process.
     pub command: Vec<String>,
+    /// What it was run with in place of what its image says.
+    #[serde(default)]
+    pub settings: Settings,
     /// The isolation asked for. What it really is, is observed: [`crate::isolation::observed`].
     pub isolation: Isolation,
     /// Unix time in seconds.

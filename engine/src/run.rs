@@ -6,7 +6,7 @@
 
 use std::{io::Read, path::PathBuf};
 
-use cloche_images::{ResolveError, Store, StoreError};
+use cloche_images::{ResolveError, Settings, Store, StoreError};
 use cloche_protocol::message::Exit;
 use oci_spec::image::ImageConfiguration;
 
@@ -137,6 +137,13 @@ pub fn run_to(
         image: request.image.clone(),
         image_id: image.id.to_string(),
         command: request.command.clone(),
+        settings: Settings {
+            entrypoint: request.entrypoint.clone(),
+            command: request.command.clone(),
+            env: request.env.clone(),
+            workdir: request.workdir.clone(),
+            user: request.user.clone(),
+        },
         isolation: request.isolation,
         created: unix_time(),
         remove: request.remove,

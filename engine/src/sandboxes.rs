@@ -433,6 +433,7 @@ mod tests {
             image: "busybox".into(),
             image_id: "sha256:0".into(),
             command: vec!["true".into()],
+            settings: Default::default(),
             isolation: Isolation::Vm,
             created: 1,
             remove: false,

@@ -15,6 +15,9 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
 )]
 
+mod change;
+mod clock;
+mod commit;
 mod digest;
 mod erofs;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -36,10 +39,12 @@ mod travel;
 mod tree;
 mod upkeep;
 
+pub use change::{Change, ParseChangeError};
+pub use commit::{AddError, Commit, CommitError, Settings};
 pub use digest::{Digest, ParseDigestError};
 pub use erofs::BlobError;
 pub use image::{Image, Layer};
-pub use import::{Change, ImportError, ParseChangeError};
+pub use import::ImportError;
 pub use inspect::{Inspect, InspectConfig, InspectRootFs};
 pub use layer::{DecodeError, LayerError, PathProblem};
 pub use layers::{HistoryEntry, LayerReport, LayersError};

@@ -90,13 +90,32 @@ pub(crate) fn convert(
     recipe: &File,
     seen: impl FnMut(u64) + Send,
 ) -> Result<(u64, Digests), LayerError> {
+    convert_checked(source, output, recipe, seen, |digests| verify(digests, expected))
+}
+
+/// As [`convert`], for a layer of which nothing is known yet.
+pub(crate) fn adopt(
+    source: impl Read + Send,
+    output: &File,
+    recipe: &File,
+) -> Result<(u64, Digests), LayerError> {
+    convert_checked(source, output, recipe, |_| {}, |_| Ok(()))
+}
+
+fn convert_checked(
+    source: impl Read + Send,
+    output: &File,
+    recipe: &File,
+    seen: impl FnMut(u64) + Send,
+    check: impl FnOnce(&Digests) -> Result<(), LayerError>,
+) -> Result<(u64, Digests), LayerError> {
     let mut conversion =
         Conversion { blob: BlobWriter::new(output), builder: LayerBuilder::new(), entries: 0, chunks: 0 };
     let ((), digests) = decode::decode(source, seen, |stream| conversion.record(stream, recipe))?;
-    verify(&digests, expected)?;
+    check(&digests)?;
     let tree = conversion.builder.finish().map_err(|problem| entry_error(b"", &problem))?;
     let mut uuid = [0; 16];
-    uuid.copy_from_slice(&expected.diff_id.as_bytes()[..16]);
+    uuid.copy_from_slice(&digests.diff_id.as_bytes()[..16]);
     // RFC 9562 §5.8: version 8, a value of our own making.
     uuid[6] = uuid[6] & 0x0f | 0x80;
     uuid[8] = uuid[8] & 0x3f | 0x80;
@@ -112,11 +131,6 @@ pub(crate) fn check(
     let ((), digests) = decode::decode(source, seen, |_| Ok::<_, LayerError>(()))?;
     verify(&digests, expected)?;
     Ok(digests)
-}
-
-/// What a layer of which nothing is known yet turns out to be.
-pub(crate) fn measure(source: impl Read + Send) -> Result<Digests, LayerError> {
-    decode::decode(source, |_| {}, |_| Ok::<_, LayerError>(())).map(|((), digests)| digests)
 }
 
 /// What a failed layer's error should be: that of a damaged blob, if the blob is not the one that was asked for. That

@@ -33,7 +33,7 @@ mod recipe;
 mod summary;
 
 pub use convert::LayerError;
-pub(crate) use convert::{ExpectedLayer, blame, check, convert, measure};
+pub(crate) use convert::{ExpectedLayer, adopt, blame, check, convert};
 pub use decode::DecodeError;
 pub(crate) use decode::{Encoding, decompressor, detect};
 pub use path::PathProblem;

@@ -2,6 +2,7 @@
 
 mod bad_archives;
 mod bad_requests;
+mod changes;
 mod commands;
 mod crash;
 mod devices;
@@ -37,6 +38,7 @@ pub fn all() -> Vec<Body> {
         mounts::BODIES,
         volumes::BODIES,
         images::BODIES,
+        changes::BODIES,
         registries::BODIES,
         commands::BODIES,
         trace::BODIES,

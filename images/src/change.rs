@@ -1,0 +1,219 @@
+//! Changes to an image's configuration, written as instructions of a Dockerfile: for `import` and `commit`.
+
+use std::str::FromStr;
+
+use serde_json::{Map, Value, json};
+
+/// A change to an image's configuration, written as an instruction of a Dockerfile.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// `CMD`
+    Command(Vec<String>),
+    /// `ENTRYPOINT`
+    Entrypoint(Vec<String>),
+    /// `ENV NAME=VALUE…`
+    Env(Vec<(String, String)>),
+    /// `LABEL NAME=VALUE…`
+    Label(Vec<(String, String)>),
+    /// `EXPOSE PORT[/PROTOCOL]…`
+    Expose(Vec<String>),
+    /// `VOLUME PATH…`
+    Volume(Vec<String>),
+    /// `USER`
+    User(String),
+    /// `WORKDIR`
+    WorkingDir(String),
+    /// `STOPSIGNAL`
+    StopSignal(String),
+}
+
+/// Why a text is no change.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is no change: {problem}")]
+pub struct ParseChangeError {
+    text: String,
+    problem: &'static str,
+}
+
+impl Change {
+    /// Changes the `config` object (OCI image-spec: config.md#properties).
+    pub(crate) fn apply(&self, config: &mut Map<String, Value>) {
+        let mut set = |key: &str, value: Value| drop(config.insert(key.to_owned(), value));
+        match self {
+            Change::Command(words) => set("Cmd", json!(words)),
+            Change::Entrypoint(words) => set("Entrypoint", json!(words)),
+            Change::Env(pairs) => {
+                pairs.iter().for_each(|(name, value)| set_env(config, &format!("{name}={value}")));
+            }
+            Change::Label(pairs) => {
+                extend(config, "Labels", pairs.iter().map(|(name, value)| (name.clone(), json!(value))));
+            }
+            Change::Expose(ports) => extend(
+                config,
+                "ExposedPorts",
+                ports.iter().map(|port| {
+                    let port = if port.contains('/') { port.clone() } else { format!("{port}/tcp") };
+                    (port, json!({}))
+                }),
+            ),
+            Change::Volume(paths) => {
+                extend(config, "Volumes", paths.iter().map(|path| (path.clone(), json!({}))));
+            }
+            Change::User(user) => set("User", json!(user)),
+            Change::WorkingDir(directory) => set("WorkingDir", json!(directory)),
+            Change::StopSignal(signal) => set("StopSignal", json!(signal)),
+        }
+    }
+}
+
+/// Adds to an object within the configuration. What is there and none is replaced.
+fn extend(config: &mut Map<String, Value>, key: &str, entries: impl Iterator<Item = (String, Value)>) {
+    let mut object = match config.remove(key) {
+        Some(Value::Object(object)) => object,
+        _ => Map::new(),
+    };
+    object.extend(entries);
+    config.insert(key.to_owned(), Value::Object(object));
+}
+
+/// Sets a variable, `NAME=VALUE`, in the place of one of the same name.
+pub(crate) fn set_env(config: &mut Map<String, Value>, variable: &str) {
+    let name = |variable: &str| variable.split('=').next().map(str::to_owned);
+    let mut env = match config.remove("Env") {
+        Some(Value::Array(env)) => env,
+        _ => Vec::new(),
+    };
+    env.retain(|known| known.as_str().and_then(name) != name(variable));
+    env.push(json!(variable));
+    config.insert("Env".to_owned(), Value::Array(env));
+}
+
+impl FromStr for Change {
+    type Err = ParseChangeError;
+
+    fn from_str(text: &str) -> Result<Change, ParseChangeError> {
+        let bad = |problem| ParseChangeError { text: text.chars().take(200).collect(), problem };
+        let (instruction, rest) = text.trim().split_once(char::is_whitespace).unwrap_or((text.trim(), ""));
+        let rest = rest.trim();
+        if rest.is_empty() {
+            return Err(bad("nothing follows the instruction"));
+        }
+        let one = || match words(rest).as_deref() {
+            Some([word]) => Ok(word.clone()),
+            _ => Err(bad("one word must follow")),
+        };
+        let list = || {
+            let array = rest.starts_with('[').then(|| serde_json::from_str(rest).ok());
+            array.unwrap_or_else(|| words(rest)).ok_or_else(|| bad("the words that follow are malformed"))
+        };
+        // As in a Dockerfile: a JSON array is a command line, and anything else a shell's.
+        let command = || match rest.starts_with('[') {
+            true => serde_json::from_str(rest).map_err(|_| bad("this is no JSON array of strings")),
+            false => Ok(vec!["/bin/sh".to_owned(), "-c".to_owned(), rest.to_owned()]),
+        };
+        Ok(match instruction.to_ascii_uppercase().as_str() {
+            "CMD" => Change::Command(command()?),
+            "ENTRYPOINT" => Change::Entrypoint(command()?),
+            "ENV" => Change::Env(pairs(rest).ok_or_else(|| bad("write NAME=VALUE"))?),
+            "LABEL" => Change::Label(pairs(rest).ok_or_else(|| bad("write NAME=VALUE"))?),
+            "EXPOSE" => Change::Expose(list()?),
+            "VOLUME" => Change::Volume(list()?),
+            "USER" => Change::User(one()?),
+            "WORKDIR" => Change::WorkingDir(one()?),
+            "STOPSIGNAL" => Change::StopSignal(one()?),
+            _ => {
+                let known =
+                    "known are CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME and WORKDIR";
+                return Err(bad(known));
+            }
+        })
+    }
+}
+
+/// `NAME=VALUE…`, or the older `NAME VALUE` in which the rest of the line is the value.
+fn pairs(text: &str) -> Option<Vec<(String, String)>> {
+    let words = words(text)?;
+    if !words.first()?.contains('=') {
+        let (name, value) = text.split_once(char::is_whitespace)?;
+        return Some(vec![(name.to_owned(), value.trim().to_owned())]);
+    }
+    let pair = |word: &String| word.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+    words
+        .iter()
+        .map(pair)
+        .collect::<Option<Vec<_>>>()
+        .filter(|pairs| pairs.iter().all(|(name, _)| !name.is_empty()))
+}
+
+/// Words as a shell would split them: quotes keep together, a backslash takes what follows as it is.
+fn words(text: &str) -> Option<Vec<String>> {
+    let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
+    let mut letters = text.chars();
+    while let Some(letter) = letters.next() {
+        match (quote, letter) {
+            (Some(open), letter) if letter == open => quote = None,
+            (None, '"' | '\'') => {
+                quote = Some(letter);
+                word.get_or_insert_default();
+            }
+            (None | Some('"'), '\\') => word.get_or_insert_default().push(letters.next()?),
+            (None, letter) if letter.is_whitespace() => words.extend(word.take()),
+            _ => word.get_or_insert_default().push(letter),
+        }
+    }
+    words.extend(word);
+    quote.is_none().then_some(words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_are_applied_one_after_the_other() {
+        let mut config = Map::from_iter([
+            ("Env".to_owned(), json!(["A=0", "PATH=/bin"])),
+            ("Labels".to_owned(), Value::Null),
+            ("Volumes".to_owned(), json!({"/v": {}})),
+        ]);
+        for change in
+            ["ENV A=1 B=2", "LABEL x=y", "EXPOSE 80 53/udp", "VOLUME /w", "USER me", "CMD run", "ENV B=3"]
+        {
+            change.parse::<Change>().unwrap().apply(&mut config);
+        }
+        assert_eq!(
+            Value::Object(config),
+            json!({
+                "Env": ["PATH=/bin", "A=1", "B=3"],
+                "Labels": {"x": "y"},
+                "ExposedPorts": {"80/tcp": {}, "53/udp": {}},
+                "Volumes": {"/v": {}, "/w": {}},
+                "User": "me",
+                "Cmd": ["/bin/sh", "-c", "run"],
+            })
+        );
+    }
+
+    #[test]
+    fn change_is_read_as_in_a_dockerfile() {
+        let change = |text: &str| text.parse::<Change>();
+        let strings = |words: &[&str]| words.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(change(r#"CMD ["a", "b c"]"#), Ok(Change::Command(strings(&["a", "b c"]))));
+        assert_eq!(
+            change("entrypoint run it"),
+            Ok(Change::Entrypoint(strings(&["/bin/sh", "-c", "run it"])))
+        );
+        let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        assert_eq!(
+            change(r#"ENV A=1 B="two words" C=\ x"#),
+            Ok(Change::Env(vec![pair("A", "1"), pair("B", "two words"), pair("C", " x")]))
+        );
+        assert_eq!(change("ENV A two words"), Ok(Change::Env(vec![pair("A", "two words")])));
+        assert_eq!(change("EXPOSE 80 53/udp"), Ok(Change::Expose(strings(&["80", "53/udp"]))));
+        assert_eq!(change(r#"VOLUME ["/a"]"#), Ok(Change::Volume(strings(&["/a"]))));
+        assert_eq!(change("USER 1:2"), Ok(Change::User("1:2".to_owned())));
+        for bad in ["", "CMD", "RUN x", "CMD [1]", "USER a b", "ENV A", "ENV =b", "LABEL a='b"] {
+            assert!(change(bad).is_err(), "{bad}");
+        }
+    }
+}
