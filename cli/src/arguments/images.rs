@@ -153,15 +153,24 @@ pub struct Load {
     pub quiet: bool,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ArchiveFormat {
+    /// An OCI layout with docker save's manifest.json in it
+    OciArchive,
+    /// What only docker save's readers know
+    DockerArchive,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   cloche save -o debian.tar debian
   cloche save debian busybox | ssh host docker load
   cloche save --directory ./layout debian
+  cloche save --format docker-archive debian | ssh old-host docker load
 
 The archive is an OCI layout with docker save's manifest.json in it, so every tool loads it. Manifests in it are those
-that the images came with.")]
+that the images came with. A docker-archive has layers that are not compressed, as Docker before version 25 writes them.")]
 pub struct Save {
     /// Write to a file instead of stdout
     #[arg(short, long, value_name = "FILE")]
@@ -169,6 +178,9 @@ pub struct Save {
     /// Write to a new directory instead
     #[arg(long, value_name = "DIR", conflicts_with = "output")]
     pub directory: Option<PathBuf>,
+    /// Form of the archive
+    #[arg(long, value_name = "FORM", default_value = "oci-archive", conflicts_with = "directory")]
+    pub format: ArchiveFormat,
     /// Names or ids; a name is saved with the image
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<String>,

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use super::{each, layers, print_json, registry, system};
 use crate::{
-    arguments::{Global, Image, ImageLs, ImageNames, Import, Load, Save, Tag},
+    arguments::{ArchiveFormat, Global, Image, ImageLs, ImageNames, Import, Load, Save, Tag},
     render,
 };
 
@@ -95,6 +95,10 @@ fn file_or_stdin(file: &Path) -> anyhow::Result<(PathBuf, Option<std::fs::File>)
 pub fn save(global: &Global, arguments: &Save) -> anyhow::Result<ExitCode> {
     let store = store(global)?;
     let images = &arguments.images;
+    let write = |output: &mut dyn Write| match arguments.format {
+        ArchiveFormat::OciArchive => store.save(images, output),
+        ArchiveFormat::DockerArchive => store.save_for_docker(images, output),
+    };
     if let Some(directory) = &arguments.directory {
         store.save_to_directory(images, directory)?;
         return Ok(ExitCode::SUCCESS);
@@ -104,14 +108,14 @@ pub fn save(global: &Global, arguments: &Save) -> anyhow::Result<ExitCode> {
             !io::stdout().is_terminal(),
             "stdout is a terminal; pipe it somewhere, or give --output FILE"
         );
-        store.save(images, &mut BufWriter::with_capacity(1 << 20, io::stdout().lock()))?;
+        write(&mut BufWriter::with_capacity(1 << 20, io::stdout().lock()))?;
         return Ok(ExitCode::SUCCESS);
     };
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // Under its name only when it is whole.
     let new = tempfile::Builder::new().permissions(Permissions::from_mode(0o644)).tempfile_in(directory);
     let mut new = new.with_context(|| format!("cannot create a file in {}", directory.display()))?;
-    store.save(images, &mut BufWriter::with_capacity(1 << 20, new.as_file_mut()))?;
+    write(&mut BufWriter::with_capacity(1 << 20, new.as_file_mut()))?;
     new.as_file().sync_all().with_context(|| format!("cannot write {}", path.display()))?;
     new.persist(path).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(ExitCode::SUCCESS)

@@ -9,6 +9,7 @@ mod bad_input;
 mod bed;
 mod child;
 mod differential;
+mod engines;
 mod erofs;
 mod formats;
 mod hostile;
@@ -36,6 +37,7 @@ fn main() -> std::process::ExitCode {
         registry::tests(),
         hostile::tests(),
         saving::tests(),
+        engines::tests(),
     ];
     libtest_mimic::run(&arguments, tests.into_iter().flatten().collect()).exit_code()
 }

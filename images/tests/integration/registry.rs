@@ -38,7 +38,7 @@ pub fn tests() -> Vec<Trial> {
 }
 
 /// A registry in a directory of the bed, gone with this.
-struct Registry {
+pub struct Registry {
     child: Child,
     host: String,
 }
@@ -75,11 +75,11 @@ impl Registry {
         Ok(registry)
     }
 
-    fn plain(bed: &Bed) -> Result<Registry, Failure> {
+    pub fn plain(bed: &Bed) -> Result<Registry, Failure> {
         Registry::start(bed, "", "")
     }
 
-    fn image(&self, name: &str) -> String {
+    pub fn image(&self, name: &str) -> String {
         format!("{}/{name}", self.host)
     }
 
@@ -88,7 +88,7 @@ impl Registry {
     }
 
     /// The digest under which a tag is known, as skopeo sees it.
-    fn digest(&self, name: &str) -> Result<String, Failure> {
+    pub fn digest(&self, name: &str) -> Result<String, Failure> {
         let format = ["inspect", "--tls-verify=false", "--format", "{{.Digest}}"];
         Ok(run("skopeo", &[&format[..], &[&self.skopeo(name)]].concat())?.trim().to_owned())
     }
@@ -127,7 +127,7 @@ fn other_store(bed: &Bed, name: &str) -> Result<Store, Failure> {
 }
 
 /// Two layers, one of them with holes and a long name.
-fn sample(name: &str, packing: Packing) -> TestImage {
+pub fn sample(name: &str, packing: Packing) -> TestImage {
     let long = format!("{}/file", "a-name-longer-than-a-header-has-room-for/".repeat(4));
     let mut sparse = noise(200_000, 3);
     sparse[70_000..180_000].fill(0);

@@ -2,6 +2,8 @@
 //! its own `index.json`, as newer Dockers write it. So it loads with Docker, Podman, skopeo, containerd and `cloche
 //! load`, and the manifests in it are those that the images came with.
 
+mod docker;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -10,6 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::digest::{Digest, Hasher};
+use crate::layer::LayerError;
 use crate::reference::Reference;
 use crate::store::{BlobRecord, ResolveError, Store, StoreError};
 use crate::travel::{Descriptor, Platform, TravelError, Traveller};
@@ -41,6 +44,15 @@ pub enum SaveError {
     /// The directory has something in it.
     #[error("{0} is not empty; save to a new directory")]
     NotEmpty(PathBuf),
+    /// A layer is not kept as it came.
+    #[error("layer {diff_id} of the store cannot be read")]
+    Layer {
+        /// The layer.
+        diff_id: Digest,
+        /// Why.
+        #[source]
+        source: Box<LayerError>,
+    },
     /// A blob is not what it should be.
     #[error(
         "a blob of the store has changed: {expected} has the digest {actual}; remove the image and get it again"
@@ -70,12 +82,6 @@ struct DockerEntry {
     layers: Vec<String>,
 }
 
-/// An image to be saved, under the names that were asked for.
-struct Chosen {
-    traveller: Traveller,
-    names: Vec<Reference>,
-}
-
 impl Store {
     /// Writes images, given by names or IDs, to a tar archive. One that is given by a name is saved with that name
     /// only, and one that is given by its ID with none, as in Docker.
@@ -83,7 +89,13 @@ impl Store {
         self.save_to(images, &mut TarSink { output })
     }
 
-    /// The same, to a directory that is empty or not there.
+    /// Writes images to an archive in the form of Docker before version 25: layers that are not compressed, and no
+    /// manifests but its own. The names are chosen as in [`Store::save`].
+    pub fn save_for_docker(&self, images: &[String], output: &mut dyn Write) -> Result<(), SaveError> {
+        self.save_docker_to(images, &mut TarSink { output })
+    }
+
+    /// The same as [`Store::save`], to a directory that is empty or not there.
     pub fn save_to_directory(&self, images: &[String], directory: &Path) -> Result<(), SaveError> {
         let failed = |error| SaveError::Write(directory.display().to_string(), error);
         fs::create_dir_all(directory).map_err(failed)?;
@@ -96,50 +108,46 @@ impl Store {
     fn save_to(&self, images: &[String], sink: &mut dyn Sink) -> Result<(), SaveError> {
         let _hold = self.hold()?;
         let chosen = self.choose(images)?;
-        let json = |value: serde_json::Result<Vec<u8>>| {
-            value.map_err(|error| SaveError::Write("the archive's index".to_owned(), error.into()))
-        };
         put(sink, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
         let mut written = BTreeSet::new();
         let (mut manifests, mut entries) = (Vec::new(), Vec::new());
-        for Chosen { traveller, names } in &chosen {
+        for (id, names) in &chosen {
+            let traveller = &self.traveller(*id, &|_, _| {})?;
             let record = &traveller.record;
             let mut layers = Vec::new();
             for layer in &record.layers {
                 let blob = layer.blob.ok_or(TravelError::NotKept(layer.diff_id))?;
                 if written.insert(blob.digest) {
                     let mut archive = self.open_archive(layer.diff_id, &blob)?;
-                    copy(sink, blob, &mut archive)?;
+                    copy(sink, &blob_name(blob.digest), blob, &mut archive)?;
                 }
                 layers.push(blob_name(blob.digest));
             }
             for content in [&self.read_blob(record.id)?, &traveller.manifest] {
                 let blob = BlobRecord { digest: Digest::of(content), bytes: content.len() as u64 };
                 if written.insert(blob.digest) {
-                    copy(sink, blob, &mut content.as_slice())?;
+                    copy(sink, &blob_name(blob.digest), blob, &mut content.as_slice())?;
                 }
             }
             manifests.extend(descriptors(traveller, names));
             let repo_tags = names.iter().map(Reference::short).collect();
             entries.push(DockerEntry { config: blob_name(record.id), repo_tags, layers });
         }
-        put(sink, "manifest.json", &json(serde_json::to_vec(&entries))?)?;
+        put(sink, "manifest.json", &json(&entries)?)?;
         let index = Index { schema_version: 2, media_type: INDEX, manifests };
-        put(sink, "index.json", &json(serde_json::to_vec(&index))?)?;
-        sink.end().map_err(|error| SaveError::Write("the archive's end".to_owned(), error))
+        put(sink, "index.json", &json(&index)?)?;
+        end(sink)
     }
 
-    fn choose(&self, images: &[String]) -> Result<Vec<Chosen>, SaveError> {
-        let mut chosen: Vec<Chosen> = Vec::new();
+    /// The images meant, each once, and the names that they were given by.
+    fn choose(&self, images: &[String]) -> Result<Vec<(Digest, Vec<Reference>)>, SaveError> {
+        let mut chosen: Vec<(Digest, Vec<Reference>)> = Vec::new();
         for given in images {
             let image = self.resolve(given)?;
             let name = given.parse::<Reference>().ok().filter(|name| image.names.contains(name));
-            match chosen.iter_mut().find(|other| other.traveller.record.id == image.id) {
-                Some(other) => other.names.extend(name.filter(|name| !other.names.contains(name))),
-                None => {
-                    let traveller = self.traveller(image.id, &|_, _| {})?;
-                    chosen.push(Chosen { traveller, names: name.into_iter().collect() });
-                }
+            match chosen.iter_mut().find(|(id, _)| *id == image.id) {
+                Some((_, names)) => names.extend(name.filter(|name| !names.contains(name))),
+                None => chosen.push((image.id, name.into_iter().collect())),
             }
         }
         Ok(chosen)
@@ -180,6 +188,15 @@ trait Sink {
     fn end(&mut self) -> io::Result<()>;
 }
 
+fn json(value: &impl Serialize) -> Result<Vec<u8>, SaveError> {
+    serde_json::to_vec(value)
+        .map_err(|error| SaveError::Write("the archive's index".to_owned(), error.into()))
+}
+
+fn end(sink: &mut dyn Sink) -> Result<(), SaveError> {
+    sink.end().map_err(|error| SaveError::Write("the archive's end".to_owned(), error))
+}
+
 fn put(sink: &mut dyn Sink, name: &str, content: &[u8]) -> Result<(), SaveError> {
     let bytes = content.len() as u64;
     let written = (|| {
@@ -190,10 +207,9 @@ fn put(sink: &mut dyn Sink, name: &str, content: &[u8]) -> Result<(), SaveError>
 }
 
 /// Copies a blob, and looks whether it is what it should be.
-fn copy(sink: &mut dyn Sink, blob: BlobRecord, source: &mut dyn Read) -> Result<(), SaveError> {
-    let name = blob_name(blob.digest);
-    let failed = |error| SaveError::Write(name.clone(), error);
-    let mut output = sink.begin(&name, blob.bytes).map_err(failed)?;
+fn copy(sink: &mut dyn Sink, name: &str, blob: BlobRecord, source: &mut dyn Read) -> Result<(), SaveError> {
+    let failed = |error| SaveError::Write(name.to_owned(), error);
+    let mut output = sink.begin(name, blob.bytes).map_err(failed)?;
     let mut hasher = Hasher::default();
     let mut left = blob.bytes;
     let mut piece = vec![0; PIECE];
