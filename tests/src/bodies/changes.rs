@@ -19,7 +19,7 @@ const WORK: &str = "mkdir -p /made/deep; echo one >/made/deep/file; ln /made/dee
     printf 'x' >\"$(printf '/made/\\377')\"";
 
 /// Shows it.
-const LOOK: &str = "cd /made; stat -c '%n %F %a %u:%g %h %s' * deep/file; stat -c %Y deep; readlink link
+const LOOK: &str = "cd /made; stat -c '%n %F %a %u:%g %h' * deep/file; wc -c sparse; stat -c %Y deep; readlink link
     cat again /tmp/x; ls /etc/group /etc/passwd 2>&1; stat -c '%t,%T' null; wc -c <moved; ls -d /dev /proc /sys";
 
 fn look(bed: &Bed, image: &str) -> anyhow::Result<String> {
