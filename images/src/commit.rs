@@ -149,22 +149,20 @@ fn configured(
     let command = config.get("Cmd").and_then(Value::as_array).cloned().unwrap_or_default();
     let words: Vec<&str> = command.iter().filter_map(Value::as_str).collect();
     let created = timestamp(build_time());
-    let mut step = json!({"created": created, "created_by": words.join(" ")});
-    for (key, value) in [("author", commit.author), ("comment", commit.message)] {
-        if !value.is_empty() {
-            step[key] = json!(value);
-        }
-    }
-    if layer.is_none() {
-        step["empty_layer"] = json!(true);
-    }
+    let said = [("author", commit.author), ("comment", commit.message)];
+    let said =
+        said.into_iter().filter(|(_, value)| !value.is_empty()).map(|(key, value)| (key, json!(value)));
+    let empty = layer.is_none().then_some(("empty_layer", json!(true)));
+    let made = [("created", json!(created)), ("created_by", json!(words.join(" ")))];
+    let step: Map<String, Value> =
+        made.into_iter().chain(said).chain(empty).map(|(key, value)| (key.to_owned(), value)).collect();
     image.insert("container".to_owned(), json!(commit.sandbox));
     image.insert("container_config".to_owned(), Value::Object(config.clone()));
     commit.changes.iter().for_each(|change| change.apply(&mut config));
     image.insert("config".to_owned(), Value::Object(config));
     image.insert("created".to_owned(), json!(created));
     image.insert("author".to_owned(), json!(commit.author));
-    push(&mut image, "history", step);
+    push(&mut image, "history", Value::Object(step));
     if let (Some(layer), Some(Value::Object(rootfs))) = (layer, image.get_mut("rootfs")) {
         push(rootfs, "diff_ids", json!(layer));
     }

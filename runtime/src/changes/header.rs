@@ -6,6 +6,9 @@ use super::sparse::Extent;
 /// The unit of everything in a tar archive.
 pub(super) const BLOCK: usize = 512;
 
+/// An extended attribute's name and value.
+pub(super) type Xattr = (Vec<u8>, Vec<u8>);
+
 /// What an entry is, by its type flag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -32,7 +35,7 @@ pub(super) struct Header<'a> {
     pub(super) size: u64,
     pub(super) link_target: &'a [u8],
     pub(super) device: (u32, u32),
-    pub(super) xattrs: &'a [(Vec<u8>, Vec<u8>)],
+    pub(super) xattrs: &'a [Xattr],
     /// The file's own size, if only parts of it follow.
     pub(super) sparse_size: Option<u64>,
 }

@@ -355,7 +355,7 @@ impl Changes {
         &mut self,
         directory: BorrowedFd<'_>,
         name: &CStr,
-        xattrs: &[(Vec<u8>, Vec<u8>)],
+        xattrs: &[header::Xattr],
     ) -> Result<(), TreeError> {
         // It may have become a pipe meanwhile, which must not be waited for.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -395,7 +395,7 @@ impl Changes {
     }
 
     /// The attributes that a layer keeps, sorted by name.
-    fn xattrs(&self, directory: BorrowedFd<'_>, name: &CStr) -> Result<Vec<(Vec<u8>, Vec<u8>)>, TreeError> {
+    fn xattrs(&self, directory: BorrowedFd<'_>, name: &CStr) -> Result<Vec<header::Xattr>, TreeError> {
         let path = by_proc(directory, name);
         let mut names = Vec::with_capacity(256);
         let listed = match llistxattr(&path, rustix::buffer::spare_capacity(&mut names)) {
