@@ -57,19 +57,42 @@ fn read_spec(path: &Path, warn: &dyn Fn(&str)) -> Result<Spec, Error> {
         }
         result => result.map_err(of_file("read", path))?,
     };
-    let unusable = |source: serde_json::Error| Error::Config { path: path.to_owned(), source: source.into() };
-    match serde_json::from_slice(&text) {
+    parse(&text, warn).map_err(|source| Error::Config { path: path.to_owned(), source: source.into() })
+}
+
+/// Reads a configuration.
+pub fn parse(text: &[u8], warn: &dyn Fn(&str)) -> Result<Spec, serde_json::Error> {
+    match serde_json::from_slice(text) {
         Ok(spec) => Ok(spec),
         Err(first) => {
-            let mut spec: serde_json::Value = serde_json::from_slice(&text).map_err(unusable)?;
+            let mut spec: serde_json::Value = serde_json::from_slice(text)?;
+            let is_renamed = rename_scheduler_flags(&mut spec);
             let unknown = take_out_unknown_capabilities(&mut spec);
-            if unknown.is_empty() {
-                return Err(unusable(first));
+            if unknown.is_empty() && !is_renamed {
+                return Err(first);
             }
-            warn(&format!("ignored, since they are no capabilities: {}", unknown.join(", ")));
-            serde_json::from_value(spec).map_err(unusable)
+            if !unknown.is_empty() {
+                warn(&format!("ignored, since they are no capabilities: {}", unknown.join(", ")));
+            }
+            serde_json::from_value(spec)
         }
     }
+}
+
+/// Two flags have other names in the types than in config.md#linux-process. Whether there was one.
+fn rename_scheduler_flags(spec: &mut serde_json::Value) -> bool {
+    let mut is_renamed = false;
+    let flags = spec.pointer_mut("/process/scheduler/flags").and_then(serde_json::Value::as_array_mut);
+    for flag in flags.into_iter().flatten() {
+        let name = match flag.as_str() {
+            Some("SCHED_FLAG_RESET_ON_FORK") => "SCHED_RESET_ON_FORK",
+            Some("SCHED_FLAG_DL_OVERRUN") => "SCHED_FLAG_D_L_OVERRUN",
+            _ => continue,
+        };
+        *flag = name.into();
+        is_renamed = true;
+    }
+    is_renamed
 }
 
 /// config.md#linux-process: a capability that the runtime does not know is worth a warning only.
@@ -87,4 +110,41 @@ fn take_out_unknown_capabilities(spec: &mut serde_json::Value) -> Vec<String> {
         });
     }
     unknown
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::LinuxSchedulerFlag;
+    use serde_json::json;
+
+    use super::*;
+
+    fn parsed(process: serde_json::Value) -> (Result<Spec, serde_json::Error>, Vec<String>) {
+        let warnings = std::cell::RefCell::new(Vec::new());
+        let text = json!({ "ociVersion": "1.2.0", "process": process }).to_string();
+        let spec = parse(text.as_bytes(), &|warning| warnings.borrow_mut().push(warning.to_owned()));
+        (spec, warnings.into_inner())
+    }
+
+    #[test]
+    fn scheduler_flags_have_the_names_of_the_specification() {
+        let flags = json!(["SCHED_FLAG_RESET_ON_FORK", "SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_RECLAIM"]);
+        let scheduler = json!({ "policy": "SCHED_OTHER", "flags": flags });
+        let (spec, warnings) =
+            parsed(json!({ "user": { "uid": 0, "gid": 0 }, "cwd": "/", "scheduler": scheduler }));
+        let process = spec.unwrap().process().clone().unwrap();
+        let flags = process.scheduler().as_ref().unwrap().flags().clone().unwrap();
+        assert_eq!(flags.first(), Some(&LinuxSchedulerFlag::SchedResetOnFork));
+        assert_eq!((flags.len(), warnings.len()), (3, 0));
+    }
+
+    #[test]
+    fn unknown_capability_is_warned_of_and_other_nonsense_an_error() {
+        let user = json!({ "uid": 0, "gid": 0 });
+        let (spec, warnings) = parsed(
+            json!({ "user": user, "cwd": "/", "capabilities": { "bounding": ["CAP_KILL", "CAP_X"] } }),
+        );
+        assert!(spec.is_ok() && warnings == ["ignored, since they are no capabilities: \"CAP_X\""]);
+        assert!(parsed(json!({ "user": user, "cwd": 5 })).0.is_err());
+    }
 }

@@ -30,6 +30,7 @@ pub mod time;
 mod verbs;
 
 pub use binary::protect as protect_own_binary;
+pub use bundle::parse as parse_config;
 pub use create::{Creation, Preserved, create, run};
 pub use error::Error;
 pub use exec::{Execution, exec};

@@ -162,6 +162,9 @@ fn node(device: &LinuxDevice) -> Result<Node, DeviceError> {
     if !path.is_absolute() || path.file_name().is_none() {
         return Err(invalid("the path must be absolute and name a file"));
     }
+    if device.uid() == Some(u32::MAX) || device.gid() == Some(u32::MAX) {
+        return Err(invalid("4294967295 is no id"));
+    }
     // Some callers put the type's bits into the mode, too.
     let mode = device.file_mode().unwrap_or(0o666) & 0o7777;
     let owner = Some((device.uid().unwrap_or(0), device.gid().unwrap_or(0))).filter(|owner| *owner != (0, 0));

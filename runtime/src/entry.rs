@@ -31,9 +31,11 @@ use crate::{
     process::{
         accounts::{self, Account, AccountError},
         capabilities,
+        labels::Label,
         program::{self, OwnProgram},
         rlimits, scheduling, user,
     },
+    procfs,
     seccomp::Filter,
     syscalls,
 };
@@ -65,6 +67,8 @@ pub(crate) struct Entry<'a> {
     pub(crate) gate: Option<BorrowedFd<'a>>,
     /// Who let it through the gate, and hears of what fails then.
     pub(crate) starter: RefCell<Option<OwnedFd>>,
+    /// What the kernel is told to give the program.
+    pub(crate) label: RefCell<Option<Label>>,
     /// Whether the seccomp policy is in force.
     pub(crate) is_filtered: Cell<bool>,
 }
@@ -122,7 +126,8 @@ impl Entry<'_> {
     }
 
     /// What only a caller's own `/proc` and rights allow.
-    pub(crate) fn set_oom_score(&self) -> Result<(), InitError> {
+    pub(crate) fn use_own_proc(&self) -> Result<(), InitError> {
+        self.label.replace(Label::open(self.process)?);
         match self.process.oom_score_adj() {
             Some(value) => {
                 set_oom_score("self", value).map_err(|source| InitError::OomScore { value, source })
@@ -133,7 +138,11 @@ impl Entry<'_> {
 
     /// The user asked for by name, else by the spec's numbers.
     pub(crate) fn account(&self, root: BorrowedFd<'_>) -> Result<Account, AccountError> {
-        self.user.map_or_else(|| Ok(self.process.user().into()), |user| accounts::resolve(root, user))
+        let account = match self.user {
+            Some(user) => accounts::resolve(root, user)?,
+            None => self.process.user().into(),
+        };
+        account.checked()
     }
 
     /// The spec's variables, and `HOME`, which programs rely on and other runtimes add, too.
@@ -226,6 +235,9 @@ impl Entry<'_> {
         }
         rustix::io::write(self.verdict, &[READY]).map_err(step("report to the parent"))?;
         self.pass_gate()?;
+        if let Some(label) = self.label.borrow().as_ref() {
+            label.set()?;
+        }
         before()?;
         self.confine()?;
         Err(program::execute(program, self.command(), self.args, env).into())
@@ -235,7 +247,8 @@ impl Entry<'_> {
     fn pass_gate(&self) -> Result<(), InitError> {
         let Some(gate) = self.gate else { return Ok(()) };
         // Whoever created it must not be kept waiting for the end of what it shares with this process.
-        let kept = [self.preserved_fds, &[gate.as_raw_fd()]].concat();
+        let mut kept = [self.preserved_fds, &[gate.as_raw_fd()]].concat();
+        kept.extend(self.label.borrow().as_ref().map(|label| label.file().as_raw_fd()));
         syscalls::close_all_but(&kept).map_err(step("close files"))?;
         loop {
             let starter = match accept_with(gate, SocketFlags::CLOEXEC) {
@@ -326,10 +339,10 @@ impl Entry<'_> {
 
 /// Through the caller's `/proc`, where `self` is this process, too.
 pub(crate) fn set_oom_score(process: &str, value: i32) -> io::Result<()> {
-    let file = &format!("/proc/{process}/oom_score_adj");
-    match fs::write(file, value.to_string()) {
+    let file = format!("{process}/oom_score_adj");
+    match procfs::write(&file, value.to_string().as_bytes()) {
         // Not being allowed to change it is fine if it need not change.
-        Err(error) => match fs::read_to_string(file) {
+        Err(error) => match fs::read_to_string(format!("/proc/{file}")) {
             Ok(present) if present.trim().parse() == Ok(value) => Ok(()),
             _ => Err(error),
         },

@@ -38,6 +38,7 @@ use crate::{
     process::{
         accounts::AccountError,
         capabilities::CapabilityError,
+        labels::LabelError,
         program::ProgramError,
         rlimits::RlimitError,
         scheduling::{self, SchedulingError},
@@ -106,6 +107,8 @@ pub(crate) enum InitError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Rlimit(#[from] RlimitError),
+    #[error(transparent)]
+    Label(#[from] LabelError),
     #[error(transparent)]
     Account(#[from] AccountError),
     #[error(transparent)]
@@ -183,7 +186,7 @@ impl Init<'_> {
             (clock.as_str(), offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0))
         });
         self.namespaces.enter_time(&offsets.collect::<Vec<_>>())?;
-        self.entry.set_oom_score()
+        self.entry.use_own_proc()
     }
 
     /// From here on, no path leads to the caller's files.

@@ -182,6 +182,7 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
                     released: Some(released.as_fd()),
                     gate: None,
                     starter: RefCell::new(None),
+                    label: RefCell::new(None),
                     is_filtered: Cell::new(false),
                 },
                 join: &join,
@@ -270,7 +271,7 @@ impl Child<'_> {
         {
             return Err(InitError::Orphaned);
         }
-        self.entry.set_oom_score()?;
+        self.entry.use_own_proc()?;
         for rlimit in self.entry.process.rlimits().iter().flatten() {
             // Once more than needed: in a user namespace only root of the machine could raise one.
             rlimits::set(0, rlimit)?;

@@ -233,6 +233,12 @@ pub fn launch(launch: Launch<'_>) -> Result<Container, LaunchError> {
     }
 }
 
+/// Whether a spec can be started, as far as that can be told before anything is made: [`launch`] refuses the same.
+pub fn check(launch: &Launch<'_>) -> Result<(), LaunchError> {
+    let plan = Plan::new(launch)?;
+    Ok(Cgroup::check(&cgroup_path(launch.spec, launch.id), plan.linux.resources().as_ref())?)
+}
+
 /// The path of a container's cgroup in its hierarchies: the spec's, below `/cloche` if that is relative, or made of the
 /// id.
 pub fn cgroup_path(spec: &Spec, id: &str) -> PathBuf {
@@ -398,6 +404,7 @@ fn spawn(
                     released: attached.as_ref().map(AsFd::as_fd),
                     gate: launch.oci.gate,
                     starter: RefCell::new(None),
+                    label: RefCell::new(None),
                     is_filtered: Cell::new(false),
                 },
                 spec: launch.spec,
@@ -558,3 +565,6 @@ impl Child {
         let _ = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,8 @@ use oci_spec::runtime::{
     LinuxSeccomp, LinuxSeccompAction, Process, Spec,
 };
 
+use crate::process::labels;
+
 /// Why a spec was refused before anything was created.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SpecError {
@@ -131,19 +133,35 @@ fn hooks(check: &mut Check, hooks: &Hooks) {
 }
 
 fn process(check: &mut Check, process: &Process, means: Means) {
-    // `user`, `args`, `env`, `cwd`, `capabilities`, `rlimits`, `noNewPrivileges`, `oomScoreAdj`,
-    // `ioPriority` and `scheduler` are acted on.
+    // `user`, `args`, `env`, `cwd`, `capabilities`, `rlimits`, `noNewPrivileges`, `oomScoreAdj`, `ioPriority`, `scheduler`
+    // and, where the machine has them on, labels are acted on.
     // `consoleSize` means nothing without a terminal (config.md: "ignored if terminal is false or unset").
     check.refuse("process.terminal", process.terminal() == Some(true) && !means.terminal);
     check.refuse("process.commandLine", is_set(process.command_line()));
-    check.refuse("process.apparmorProfile", is_set(process.apparmor_profile()));
-    check.refuse("process.selinuxLabel", is_set(process.selinux_label()));
+    for (field, value, module, is_on) in [
+        (
+            "process.apparmorProfile",
+            process.apparmor_profile(),
+            "AppArmor",
+            labels::has_apparmor as fn() -> bool,
+        ),
+        ("process.selinuxLabel", process.selinux_label(), "SELinux", labels::has_selinux),
+    ] {
+        let is_possible = !is_set(value) || is_on();
+        check.require(is_possible, || format!("{field} is set, and {module} is off on this machine"));
+    }
+    let both = is_set(process.apparmor_profile()) && is_set(process.selinux_label());
+    check.refuse("process.apparmorProfile together with process.selinuxLabel", both);
     check.refuse("process.execCPUAffinity", process.exec_cpu_affinity().is_some());
     // Windows only (config.md#user).
     check.refuse("process.user.username", is_set(process.user().username()));
     check.require(process.args().as_ref().is_some_and(|args| !args.is_empty()), || {
         "process.args is empty".into()
     });
+    let user = process.user();
+    let mut ids =
+        [user.uid(), user.gid()].into_iter().chain(user.additional_gids().iter().flatten().copied());
+    check.require(!ids.any(|id| id == u32::MAX), || "process.user: 4294967295 is no id".into());
     check.require(process.cwd().is_absolute(), || {
         format!("process.cwd {:?} is not an absolute path", process.cwd())
     });

@@ -1,12 +1,10 @@
 //! Kernel parameters of the container's own namespaces (`linux.sysctl`).
 
-use std::{
-    collections::HashMap,
-    fs, io,
-    path::{Path, PathBuf},
-};
+use std::{collections::HashMap, io};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType};
+
+use crate::procfs;
 
 /// Why a kernel parameter could not be set.
 #[derive(Debug, thiserror::Error)]
@@ -70,21 +68,18 @@ impl Sysctls {
     /// of depends on who asks, and the container's own `/proc` might not be what it seems.
     pub(crate) fn apply(&self) -> Result<(), SysctlError> {
         self.0.iter().try_for_each(|(name, value)| {
-            fs::write(Path::new("/proc/sys").join(path(name)), value).map_err(|source| SysctlError::Set {
-                name: name.clone(),
-                value: value.clone(),
-                source,
-            })
+            procfs::write(&format!("sys/{}", path(name)), value.as_bytes())
+                .map_err(|source| SysctlError::Set { name: name.clone(), value: value.clone(), source })
         })
     }
 }
 
-fn path(name: &str) -> PathBuf {
-    PathBuf::from(name.replace('.', "/"))
+fn path(name: &str) -> String {
+    name.replace('.', "/")
 }
 
 fn check(name: &str, namespaces: &[LinuxNamespace]) -> Result<(), &'static str> {
-    let path = name.replace('.', "/");
+    let path = path(name);
     if path.split('/').any(str::is_empty) {
         return Err("the name is malformed");
     }

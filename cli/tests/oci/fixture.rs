@@ -59,6 +59,7 @@ impl Bundle {
         let (parent, name) = pointer.rsplit_once('/').unwrap();
         match self.config.pointer_mut(parent).unwrap_or_else(|| panic!("{parent} is not there")) {
             Value::Array(list) if name == "-" => list.push(value),
+            Value::Array(list) => list[name.parse::<usize>().unwrap()] = value,
             parent => parent[name] = value,
         }
         self

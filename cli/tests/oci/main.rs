@@ -1,6 +1,8 @@
 //! The OCI runtime's command line, as engines use it. Needs root and busybox; says so where they are missing.
 
+mod attacks;
 mod engines;
+mod failures;
 mod fixture;
 mod hooks;
 mod hostile;
@@ -30,6 +32,8 @@ fn main() {
         spaces::all(),
         hooks::all(),
         hostile::all(),
+        attacks::all(),
+        failures::all(),
         seccomp::all(),
         engines::all(),
     ]

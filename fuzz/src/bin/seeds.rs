@@ -34,6 +34,7 @@ fn text(target: &str) -> Vec<Vec<u8>> {
             br#"{"vcpus":1,"memory_mib":64,"kernel":"/k","initramfs":["embedded",{"file":"/a"}],"rng":true}"#.to_vec(),
             br#"{"vcpus":2,"memory_mib":64,"kernel":"/k","disks":[{"path":"/d","id":"a","read_only":true}],"vsock":{"guest_cid":3,"ports":[{"port":7,"fd":9}]},"start_timeout_ms":5}"#.to_vec(),
         ],
+        "oci_config" => vec![include_bytes!("../../../runtime/src/launch/full.json").to_vec()],
         _ => Vec::new(),
     }
 }

@@ -198,6 +198,12 @@ impl Cgroup {
         result.map(|()| made)
     }
 
+    /// Whether such a cgroup could be made, as far as path and limits tell.
+    pub fn check(path: &Path, resources: Option<&LinuxResources>) -> Result<(), CgroupError> {
+        relative(path)?;
+        Limits::from_spec(resources).map(drop)
+    }
+
     fn fill(&mut self, relative: &Path, limits: &Limits, breadth: Breadth) -> Result<(), CgroupError> {
         let wanted = |needed: &'static [&'static str]| match breadth {
             Breadth::Needed => needed,

@@ -30,6 +30,7 @@ use rustix::{
 use crate::{
     cgroup::Cgroup,
     namespaces::Namespaces,
+    procfs,
     syscalls::{MountAttr, mount_setattr},
     user_namespace,
 };
@@ -379,11 +380,10 @@ const COVERABLE: [&str; 10] = [
 /// A bind inside of procfs could stand for a file that this runtime or the container's programs trust to be the
 /// kernel's. An image leads there by a symbolic link at the destination (CVE-2019-16884, CVE-2023-28642).
 fn refuse_procfs(mount: &Mount, target: BorrowedFd<'_>) -> Result<(), MountError> {
-    const PROC_SUPER_MAGIC: u64 = 0x9fa0;
-    let stat =
-        rustix::fs::fstatfs(target).map_err(|errno| mount.failed("stat the mount point")(errno.into()))?;
+    let is_procfs =
+        procfs::is_on_procfs(target).map_err(|errno| mount.failed("stat the mount point")(errno.into()))?;
     let coverable = COVERABLE.iter().any(|path| mount.destination == Path::new(path));
-    if mount.is_bind() && stat.f_type as u64 == PROC_SUPER_MAGIC && !coverable {
+    if mount.is_bind() && is_procfs && !coverable {
         let destination = mount.destination.clone();
         return Err(MountError::Invalid {
             destination,

@@ -22,6 +22,9 @@ pub enum AccountError {
     /// No such group.
     #[error("group `{0}` is not in the image's /etc/group; use a name that is, or a number")]
     UnknownGroup(String),
+    /// (uid_t) -1 and (gid_t) -1 mean "leave as it is" to the kernel.
+    #[error("cannot run as user {0}:{1} with the groups {2:?}: 4294967295 is no id")]
+    NoId(u32, u32, Vec<u32>),
     /// More groups than a process can be in.
     #[error("user `{0}` is in more than {MAX_GROUPS} groups")]
     TooManyGroups(String),
@@ -33,6 +36,17 @@ pub(crate) struct Account {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) additional_gids: Vec<u32>,
+}
+
+impl Account {
+    /// Refuses ids that are none.
+    pub(crate) fn checked(self) -> Result<Self, AccountError> {
+        let Self { uid, gid, additional_gids } = &self;
+        if [uid, gid].into_iter().chain(additional_gids).any(|id| *id == u32::MAX) {
+            return Err(AccountError::NoId(self.uid, self.gid, self.additional_gids));
+        }
+        Ok(self)
+    }
 }
 
 impl From<&oci_spec::runtime::User> for Account {

@@ -3,6 +3,7 @@
 
 pub(crate) mod accounts;
 pub(crate) mod capabilities;
+pub(crate) mod labels;
 pub(crate) mod program;
 pub(crate) mod rlimits;
 pub(crate) mod scheduling;

@@ -43,11 +43,6 @@ pub(crate) fn own_stdio(account: &Account) -> Result<(), UserError> {
 pub(crate) fn switch(account: &Account, mask: Option<u32>, keep_groups: bool) -> Result<(), UserError> {
     let failed = |action: String| move |errno: Errno| UserError { action, source: errno.into() };
     let Account { uid, gid, additional_gids } = account;
-    // (uid_t) -1 and (gid_t) -1 mean "leave as it is" to the kernel.
-    if [uid, gid].into_iter().chain(additional_gids).any(|id| *id == u32::MAX) {
-        let action = format!("run as user {uid}:{gid}: 4294967295 is no id");
-        return Err(failed(action)(Errno::INVAL));
-    }
     let groups: Vec<_> = additional_gids.iter().map(|gid| Gid::from_raw(*gid)).collect();
     if !keep_groups {
         set_thread_groups(&groups)

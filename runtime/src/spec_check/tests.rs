@@ -63,8 +63,6 @@ fn unsupported_field_is_refused_by_its_name() {
         ("hooks/poststop", hook),
         ("process/terminal", json!(true)),
         ("process/commandLine", json!("cmd")),
-        ("process/apparmorProfile", json!("docker-default")),
-        ("process/selinuxLabel", json!("system_u")),
         ("process/execCPUAffinity", json!({ "initial": "0" })),
         ("process/user/username", json!("ContainerUser")),
         ("linux/netDevices", json!({ "eth0": {} })),
@@ -131,6 +129,8 @@ fn contradiction_is_refused_with_its_reason() {
         ("linux", Value::Null, "linux is missing"),
         ("process/args", json!([]), "process.args is empty"),
         ("process/cwd", json!("tmp"), "not an absolute path"),
+        ("process/user/uid", json!(u32::MAX), "4294967295 is no id"),
+        ("process/user/additionalGids", json!([1, u32::MAX]), "4294967295 is no id"),
         ("linux/namespaces", json!([]), "no mount namespace"),
         ("linux/namespaces", json!([{ "type": "mount" }, { "type": "mount" }]), "twice"),
         ("linux/rootfsPropagation", json!("sideways"), "sideways"),
@@ -141,6 +141,14 @@ fn contradiction_is_refused_with_its_reason() {
     for (path, value, reason) in cases {
         let error = check(&with(path, value)).unwrap_err().to_string();
         assert!(error.contains(reason), "{path}: {error}");
+    }
+    for (field, module, is_on) in [
+        ("apparmorProfile", "AppArmor", labels::has_apparmor()),
+        ("selinuxLabel", "SELinux", labels::has_selinux()),
+    ] {
+        let expected = format!("process.{field} is set, and {module} is off on this machine");
+        let expected = if is_on { Ok(()) } else { Err(SpecError::Invalid(expected)) };
+        assert_eq!(check(&with(&format!("process/{field}"), json!("label"))), expected);
     }
     let mut shared = with("hostname", json!("name"));
     assert_eq!(check(&shared), Ok(()));
