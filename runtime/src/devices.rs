@@ -6,13 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxIdMapping};
 use rustix::{
     fs::{
-        AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chownat, fstat, makedev, mknodat, openat, statat,
-        symlinkat, unlinkat,
+        AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chmodat, chownat, fstat, makedev, mknodat, openat,
+        statat, symlinkat, unlinkat,
     },
     io::Errno,
+    mount::{UnmountFlags, unmount},
 };
 
 use crate::mounts::{
@@ -99,26 +100,83 @@ pub(crate) fn create(root: BorrowedFd<'_>, listed: &[LinuxDevice]) -> Result<(),
     LINKS.into_iter().try_for_each(|(name, target)| make_link(root, name, target))
 }
 
-/// Opens the caller's nodes of the default devices and those of the spec: in a user namespace, none can be made. FIFOs
-/// can, and are `None`.
-pub(crate) fn open(listed: &[LinuxDevice]) -> Result<Vec<(Node, Option<OwnedFd>)>, DeviceError> {
+/// Makes the nodes of the spec for a process that cannot, in a file system that nobody sees, by their position. The maps
+/// are those of the user namespace whose users own them.
+pub(crate) fn make_for_other(
+    listed: &[LinuxDevice],
+    uids: &[LinuxIdMapping],
+    gids: &[LinuxIdMapping],
+) -> Result<Option<OwnedFd>, DeviceError> {
+    let nodes: Vec<_> = listed.iter().map(node).collect::<Result<_, _>>()?;
+    let Some(first) = nodes.iter().find(|node| node.kind != FileType::Fifo) else { return Ok(None) };
+    let files =
+        mounts::own_tmpfs().map_err(|source| DeviceError::Node { path: first.path.clone(), source })?;
+    for (position, node) in nodes.iter().enumerate().filter(|(_, node)| node.kind != FileType::Fifo) {
+        let make = || -> Result<(), Errno> {
+            let (name, mode) = (position.to_string(), Mode::from_raw_mode(node.mode));
+            mknodat(&files, &name, node.kind, mode, makedev(node.major, node.minor))?;
+            // The caller's umask had a say.
+            chmodat(&files, &name, mode, AtFlags::empty())?;
+            let (uid, gid) = node.owner.unwrap_or((0, 0));
+            let owner = (outside(uid, uids).ok_or(Errno::INVAL)?, outside(gid, gids).ok_or(Errno::INVAL)?);
+            let owner = (Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)));
+            chownat(&files, &name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)
+        };
+        make().map_err(|errno| DeviceError::Node { path: node.path.clone(), source: errno.into() })?;
+    }
+    Ok(Some(files))
+}
+
+/// Who an id of a user namespace is outside of it.
+fn outside(id: u32, maps: &[LinuxIdMapping]) -> Option<u32> {
+    let map = maps.iter().find(|map| id >= map.container_id() && id - map.container_id() < map.size())?;
+    (id - map.container_id()).checked_add(map.host_id()).filter(|id| *id != u32::MAX)
+}
+
+/// Opens the caller's nodes of the default devices, and those of the spec: in a user namespace, none can be made. Those of
+/// the spec are in `made`, from [`make_for_other`], or else they are the caller's, too. FIFOs can be made, and are `None`.
+pub(crate) fn open(
+    listed: &[LinuxDevice],
+    made: Option<BorrowedFd<'_>>,
+) -> Result<Vec<(Node, Option<OwnedFd>)>, DeviceError> {
+    if let (Some(made), Some(first)) = (made, listed.first()) {
+        // Before Linux 6.15 only an attached mount can be cloned. Nothing of /proc is needed meanwhile.
+        let failed = |errno: Errno| DeviceError::Node { path: first.path().clone(), source: errno.into() };
+        let place = openat(CWD, "/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        mounts::attach_at(made, place.map_err(failed)?.as_fd()).map_err(failed)?;
+        let opened = open_all(listed, Some(made));
+        unmount("/proc", UnmountFlags::DETACH).map_err(failed)?;
+        return opened;
+    }
+    open_all(listed, None)
+}
+
+fn open_all(
+    listed: &[LinuxDevice],
+    made: Option<BorrowedFd<'_>>,
+) -> Result<Vec<(Node, Option<OwnedFd>)>, DeviceError> {
     let mut nodes = Vec::new();
     for (path, major, minor) in DEFAULT {
         if !listed.iter().any(|device| *device.path() == Path::new(path)) {
             let kind = FileType::CharacterDevice;
-            nodes.push(Node { path: path.into(), kind, major, minor, mode: 0o666, owner: None });
+            let node = Node { path: path.into(), kind, major, minor, mode: 0o666, owner: None };
+            nodes.push((node, None));
         }
     }
-    for device in listed {
-        nodes.push(node(device)?);
+    for (position, device) in listed.iter().enumerate() {
+        nodes.push((node(device)?, made.map(|made| (made, position.to_string()))));
     }
-    let open = |node: Node| {
+    let open = |(node, made): (Node, Option<(BorrowedFd<'_>, String)>)| {
         if node.kind == FileType::Fifo {
             return Ok((node, None));
         }
         let failed = |errno: Errno| DeviceError::Node { path: node.path.clone(), source: errno.into() };
-        let file = openat(CWD, &node.path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
-            .map_err(failed)?;
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = match &made {
+            Some((made, name)) => openat(made, name.as_str(), flags, Mode::empty()),
+            None => openat(CWD, &node.path, flags, Mode::empty()),
+        };
+        let file = file.map_err(failed)?;
         let stat = fstat(&file).map_err(failed)?;
         let same = FileType::from_raw_mode(stat.st_mode) == node.kind
             && stat.st_rdev == makedev(node.major, node.minor);

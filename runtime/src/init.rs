@@ -77,6 +77,8 @@ pub(crate) struct Init<'a> {
 /// What a process in a user namespace of its own could not get at.
 pub(crate) struct Prepared {
     pub(crate) root: Option<OwnedFd>,
+    /// From [`devices::make_for_other`].
+    pub(crate) devices: Option<OwnedFd>,
     pub(crate) binds: Vec<Option<OwnedFd>>,
 }
 
@@ -201,16 +203,20 @@ impl Init<'_> {
             };
             hooks::run("createContainer", listed, &state(pid, "creating"), &enter)?;
         }
-        let (binds, root) = match &self.prepared {
+        let (binds, root, made) = match &self.prepared {
             Some(prepared) => {
                 let mut prepared = prepared.borrow_mut();
-                (std::mem::take(&mut prepared.binds), prepared.root.take())
+                (std::mem::take(&mut prepared.binds), prepared.root.take(), prepared.devices.take())
             }
-            None => (mounts::clone_binds(self.mounts, false)?, None),
+            None => (mounts::clone_binds(self.mounts, false)?, None, None),
         };
         let sources = mounts::open_sources(self.mounts, binds, self.namespaces, self.cgroup)?;
         let is_bound = self.namespaces.has_user();
-        let devices = if is_bound { devices::open(self.listed_devices())? } else { Vec::new() };
+        let devices = if is_bound {
+            devices::open(self.listed_devices(), made.as_ref().map(AsFd::as_fd))?
+        } else {
+            Vec::new()
+        };
         let root = match (root, self.rootfs) {
             (Some(root), Rootfs::Directory(path)) => {
                 rootfs::attach_clone(root.as_fd(), path)?;

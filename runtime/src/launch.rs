@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{Linux, Process, Spec};
+use oci_spec::runtime::{Linux, LinuxIdMapping, Process, Spec};
 use rustix::{
     io::Errno,
     pipe::{PipeFlags, pipe_with},
@@ -23,6 +23,7 @@ use rustix::{
 use crate::{
     cgroup::{Breadth, Cgroup, CgroupError, DeviceGuard},
     container::Container,
+    devices::{self, DeviceError},
     entry::{self, Entry},
     init::{Init, Prepared},
     mounts::{self, Mount, MountError},
@@ -161,6 +162,9 @@ pub enum LaunchError {
     /// The user namespace could not be set up.
     #[error(transparent)]
     UserNamespace(#[from] UserNamespaceError),
+    /// A device node could not be made.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A resource limit could not be set.
     #[error(transparent)]
     Rlimit(#[from] RlimitError),
@@ -351,7 +355,16 @@ fn prepare(launch: &Launch<'_>, plan: &Plan<'_>) -> Result<Option<Prepared>, Lau
         Rootfs::Directory(path) if plan.namespaces.has_user() => Some(rootfs::clone_directory(path)?),
         Rootfs::Directory(_) | Rootfs::Layers { .. } => None,
     };
-    Ok(Some(Prepared { root, binds: mounts::clone_binds(&plan.mounts, true)? }))
+    let maps = |maps: &Option<Vec<LinuxIdMapping>>| maps.clone().unwrap_or_default();
+    let devices = match plan.linux.devices() {
+        // Whose users those of a joined namespace are, is not in the spec.
+        Some(listed) if plan.namespaces.has_user() && plan.namespaces.new_user => {
+            let (uids, gids) = (maps(plan.linux.uid_mappings()), maps(plan.linux.gid_mappings()));
+            devices::make_for_other(listed, &uids, &gids)?
+        }
+        _ => None,
+    };
+    Ok(Some(Prepared { root, devices, binds: mounts::clone_binds(&plan.mounts, true)? }))
 }
 
 /// The process on its way to `execve`.

@@ -199,7 +199,7 @@ fn mutate(config: &mut Value, numbers: &mut Numbers) -> String {
             let (parent, name) = place.rsplit_once('/').unwrap();
             match config.pointer_mut(parent).unwrap() {
                 Value::Object(fields) => drop(fields.remove(&name.replace("~1", "/").replace("~0", "~"))),
-                Value::Array(list) if choice % 2 == 0 => drop(list.remove(name.parse().unwrap())),
+                Value::Array(list) if choice.is_multiple_of(2) => drop(list.remove(name.parse().unwrap())),
                 Value::Array(list) => {
                     let twice = list[name.parse::<usize>().unwrap()].clone();
                     list.push(twice);

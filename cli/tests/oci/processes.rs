@@ -30,6 +30,7 @@ pub fn all() -> Vec<Test> {
         preserved_descriptors_are_passed_and_no_others,
         terminal_is_sent_to_the_console_socket,
         environment_variable_given_twice_has_its_later_value,
+        label_is_given_to_the_kernel_or_refused_by_name,
     ]
 }
 
@@ -253,4 +254,25 @@ fn exec_goes_where_the_first_process_is_if_controllers_were_handed_down() {
     let listed = text(&output.stdout);
     let expected = format!("0::/cloche/{}/first", bundle.id);
     assert!(listed.lines().any(|line| line == expected), "{output:?}");
+}
+
+/// A machine without AppArmor refuses a profile; one with it knows best which profiles there are.
+fn label_is_given_to_the_kernel_or_refused_by_name() {
+    let is_on = fs::read("/sys/module/apparmor/parameters/enabled").is_ok_and(|on| on.starts_with(b"Y"));
+    let with =
+        |profile: &str| Bundle::new(&["sleep", "100"]).with("/process/apparmorProfile", json!(profile));
+    let bundle = with("cloche-no-such-profile");
+    let message = bundle.refused(&["run", &bundle.id]);
+    if !is_on {
+        assert!(message.contains("process.apparmorProfile is set, and AppArmor is off"), "{message}");
+        return;
+    }
+    let unknown = "process.apparmorProfile \"cloche-no-such-profile\" at execve";
+    assert!(message.contains(unknown) && message.contains("No such file"), "{message}");
+    let bundle = with("unconfined");
+    bundle.start();
+    let attr = ["exec", &bundle.id, "cat", "/proc/1/attr/current"];
+    assert_eq!(bundle.ok(&attr), "unconfined");
+    let words = ["exec", "--apparmor", "cloche-no-such-profile", &bundle.id, "true"];
+    assert!(bundle.refused(&words).contains(unknown));
 }

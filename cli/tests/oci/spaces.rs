@@ -12,6 +12,7 @@ use crate::{
 pub fn all() -> Vec<Test> {
     crate::tests![
         root_of_a_user_namespace_is_somebody_else_outside,
+        device_in_a_user_namespace_has_its_own_numbers_mode_and_owner,
         user_namespace_can_be_joined_with_new_namespaces_in_it,
         map_that_is_missing_is_asked_for,
         idmapped_mount_shows_other_owners,
@@ -69,6 +70,24 @@ fn root_of_a_user_namespace_is_somebody_else_outside() {
             .next(),
         Some("0")
     );
+}
+
+fn device_in_a_user_namespace_has_its_own_numbers_mode_and_owner() {
+    let device = json!([
+        { "path": "/dev/made", "type": "c", "major": 1, "minor": 5, "fileMode": 438, "uid": 5, "gid": 6 },
+        { "path": "/dev/pipe", "type": "p" },
+    ]);
+    let bundle = in_user_namespace("ls -ln /dev/made; head -c 1 /dev/made > /tmp/x && echo read; test -p /dev/pipe && echo pipe; ls /proc/self")
+        .with("/linux/devices", device);
+    let output = bundle.ok(&["run", &bundle.id]);
+    let words: Vec<_> = output.split_whitespace().take(6).collect();
+    assert_eq!(words, ["crw-rw-rw-", "1", "5", "6", "1,", "5"], "{output}");
+    assert!(output.contains("\nread\npipe\n") && output.contains("status"), "{output}");
+    let bundle = in_user_namespace("true").with(
+        "/linux/devices",
+        json!([{ "path": "/dev/x", "type": "c", "major": 1, "minor": 5, "uid": 5000 }]),
+    );
+    assert!(bundle.refused(&["run", &bundle.id]).contains("cannot make the device node /dev/x"));
 }
 
 fn user_namespace_can_be_joined_with_new_namespaces_in_it() {

@@ -234,11 +234,14 @@ impl Cgroup {
         self.apply_limits(&Limits::from_spec(Some(resources))?)
     }
 
-    /// As [`Cgroup::apply`], for a container whose cgroup is at `path`. In v1 hierarchies, where a container has a cgroup
-    /// only if a limit needed it, what is missing is made now, and all of its processes are moved there.
+    /// As [`Cgroup::apply`], for a container whose cgroup is at `path`. On v2 it gets the controllers that it lacks. In v1
+    /// hierarchies, where a container has a cgroup only if a limit needed it, what is missing is made now, and all of its
+    /// processes are moved there.
     pub fn update(&mut self, path: &Path, resources: &LinuxResources) -> Result<(), CgroupError> {
         let limits = Limits::from_spec(Some(resources))?;
-        if self.layout != Layout::V2 {
+        if self.layout == Layout::V2 {
+            v2::hand_down(Path::new(ROOT), &relative(path)?, &limits)?;
+        } else {
             let present = self.v1.len();
             let processes = self.processes()?;
             let made = v1::create(Path::new(ROOT), &relative(path)?, &limits, &[], &mut self.v1);

@@ -13,12 +13,7 @@ const WANTED: [&str; 3] = ["memory", "pids", "io"];
 
 /// Makes `relative` under `root` with the controllers that `limits` need.
 pub(super) fn create(root: &Path, relative: &Path, limits: &Limits) -> Result<PathBuf, CgroupError> {
-    let mut needed = limits.controllers();
-    for (controller, _) in &mut needed {
-        if controller == "blkio" {
-            "io".clone_into(controller);
-        }
-    }
+    let needed = needed(limits);
     let mut directory = root.to_owned();
     let mut names = relative.iter().peekable();
     while let Some(name) = names.next() {
@@ -31,6 +26,24 @@ pub(super) fn create(root: &Path, relative: &Path, limits: &Limits) -> Result<Pa
         }
     }
     Ok(directory)
+}
+
+/// Hands the controllers that `limits` need down to the cgroup `relative`, which is there already.
+pub(super) fn hand_down(root: &Path, relative: &Path, limits: &Limits) -> Result<(), CgroupError> {
+    let needed = needed(limits);
+    let parents = relative.ancestors().skip(1).collect::<Vec<_>>();
+    parents.into_iter().rev().try_for_each(|parent| enable(&root.join(parent), &needed))
+}
+
+/// The controllers, by their names on v2.
+fn needed(limits: &Limits) -> Vec<(String, &'static str)> {
+    let mut needed = limits.controllers();
+    for (controller, _) in &mut needed {
+        if controller == "blkio" {
+            "io".clone_into(controller);
+        }
+    }
+    needed
 }
 
 /// Makes `relative` under `root` without controllers.

@@ -433,6 +433,11 @@ pub(crate) fn attach_at(made: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<
     move_mount(made, "", target, "", flags)
 }
 
+/// Makes a tmpfs, unattached.
+pub(crate) fn own_tmpfs() -> io::Result<OwnedFd> {
+    make("tmpfs", "tmpfs", &Options::default()).map_err(|(_, error)| error)
+}
+
 /// Makes a file system, unattached. An error says at which step, and what the kernel said about it.
 fn make(name: &str, source: &str, options: &Options) -> Result<OwnedFd, (String, io::Error)> {
     let context = fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC)
