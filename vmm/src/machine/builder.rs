@@ -11,6 +11,7 @@
 use std::{
     fs::File,
     io,
+    ops::Range,
     os::{fd::OwnedFd, unix::net::UnixListener},
     path::PathBuf,
     sync::{Arc, Mutex, atomic::AtomicUsize},
@@ -64,6 +65,7 @@ use crate::{
         mmio::{MmioTransport, QUEUE_NOTIFY},
         net::Net,
         pmem::{self, Pmem},
+        registers::RegisterPages,
         rng::Rng,
         vsock::Vsock,
         worker::Worker,
@@ -267,7 +269,9 @@ pub fn build(
         let device = FileSystem::new(&share.tag, channel);
         devices.add(Box::new(device)).map_err(resources("the file system device"))?;
     }
-    let Devices { workers, transports, counters, lines, doorbells, interrupts, .. } = devices;
+    let Devices { workers, mut transports, counters, lines, doorbells, interrupts, .. } = devices;
+    let (pages, shown) = show_registers(&mut transports).map_err(resources("registers"))?;
+    slots.add_registers(pages, shown);
     let serial_line = interrupts.line(serial::INTERRUPT_LINE);
     let end = EventFd::new(EFD_NONBLOCK).map_err(resources("the event loop"))?;
     let wake = end.try_clone().map_err(resources("the event loop"))?;
@@ -327,6 +331,21 @@ pub fn build(
     interrupts.attach(vm.clone());
     let subject = Subject { shared, console, memory, balloon, memory_device, devices: counters, kvm, slots };
     Ok(Machine { vm, vcpus, workers, end, terminate, all_parked, listener: control, subject, last_words })
+}
+
+/// Has drivers read registers from memory, where they can. Returns it, and runs of devices' numbers that have some.
+fn show_registers(transports: &mut [MmioTransport]) -> io::Result<(RegisterPages, Vec<Range<usize>>)> {
+    let pages = RegisterPages::new(transports.len()).map_err(io::Error::other)?;
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let shown = transports.iter_mut().enumerate().filter(|(_, transport)| transport.can_be_shown());
+    for (index, transport) in shown {
+        transport.show_in(pages.page(index));
+        match runs.last_mut().filter(|run| run.end == index) {
+            Some(run) => run.end += 1,
+            None => runs.push(index..index + 1),
+        }
+    }
+    Ok((pages, runs))
 }
 
 /// virtio devices as they are added, each with the next address and interrupt line.
@@ -390,7 +409,8 @@ impl Created {
         let mut cpuid = cpu::machine_cpuid(kvm, config.vcpus).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
         cpu_template::apply(&mut cpuid, config.cpu_template)?;
         let vm = self.vm.insert(kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?);
-        slots.fill(vm).map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        let read_only = kvm.check_extension(Cap::ReadonlyMem);
+        slots.fill(vm, read_only).map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
         if kvm.check_extension(Cap::SetTssAddr) {
             vm.set_tss_address(layout::KVM_TSS).map_err(failed("KVM_SET_TSS_ADDR"))?;
         }

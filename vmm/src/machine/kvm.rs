@@ -6,6 +6,7 @@ use std::{
     cell::Cell,
     fs::File,
     io,
+    ops::Range,
     os::fd::{AsRawFd, FromRawFd, RawFd},
     ptr,
     sync::{
@@ -21,13 +22,22 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::kvm_statistics::KvmStatistics;
 use crate::{
+    boot::layout,
     guest_memory::{GuestMemory, Part},
-    virtio::mem::ChunkSlots,
+    virtio::{
+        mem::ChunkSlots,
+        registers::{PAGE_BYTES, RegisterPages},
+    },
 };
+
+// One page of registers is one device's place.
+const _: () = assert!(PAGE_BYTES as u64 == layout::VIRTIO_MMIO_BYTES);
 
 /// Guest memory in KVM: a slot for each part of it, whether that is there or not, in the order of their addresses.
 pub struct Slots {
     memory: GuestMemory,
+    /// Registers that the guest reads from memory, and which devices have some.
+    registers: OnceLock<(RegisterPages, Vec<Range<usize>>)>,
     vm: OnceLock<Arc<VmFd>>,
     logs_dirty_pages: AtomicBool,
 }
@@ -35,12 +45,34 @@ pub struct Slots {
 impl Slots {
     /// No machine has the memory yet.
     pub fn new(memory: GuestMemory) -> Self {
-        Self { memory, vm: OnceLock::new(), logs_dirty_pages: AtomicBool::new(false) }
+        Self {
+            memory,
+            registers: OnceLock::new(),
+            vm: OnceLock::new(),
+            logs_dirty_pages: AtomicBool::new(false),
+        }
     }
 
-    /// Makes all memory that is there the machine's.
-    pub fn fill(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
-        self.present().try_for_each(|slot| slot.set(vm, slot.part.bytes, 0))
+    /// Pages that the guest may read: registers of virtio devices, by runs of their numbers. Only the first call counts.
+    pub fn add_registers(&self, pages: RegisterPages, devices: Vec<Range<usize>>) {
+        let _ = self.registers.set((pages, devices));
+    }
+
+    /// Makes all memory that is there the machine's, and the pages of registers, if KVM has read-only memory.
+    pub fn fill(&self, vm: &VmFd, read_only: bool) -> Result<(), kvm_ioctls::Error> {
+        self.present().try_for_each(|slot| slot.set(vm, slot.part.bytes, 0))?;
+        let after_memory = u32::try_from(self.all().count()).unwrap_or(u32::MAX);
+        let registers = self.registers.get().into_iter().filter(|_| read_only);
+        let runs = registers.flat_map(|(pages, devices)| devices.iter().map(move |run| (pages, run)));
+        (after_memory..).zip(runs).try_for_each(|(number, (pages, run))| {
+            let offset = run.start * PAGE_BYTES;
+            let start =
+                GuestAddress(layout::VIRTIO_MMIO_START + run.start as u64 * layout::VIRTIO_MMIO_BYTES);
+            let bytes = run.len() * PAGE_BYTES;
+            let part = Part { start, offset, bytes, present: true };
+            let host_address = pages.as_ptr() as u64 + offset as u64;
+            Slot { number, part, host_address, read_only: true }.set(vm, bytes, 0)
+        })
     }
 
     /// What [`Slots::fill`] was given; only the first call counts.
@@ -141,7 +173,8 @@ impl Slot {
             userspace_addr: self.host_address,
         };
         // SAFETY: the part is mapped with at least this size until the process ends, does not overlap another one
-        // (GuestMemory's invariant), and nobody in this process holds references into it.
+        // (GuestMemory's invariant; registers lie where no memory is), and nobody in this process holds references into
+        // it but to atomic words of registers, which the guest cannot write. `self.registers` keeps those mapped.
         unsafe { vm.set_user_memory_region(region) }
     }
 }

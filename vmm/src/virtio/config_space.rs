@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use super::device::InterruptStatus;
+use super::{device::InterruptStatus, mmio::register, registers::RegisterPage};
 
 /// The space, shared by the device, its transport and whoever steers it at run time.
 pub struct ConfigSpace {
@@ -18,12 +18,50 @@ pub struct ConfigSpace {
     /// What the driver may write.
     writable: Range<usize>,
     interrupt: OnceLock<Arc<InterruptStatus>>,
+    /// Where the driver reads it, if it reads it from memory.
+    page: OnceLock<RegisterPage>,
+    read_whole: bool,
 }
 
 impl ConfigSpace {
     /// A space with these bytes, of which the driver may write `writable`.
     pub fn new(bytes: Vec<u8>, writable: Range<usize>) -> Self {
-        Self { bytes: Mutex::new(bytes), generation: AtomicU32::new(0), writable, interrupt: OnceLock::new() }
+        let (bytes, generation) = (Mutex::new(bytes), AtomicU32::new(0));
+        let (interrupt, page) = (OnceLock::new(), OnceLock::new());
+        Self { bytes, generation, writable, interrupt, page, read_whole: false }
+    }
+
+    /// The same, with fields of more than four bytes that change. A driver cannot read them from memory: between two
+    /// reads of one generation it could see half of a change (§2.5.3).
+    pub fn with_long_fields(self) -> Self {
+        Self { read_whole: true, ..self }
+    }
+
+    /// Whether the driver must not read it from memory.
+    pub fn is_read_whole(&self) -> bool {
+        self.read_whole
+    }
+
+    /// From now on, the driver reads it from memory; only the first call counts.
+    pub fn show_in(&self, page: RegisterPage) {
+        let bytes = self.lock();
+        let _ = self.page.set(page);
+        self.show(&bytes);
+    }
+
+    /// Writes what the driver is to read, word by word, and then the generation.
+    fn show(&self, bytes: &[u8]) {
+        let Some(page) = self.page.get() else { return };
+        for (offset, bytes) in (register::CONFIG..).step_by(4).zip(bytes.chunks(4)) {
+            let mut word = [0; 4];
+            word.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+            if let Some(shown) = page.word(offset) {
+                shown.store(u32::from_le_bytes(word), Ordering::Release);
+            }
+        }
+        if let Some(shown) = page.word(register::CONFIG_GENERATION) {
+            shown.store(self.generation(), Ordering::Release);
+        }
     }
 
     /// Whom to tell of changes. Only the first call counts: a device has one transport.
@@ -48,8 +86,10 @@ impl ConfigSpace {
         if start < self.writable.start || end > self.writable.end {
             return;
         }
-        if let Some(target) = self.lock().get_mut(start..end) {
+        let mut bytes = self.lock();
+        if let Some(target) = bytes.get_mut(start..end) {
             target.copy_from_slice(data);
+            self.show(&bytes);
         }
     }
 
@@ -81,6 +121,7 @@ impl ConfigSpace {
         target.copy_from_slice(value);
         // Under the lock: a driver that reads the new bytes has not read the new generation before (§2.5.3).
         self.generation.fetch_add(1, Ordering::Release);
+        self.show(&bytes);
         true
     }
 

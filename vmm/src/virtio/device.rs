@@ -4,7 +4,7 @@ use std::{
     io,
     os::fd::RawFd,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
@@ -13,7 +13,9 @@ use tracing::warn;
 
 use super::{
     config_space::ConfigSpace,
+    mmio::register,
     queue::{QueueError, VirtQueue},
+    registers::RegisterPage,
 };
 use crate::{devices::Interrupt, guest_memory::GuestMemory};
 
@@ -164,6 +166,9 @@ pub trait Device: Send {
     fn stop(&mut self, _poller: &mut dyn Poller) {}
 }
 
+/// DEVICE_NEEDS_RESET of a device's status (virtio 1.2 §2.1).
+pub const DEVICE_NEEDS_RESET: u32 = 64;
+
 /// A device's interrupt with the status that its driver reads (virtio 1.2 §4.2.2: `InterruptStatus`).
 pub struct InterruptStatus {
     pending: AtomicU32,
@@ -171,6 +176,8 @@ pub struct InterruptStatus {
     /// Whether the driver is ready to be told of a changed configuration.
     live: AtomicBool,
     line: Box<dyn Interrupt>,
+    /// Where the driver reads the status, if it reads it from memory.
+    page: OnceLock<RegisterPage>,
     sent: AtomicU64,
     failures: AtomicU64,
 }
@@ -183,7 +190,29 @@ impl InterruptStatus {
     pub fn new(line: Box<dyn Interrupt>) -> Self {
         let (needs_reset, live) = (AtomicBool::new(false), AtomicBool::new(false));
         let (sent, failures) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { pending: AtomicU32::new(0), needs_reset, live, line, sent, failures }
+        Self { pending: AtomicU32::new(0), needs_reset, live, line, page: OnceLock::new(), sent, failures }
+    }
+
+    /// From now on, the driver reads the status from memory. Nothing must be pending yet; only the first call counts.
+    pub fn show_in(&self, page: RegisterPage) {
+        let _ = self.page.set(page);
+    }
+
+    /// What the driver reads as `InterruptStatus`.
+    fn status(&self) -> &AtomicU32 {
+        let shown = self.page.get().and_then(|page| page.word(register::INTERRUPT_STATUS));
+        shown.unwrap_or(&self.pending)
+    }
+
+    /// Has the driver's next read of the device's status say whether the device gave up.
+    fn show_needs_reset(&self, needs_reset: bool) {
+        if let Some(status) = self.page.get().and_then(|page| page.word(register::STATUS)) {
+            if needs_reset {
+                status.fetch_or(DEVICE_NEEDS_RESET, Ordering::Release);
+            } else {
+                status.fetch_and(!DEVICE_NEEDS_RESET, Ordering::Release);
+            }
+        }
     }
 
     /// The driver has set DRIVER_OK.
@@ -208,12 +237,13 @@ impl InterruptStatus {
     /// Tells the driver that the device gave up (virtio 1.2 §2.1.2: DEVICE_NEEDS_RESET).
     pub fn signal_needs_reset(&self) -> io::Result<()> {
         self.needs_reset.store(true, Ordering::Release);
+        self.show_needs_reset(true);
         self.failures.fetch_add(1, Ordering::Relaxed);
         self.signal(Self::CONFIGURATION_CHANGE)
     }
 
     fn signal(&self, cause: u32) -> io::Result<()> {
-        self.pending.fetch_or(cause, Ordering::Release);
+        self.status().fetch_or(cause, Ordering::Release);
         self.sent.fetch_add(1, Ordering::Relaxed);
         self.line.trigger()
     }
@@ -230,12 +260,12 @@ impl InterruptStatus {
 
     /// The register that the driver reads.
     pub fn pending(&self) -> u32 {
-        self.pending.load(Ordering::Acquire)
+        self.status().load(Ordering::Acquire)
     }
 
     /// The driver has handled these.
     pub fn acknowledge(&self, handled: u32) {
-        self.pending.fetch_and(!handled, Ordering::AcqRel);
+        self.status().fetch_and(!handled, Ordering::AcqRel);
     }
 
     /// Whether the device gave up.
@@ -246,7 +276,8 @@ impl InterruptStatus {
     /// The driver has reset the device.
     pub fn clear(&self) {
         self.live.store(false, Ordering::Release);
-        self.pending.store(0, Ordering::Release);
+        self.status().store(0, Ordering::Release);
         self.needs_reset.store(false, Ordering::Release);
+        self.show_needs_reset(false);
     }
 }

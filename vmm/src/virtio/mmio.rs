@@ -6,11 +6,14 @@
 //! ```
 //! A write out of this order sets DEVICE_NEEDS_RESET; the device then does nothing until it is reset.
 
+use std::sync::atomic::Ordering;
+
 use tracing::warn;
 
 use super::{
     device::InterruptStatus,
     queue::QueueSetup,
+    registers::RegisterPage,
     worker::{MAX_LOGGED_FAILURES, WorkerHandle},
 };
 
@@ -18,7 +21,7 @@ use super::{
 pub const QUEUE_NOTIFY: u64 = 0x050;
 
 /// Register offsets (virtio 1.2 table 4.1).
-mod register {
+pub mod register {
     pub const MAGIC: u64 = 0x000;
     pub const VERSION: u64 = 0x004;
     pub const DEVICE_ID: u64 = 0x008;
@@ -52,7 +55,7 @@ mod status {
     pub const DRIVER: u32 = 2;
     pub const DRIVER_OK: u32 = 4;
     pub const FEATURES_OK: u32 = 8;
-    pub const DEVICE_NEEDS_RESET: u32 = 64;
+    pub use crate::virtio::device::DEVICE_NEEDS_RESET;
     pub const FAILED: u32 = 128;
 }
 
@@ -62,6 +65,21 @@ mod feature {
     pub const INDIRECT_DESC: u64 = 1 << 28;
     pub const VERSION_1: u64 = 1 << 32;
 }
+
+/// Registers that read as something, but for those that others keep.
+const SHOWN: &[u64] = &[
+    register::MAGIC,
+    register::VERSION,
+    register::DEVICE_ID,
+    register::VENDOR_ID,
+    register::DEVICE_FEATURES,
+    register::QUEUE_SIZE_MAX,
+    register::QUEUE_READY,
+    register::SHM_LEN_LOW,
+    register::SHM_LEN_LOW + 4,
+    register::SHM_LEN_LOW + 8,
+    register::SHM_BASE_HIGH,
+];
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -85,6 +103,8 @@ pub struct MmioTransport {
     queue_select: u32,
     queues: Vec<QueueRegisters>,
     violations: u32,
+    /// Where the driver reads, if it reads from memory.
+    page: Option<RegisterPage>,
 }
 
 impl MmioTransport {
@@ -103,6 +123,37 @@ impl MmioTransport {
             queue_select: 0,
             queues,
             violations: 0,
+            page: None,
+        }
+    }
+
+    /// Whether the driver may read its registers from memory.
+    pub fn can_be_shown(&self) -> bool {
+        !self.worker.config().is_read_whole()
+    }
+
+    /// Keeps `page` as the driver is to read it. Only the first call counts.
+    pub fn show_in(&mut self, page: RegisterPage) {
+        self.interrupt().show_in(page.clone());
+        self.worker.config().show_in(page.clone());
+        self.page = Some(page);
+        self.show();
+    }
+
+    /// Writes what reads return, but for what others keep: the interrupt's status, whether the device needs a reset, and
+    /// the configuration space.
+    fn show(&self) {
+        let Some(page) = &self.page else { return };
+        for offset in SHOWN {
+            if let Some(word) = page.word(*offset) {
+                word.store(self.read_register(*offset), Ordering::Release);
+            }
+        }
+        if let Some(word) = page.word(register::STATUS) {
+            // It never fails.
+            let _ = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |shown| {
+                Some(shown & status::DEVICE_NEEDS_RESET | self.status)
+            });
         }
     }
 
@@ -158,13 +209,14 @@ impl MmioTransport {
         let Ok(word) = <[u8; 4]>::try_from(data) else { return };
         let value = u32::from_le_bytes(word);
         match offset {
+            // These change nothing else that is shown.
+            register::INTERRUPT_ACK => return self.interrupt().acknowledge(value),
+            QUEUE_NOTIFY => return self.worker.ring(),
             register::DEVICE_FEATURES_SELECT => self.device_features_select = value,
             register::DRIVER_FEATURES_SELECT => self.driver_features_select = value,
             register::QUEUE_SELECT => self.queue_select = value,
-            register::INTERRUPT_ACK => self.interrupt().acknowledge(value),
             register::STATUS => self.write_status(value),
             register::DRIVER_FEATURES => self.write_features(value),
-            QUEUE_NOTIFY => self.worker.ring(),
             register::QUEUE_READY if value == 0 && self.status & status::DRIVER_OK == 0 => {
                 // Also part of tearing down after a reset.
                 if let Some(queue) = self.selected_mut() {
@@ -175,6 +227,7 @@ impl MmioTransport {
             | register::QUEUE_DESC_LOW..=register::QUEUE_DEVICE_HIGH => self.write_queue(offset, value),
             _ => {}
         }
+        self.show();
     }
 
     fn write_status(&mut self, value: u32) {
@@ -355,6 +408,7 @@ mod tests {
         balloon::{Balloon, BalloonHandle},
         device::{Device, device_type},
         driver_model::{CountingLine, Driver, Part, memory},
+        registers::RegisterPages,
         rng::Rng,
         worker::Worker,
     };
@@ -373,6 +427,16 @@ mod tests {
     impl Fixture {
         fn new() -> Self {
             Self::with(Box::new(Rng))
+        }
+
+        /// The first register whose word in `page` is not what a read returns.
+        fn differs_from(&self, page: &RegisterPage) -> Option<(u64, u32, u32)> {
+            let words = (0..0x140).step_by(4).map(|offset| {
+                let mut read = [0; 4];
+                self.transport.read(offset, &mut read);
+                (offset, u32::from_le_bytes(read), page.word(offset).unwrap().load(Ordering::Acquire))
+            });
+            words.into_iter().find(|(_, read, shown)| read != shown)
         }
 
         fn with(device: Box<dyn Device>) -> Self {
@@ -656,6 +720,41 @@ mod tests {
         assert_eq!(fixture.read(register::QUEUE_READY), 0);
     }
 
+    #[test]
+    fn page_of_a_device_shows_interrupts_configuration_and_failures() {
+        let config = BalloonConfig { target_mib: 3, ..BalloonConfig::default() };
+        let balloon = Balloon::new(&config, 128, 32).unwrap();
+        let handle: BalloonHandle = balloon.handle();
+        let mut fixture = Fixture::with(Box::new(balloon));
+        let page = RegisterPages::new(1).unwrap().page(0);
+        assert!(fixture.transport.can_be_shown());
+        fixture.transport.show_in(page.clone());
+        let shown = |offset| page.word(offset).unwrap().load(Ordering::Acquire);
+        assert_eq!((fixture.differs_from(&page), shown(register::CONFIG)), (None, 3 << 8));
+        handle.set_target_mib(5);
+        assert_eq!((fixture.differs_from(&page), shown(register::CONFIG)), (None, 5 << 8));
+        let interrupt = fixture.transport.interrupt();
+        interrupt.signal_used().unwrap();
+        assert_eq!((fixture.differs_from(&page), shown(register::INTERRUPT_STATUS)), (None, 1));
+        fixture.write(register::INTERRUPT_ACK, 1);
+        assert_eq!((fixture.differs_from(&page), shown(register::INTERRUPT_STATUS)), (None, 0));
+        fixture.write(register::STATUS, status::ACKNOWLEDGE);
+        fixture.write(register::CONFIG + 4, 7);
+        fixture.write(register::STATUS, status::ACKNOWLEDGE | status::DRIVER);
+        fixture.write(register::CONFIG + 4, 8);
+        assert_eq!((fixture.differs_from(&page), shown(register::CONFIG + 4)), (None, 8));
+        fixture.transport.interrupt().signal_needs_reset().unwrap();
+        assert_eq!(
+            shown(register::STATUS),
+            status::ACKNOWLEDGE | status::DRIVER | status::DEVICE_NEEDS_RESET
+        );
+        assert_eq!(fixture.differs_from(&page), None);
+        fixture.write(register::STATUS, 0);
+        assert_eq!((fixture.differs_from(&page), shown(register::STATUS)), (None, 0));
+        // Nothing beyond the page, nor between its words.
+        assert!(page.word(4096).is_none() && page.word(u64::MAX).is_none() && page.word(2).is_none());
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -665,8 +764,11 @@ mod tests {
             writes in prop::collection::vec((0u64..0x44, prop_oneof![0u32..16, Just(0x8000), any::<u32>()]), 0..60),
         ) {
             let mut fixture = Fixture::new();
+            let page = RegisterPages::new(2).unwrap().page(1);
+            fixture.transport.show_in(page.clone());
             for (register, value) in writes {
                 fixture.write(register * 4, value);
+                prop_assert_eq!(fixture.differs_from(&page), None);
                 let status = fixture.transport.status;
                 if status & status::DRIVER_OK != 0 {
                     prop_assert_eq!(status & ALL_OK, ALL_OK);

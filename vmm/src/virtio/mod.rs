@@ -7,6 +7,7 @@
 //!        ▲                                         │
 //!        └── interrupt status (atomic) ◀───────────┘   doorbell: eventfd, without a vCPU exit to this process
 //! ```
+//! What a driver reads of registers, it reads from memory (`registers.rs`), without an exit at all.
 //!
 //! Whatever a driver does wrong is a [`queue::QueueError`]: the device stops, sets DEVICE_NEEDS_RESET once, and waits
 //! for the driver to reset it.
@@ -31,6 +32,7 @@ pub mod mmio;
 pub mod net;
 pub mod pmem;
 pub mod queue;
+pub mod registers;
 pub mod rng;
 mod slices;
 pub mod vsock;

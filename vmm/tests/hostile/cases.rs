@@ -553,9 +553,8 @@ fn every_width(guest: &mut Guest) {
         }
         guest.load(width, Device::Block.at(register::CONFIG));
     }
-    // Only whole, aligned words are registers (§4.2.2.2).
-    guest.expect(Width::One, Device::Rng.at(0), 0, "a byte of the magic number");
-    guest.expect(Width::Four, Device::Rng.at(1), 0, "a register at an odd address");
+    // A driver may read registers in whole, aligned words only (§4.2.2.2). What else it finds, bytes of them or zeros,
+    // depends on whether this host's KVM has read-only memory.
     guest.expect(Width::Four, Device::Rng.at(0x1000), u32::MAX.into(), "where no device is");
     // The configuration space can be read by bytes (§4.2.2.2).
     guest.expect(Width::One, Device::Block.at(register::CONFIG), 128, "the disk's capacity");

@@ -36,7 +36,7 @@ pub struct MemoryHandle {
 impl MemoryHandle {
     /// For a device with a region of memory at this guest physical address.
     pub(super) fn new(start: u64, bytes: u64, requested_mib: u32) -> Self {
-        let config = Arc::new(ConfigSpace::new(vec![0; field::END], 0..0));
+        let config = Arc::new(ConfigSpace::new(vec![0; field::END], 0..0).with_long_fields());
         for (field, value) in [
             (field::BLOCK, BLOCK_BYTES),
             (field::START, start),
