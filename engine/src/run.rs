@@ -4,10 +4,11 @@
 //!  validate ▸ resolve image ▸ spec ▸ record ▸ start ▸ observe ▸ attend ▸ tear down ▸ record
 //! ```
 
-use std::{io::Read, path::PathBuf};
+use std::io::Read;
 
-use cloche_images::{ResolveError, Settings, Store, StoreError};
+use cloche_images::{MergeError, ResolveError, Settings, Store, StoreError};
 use cloche_protocol::message::Exit;
+use cloche_runtime::Lower;
 use oci_spec::image::ImageConfiguration;
 
 use crate::{
@@ -43,6 +44,9 @@ pub enum RunError {
     /// There is no such image.
     #[error(transparent)]
     Image(#[from] ResolveError),
+    /// The image's layers make no file system.
+    #[error("image {0} cannot be used")]
+    Layers(String, #[source] MergeError),
     /// Image and request together make no runnable command.
     #[error(transparent)]
     Spec(#[from] SpecError),
@@ -125,6 +129,7 @@ pub fn run_to(
     // Until the layers are open, nobody may delete them.
     let hold = store.hold()?;
     let image = store.resolve(&request.image)?;
+    let root = store.root_fs(&image).map_err(|error| RunError::Layers(request.image.clone(), error))?;
     trace.mark(Mark::ImageReady);
     let sources: Vec<Source> = Source::find_all(&request.mounts, &Volumes::new(home.volumes()))?;
     if request.isolation == Isolation::Vm {
@@ -151,7 +156,7 @@ pub fn run_to(
         monitor: ProcessId::own(),
         state: State::Starting,
     })?;
-    let layers = image.layers.iter().map(|layer| layer.erofs.clone()).collect();
+    let layers = vec![Lower { path: root.metadata, devices: root.layers }];
     let started = start(&mut sandbox, request, &image.config, layers, &sources, &signals, trace);
     drop(hold);
     let result = started.and_then(|running| attend(&mut sandbox, running, &signals, trace, at_end));
@@ -208,7 +213,7 @@ fn start(
     sandbox: &mut Owned,
     request: &RunRequest,
     config: &ImageConfiguration,
-    layers: Vec<PathBuf>,
+    layers: Vec<Lower>,
     sources: &[Source],
     signals: &Signals,
     trace: &mut Trace,

@@ -4,6 +4,7 @@ use std::{
     fs::File,
     io::{self, Read},
     os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
 };
 
 use cloche_protocol::{
@@ -139,7 +140,7 @@ impl Streams {
 
 fn launch(boot: Boot, streams: &mut Streams) -> Result<Container, LaunchError> {
     boot.config.layers.iter().for_each(|disk| disks::prepare(disk));
-    let layers = boot.config.layers.into_iter().map(Into::into).collect();
+    let layers = boot.config.layers.into_iter().map(|layer| PathBuf::from(layer).into()).collect();
     let stdio = streams.container.take().unwrap_or_else(|| unreachable!("a boot launches once"));
     syscalls::mark(GuestMark::ProcessStart);
     cloche_runtime::launch(Launch {

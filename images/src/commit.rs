@@ -11,6 +11,7 @@ use crate::clock::{build_time, timestamp};
 use crate::digest::Digest;
 use crate::layer::{self, LayerError};
 use crate::limits::MAX_LAYERS;
+use crate::merge::MergeError;
 use crate::reference::Reference;
 use crate::store::{BlobRecord, ImageRecord, LayerRecord, ResolveError, Store, StoreError};
 
@@ -82,6 +83,9 @@ pub enum CommitError {
     /// What the sandbox has written cannot be a layer.
     #[error("cannot make a layer of what the sandbox has written")]
     Layer(#[from] AddError),
+    /// It does not go with the image's layers.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
     /// The store cannot be written.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -116,7 +120,9 @@ impl Store {
         let config = Value::Object(configured(config, commit, new.map(|layer| layer.diff_id)));
         let id = self.put_blob(config.to_string().as_bytes())?;
         let names = commit.name.iter().map(ToString::to_string).collect();
-        self.commit(vec![ImageRecord { id, manifest: None, digests: Vec::new(), names, layers }])?;
+        let records = vec![ImageRecord { id, manifest: None, digests: Vec::new(), names, layers }];
+        self.merge_records(&records)?;
+        self.commit(records)?;
         Ok(id)
     }
 

@@ -35,6 +35,15 @@ impl Digest {
         nibbles.filter_map(|nibble| char::from_digit(nibble.into(), 16)).collect()
     }
 
+    /// A UUID made of the digest (RFC 9562 §5.8: version 8, a value of one's own making).
+    pub(crate) fn uuid(&self) -> [u8; 16] {
+        let mut uuid = [0; 16];
+        uuid.copy_from_slice(&self.0[..16]);
+        uuid[6] = uuid[6] & 0x0f | 0x80;
+        uuid[8] = uuid[8] & 0x3f | 0x80;
+        uuid
+    }
+
     /// Parses 64 hexadecimal digits; upper case is refused, since it would give a blob two names.
     pub fn from_hex(hex: &str) -> Option<Digest> {
         let digits = hex.as_bytes();

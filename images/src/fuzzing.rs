@@ -2,6 +2,7 @@
 //! targets in `fuzz/`, and for this crate's own tests.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
@@ -10,8 +11,10 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::Store;
 use crate::digest::Digest;
+use crate::erofs::Reader;
 use crate::layer::{ExpectedLayer, Rebuilt, convert};
 use crate::load::plan_archive;
+use crate::merge::{self, MergeLayer};
 use crate::registry;
 
 const BLOCK: usize = 512;
@@ -22,7 +25,6 @@ pub fn layer(bytes: &[u8]) {
     for block in archive.chunks_exact_mut(BLOCK).filter(|block| &block[257..262] == b"ustar") {
         set_checksum(block);
     }
-    let memory = |name| File::from(memfd_create(name, MemfdFlags::CLOEXEC).unwrap());
     let (output, recipe) = (memory("layer"), memory("recipe"));
     let expected = ExpectedLayer { blob: None, diff_id: Digest::of(&archive) };
     if let Ok((length, digests)) = convert(archive.as_slice(), &expected, &output, &recipe, |_| {}) {
@@ -36,6 +38,100 @@ pub fn layer(bytes: &[u8]) {
             assert_eq!(again, archive);
         }
     }
+}
+
+/// Merges layers of which each byte pair of `bytes` is an entry: what it is, and of which name. Few names, so that they
+/// meet; 0xff starts the next layer.
+pub fn merge(bytes: &[u8]) {
+    let layers = bytes.split(|byte| *byte == 0xff).take(6).map(|layer| {
+        let mut archive: Vec<u8> =
+            layer.chunks_exact(2).flat_map(|pair| merge_entry(pair[0], pair[1])).collect();
+        archive.resize(archive.len() + 2 * BLOCK, 0);
+        let diff_id = Digest::of(&archive);
+        let blob = memory("layer");
+        let expected = ExpectedLayer { blob: None, diff_id };
+        convert(archive.as_slice(), &expected, &blob, &memory("recipe"), |_| {}).ok()?;
+        Some(MergeLayer { diff_id, blob })
+    });
+    // A layer that is refused by itself is the business of `layer`.
+    let Some(layers) = layers.collect::<Option<Vec<_>>>() else { return };
+    let output = memory("merged");
+    if merge::merge(&layers, &output, [0; 16]).is_err() {
+        return;
+    }
+    let reader = Reader::open(&output).unwrap();
+    let devices: u64 = reader
+        .devices()
+        .unwrap()
+        .iter()
+        .map(|tag| {
+            let named = layers.iter().find(|layer| Some(layer.diff_id) == merge::layer_of(tag));
+            named.unwrap().blob.metadata().unwrap().len()
+        })
+        .sum();
+    let end = output.metadata().unwrap().len() + devices;
+    let mut pending = vec![(reader.root(), 0)];
+    let mut seen = HashMap::new();
+    while let Some((number, depth)) = pending.pop() {
+        let inode = reader.inode(number).unwrap();
+        for (name, _) in reader.xattrs(&inode).unwrap() {
+            assert!(!name.starts_with(b"trusted.overlay."), "a mark is left");
+        }
+        let names = seen.entry(number).or_insert((0, inode.links));
+        names.0 += 1;
+        match inode.mode >> 12 {
+            0o04 => {
+                // Each directory once, and no cycle.
+                assert!(names.0 == 1 && depth < 10_000);
+                let entries = reader.entries(&inode).unwrap();
+                pending.extend(entries.into_iter().map(|(_, child)| (child, depth + 1)));
+            }
+            0o10 => {
+                let data = reader.data(&inode, 0).unwrap();
+                assert!(data.end(inode.size) <= end);
+            }
+            0o02 => assert_ne!(inode.device_number(), 0, "a whiteout is left"),
+            _ => {}
+        }
+    }
+    for (names, links) in seen.into_values() {
+        assert!(names == links || names == 1, "{names} names, {links} links");
+    }
+}
+
+fn merge_entry(what: u8, name: u8) -> Vec<u8> {
+    const NAMES: [&str; 8] = ["a", "b", "a/b", "b/a", "a/b/c", "c", "c/d", "b/c/a"];
+    let pick = |at: u8| NAMES[usize::from(at) % NAMES.len()];
+    let (name, target) = (pick(name), pick(name >> 3));
+    let (directory, last) = name.rsplit_once('/').unwrap_or((".", name));
+    match what % 8 {
+        0 | 1 => layer_entry(b'5', name, "", b""),
+        2 => layer_entry(b'0', name, "", &vec![what; usize::from(what) * 40]),
+        3 => layer_entry(b'0', &format!("{directory}/.wh.{last}"), "", b""),
+        4 => layer_entry(b'0', &format!("{name}/.wh..wh..opq"), "", b""),
+        5 => layer_entry(b'1', name, target, b""),
+        6 => layer_entry(b'2', name, target, b""),
+        _ => layer_entry(b'2', name, &format!("/{target}/.."), b""),
+    }
+}
+
+fn layer_entry(kind: u8, name: &str, target: &str, content: &[u8]) -> Vec<u8> {
+    let mut header = [0; BLOCK];
+    header[..name.len()].copy_from_slice(name.as_bytes());
+    header[100..107].copy_from_slice(b"0000644");
+    header[124..135].copy_from_slice(format!("{:011o}", content.len()).as_bytes());
+    header[156] = kind;
+    header[157..157 + target.len()].copy_from_slice(target.as_bytes());
+    header[257..265].copy_from_slice(b"ustar\x0000");
+    set_checksum(&mut header);
+    let mut tar = header.to_vec();
+    tar.extend(content);
+    tar.resize(tar.len().next_multiple_of(BLOCK), 0);
+    tar
+}
+
+fn memory(name: &str) -> File {
+    File::from(memfd_create(name, MemfdFlags::CLOEXEC).unwrap())
 }
 
 /// Reads `bytes` as the metadata of an image: files separated by 0xff. The first is `index.json` if it starts with
@@ -119,6 +215,10 @@ fn replace(text: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
 /// Inputs from which a fuzzer should start.
 pub fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
+        "image_merge" => vec![
+            b"\x00\x00\x32\x02\x05\x11\xff\x03\x02\x05\x10\x04\x00\x02\x04\xff\x06\x20\x02\x06".to_vec(),
+            b"\x06\x01\x00\x00\xff\x32\x03\x05\x1b\xff\x07\x02\x05\x1c\x03\x00".to_vec(),
+        ],
         "image_layer" => {
             vec![layer_seed(b'0', "a/b", b"content"), layer_seed(b'2', ".wh.c", b""), pax_seed()]
         }
@@ -201,6 +301,11 @@ mod tests {
     #[test]
     fn layer_survives_seeds_and_damage() {
         exercise("image_layer", layer, 300);
+    }
+
+    #[test]
+    fn merge_survives_seeds_and_damage() {
+        exercise("image_merge", merge, 3000);
     }
 
     #[test]

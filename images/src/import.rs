@@ -13,6 +13,7 @@ use crate::clock::{build_time, timestamp};
 use crate::commit::AddError;
 use crate::digest::Digest;
 use crate::load::{LoadError, unpack_file};
+use crate::merge::MergeError;
 use crate::reference::Reference;
 use crate::store::{ImageRecord, Store, StoreError};
 
@@ -26,6 +27,9 @@ pub enum ImportError {
     /// It is no file system.
     #[error("cannot import it as a layer")]
     Layer(#[from] AddError),
+    /// It has a hard link to a file that it has not.
+    #[error("cannot import it as a file system")]
+    Merge(#[from] MergeError),
     /// The store cannot be written.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -66,8 +70,10 @@ impl Store {
         let config = config(changes, layer.diff_id, message).to_string();
         let id = self.put_blob(config.as_bytes())?;
         let names = name.iter().map(ToString::to_string).collect();
-        let layers = vec![layer];
-        self.commit(vec![ImageRecord { id, manifest: None, digests: Vec::new(), names, layers }])?;
+        let records =
+            vec![ImageRecord { id, manifest: None, digests: Vec::new(), names, layers: vec![layer] }];
+        self.merge_records(&records)?;
+        self.commit(records)?;
         Ok(id)
     }
 }

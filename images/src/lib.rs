@@ -1,8 +1,8 @@
 //! OCI images: archives in, a content store on disk, and each layer as an EROFS file system.
 //!
 //! ```text
-//!   archive ──▶ load ──▶ layer (tar, erofs) ──▶ store ──▶ image
-//!               what is in it    conversion      on disk    what it holds
+//!   archive ──▶ load ──▶ layer (tar, erofs) ──▶ store ──▶ image,       rootfs (merge)
+//!               what is in it    conversion      on disk    what it holds   its layers as one file system
 //! ```
 //!
 //! This crate knows nothing of VMs, containers or mounts: it hands out paths of layer blobs and the image's
@@ -30,8 +30,10 @@ mod layer;
 mod layers;
 mod limits;
 mod load;
+mod merge;
 pub mod reference;
 pub mod registry;
+mod rootfs;
 mod save;
 mod store;
 mod tar;
@@ -49,7 +51,9 @@ pub use inspect::{Inspect, InspectConfig, InspectRootFs};
 pub use layer::{DecodeError, LayerError, PathProblem};
 pub use layers::{HistoryEntry, LayerReport, LayersError};
 pub use load::{LayerStart, LoadError, LoadOptions, Loaded, NoProgress, Progress};
+pub use merge::MergeError;
 pub use reference::{Reference, ReferenceError};
+pub use rootfs::RootFs;
 pub use save::SaveError;
 pub use store::{Hold, RemoveError, Removed, ResolveError, Store, StoreError};
 pub use tar::{TarError, TarProblem};

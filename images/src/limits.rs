@@ -36,6 +36,9 @@ pub(crate) const MAX_ENTRIES: u64 = 4 << 20;
 /// Memory for one layer's tree: names, link targets, extended attributes, data maps.
 pub(crate) const MAX_TREE_BYTES: u64 = 1 << 30;
 
+/// Memory for the tree of all layers of an image: ten million files in full directories.
+pub(crate) const MAX_MERGED_BYTES: u64 = 2 << 30;
+
 /// Bytes of one layer's tar stream after decompression. Gzip can expand a thousandfold, zstd by more.
 pub(crate) const MAX_LAYER_BYTES: u64 = 256 << 30;
 

@@ -4,18 +4,20 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use serde::Serialize;
 
 use crate::digest::Digest;
 use crate::layer::{self, ExpectedLayer, LayerError};
+use crate::merge::MergeError;
 use crate::reference::Reference;
 use crate::store::{ImageRecord, LayerRecord, ResolveError, Store, StoreError};
 
 /// What the store takes on disk, in bytes of blocks that are in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Usage {
-    /// Layers as file systems.
+    /// Layers as file systems, and what merges them.
     pub layers: u64,
     /// Layers as they came, configurations, manifests and recipes.
     pub blobs: u64,
@@ -58,6 +60,19 @@ pub enum Damage {
         /// The first byte that differs.
         at: u64,
     },
+    /// Its layers cannot be merged.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
+    /// The merged file system is not what comes of the layers.
+    #[error(
+        "{path} differs at byte {at} from what comes of the image's layers; delete it, and the next start makes it again"
+    )]
+    Merged {
+        /// The file.
+        path: PathBuf,
+        /// The first byte that differs.
+        at: u64,
+    },
     /// A layer's archive is not kept, so that nothing can be compared.
     #[error("layer {0} is not kept as it came, and cannot be checked")]
     NotKept(Digest),
@@ -85,7 +100,7 @@ impl Store {
     pub fn usage(&self) -> Result<Usage, StoreError> {
         let of = |name: &str| self.disk_usage(name);
         Ok(Usage {
-            layers: of("layers/sha256")?,
+            layers: of("layers/sha256")? + of("merged/sha256")?,
             blobs: of("blobs/sha256")? + of("recipes/sha256")?,
             partial: of("partial/sha256")?,
         })
@@ -118,7 +133,25 @@ impl Store {
                 damage.extend(self.verify_layer(layer).err());
             }
         }
+        damage.extend(self.verify_merged(&record).err());
         Ok(damage)
+    }
+
+    /// Compares what was merged with what comes of the layers now. Nothing may have been merged yet.
+    fn verify_merged(&self, record: &ImageRecord) -> Result<(), Damage> {
+        let layers: Vec<Digest> = record.layers.iter().map(|layer| layer.diff_id).collect();
+        let path = self.merged_path(&layers);
+        let failed = |source| Damage::Store(StoreError::Io { action: "read", path: path.clone(), source });
+        let there = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            there => there.map_err(failed)?,
+        };
+        let again = self.merge_into_new(&layers)?;
+        let again = again.file().try_clone().map_err(failed)?;
+        match first_difference(there, again).map_err(failed)? {
+            Some(at) => Err(Damage::Merged { path, at }),
+            None => Ok(()),
+        }
     }
 
     fn verify_layer(&self, layer: &LayerRecord) -> Result<(), Damage> {
@@ -143,7 +176,12 @@ impl Store {
         let directory = self.root().join(name);
         let failed = |source| StoreError::Io { action: "list", path: directory.clone(), source };
         let mut bytes = 0;
-        for entry in fs::read_dir(&directory).map_err(failed)? {
+        let entries = match fs::read_dir(&directory) {
+            // A store of an older version.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            entries => entries.map_err(failed)?,
+        };
+        for entry in entries {
             // One that goes meanwhile takes no space.
             bytes += entry.map_err(failed)?.metadata().map_or(0, |metadata| metadata.blocks() * 512);
         }

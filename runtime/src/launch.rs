@@ -120,11 +120,27 @@ pub enum Rootfs {
     Directory(PathBuf),
     /// EROFS layers under a writable overlay that vanishes with the container's mount namespace.
     Layers {
-        /// Block devices or EROFS image files, bottom layer first.
-        lowers: Vec<PathBuf>,
+        /// Bottom layer first.
+        lowers: Vec<Lower>,
         /// Size limit of the writable layer in bytes; `None` leaves tmpfs's default, half of the memory.
         upper_bytes: Option<u64>,
     },
+}
+
+/// A layer below the writable one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lower {
+    /// A block device or image file with an EROFS file system.
+    pub path: PathBuf,
+    /// The block devices or files in which that has its files' data, in the order of its device table. If there are none,
+    /// all is in the one.
+    pub devices: Vec<PathBuf>,
+}
+
+impl From<PathBuf> for Lower {
+    fn from(path: PathBuf) -> Self {
+        Self { path, devices: Vec::new() }
+    }
 }
 
 /// File descriptors of the container's process.

@@ -39,7 +39,7 @@ pub use changes::Changes;
 pub use container::{Container, Exit, ExitStatus, WaitError};
 pub use join::{Join, Joined, join};
 pub use launch::{
-    Created, HookState, Launch, LaunchError, Listener, Oci, Rootfs, Stdio, cgroup_path, check, launch,
+    Created, HookState, Launch, LaunchError, Listener, Lower, Oci, Rootfs, Stdio, cgroup_path, check, launch,
 };
 pub use mounts::{MOUNT_OPTIONS, MountError, OptionError, protect::make_mount_readonly};
 pub use namespaces::NamespaceError;

@@ -31,6 +31,8 @@ pub const MAX_VCPUS: u8 = 32;
 pub const MIN_MEMORY_MIB: u32 = 32;
 /// Disks that a VM can have at most: each takes some 36 of the 2048 bytes of a Linux command line.
 pub const MAX_DISKS: usize = 40;
+/// Files of one disk: the most layers of an image that Docker makes, and one.
+pub const MAX_DISK_FILES: usize = 128;
 /// Bytes of a disk's id that a guest can see (virtio 1.2 §5.2.6: `VIRTIO_BLK_T_GET_ID`).
 pub const MAX_DISK_ID_BYTES: usize = 20;
 
@@ -114,6 +116,10 @@ pub enum InitramfsPart {
 pub struct DiskConfig {
     /// A file or block device; its size is rounded down to whole 512-byte sectors.
     pub path: PathBuf,
+    /// Files that follow it on the same disk, one behind the other. The disk is then read-only, each of its files has
+    /// whole sectors, and there are at most [`MAX_DISK_FILES`] with the first.
+    #[serde(default)]
+    pub more: Vec<PathBuf>,
     /// Whether the guest is kept from writing. The file is then opened read-only too.
     #[serde(default)]
     pub read_only: bool,
@@ -146,6 +152,7 @@ impl DiskConfig {
     pub fn new(path: impl Into<PathBuf>, id: impl Into<String>) -> Self {
         Self {
             path: path.into(),
+            more: Vec::new(),
             read_only: false,
             id: id.into(),
             direct: false,
@@ -157,6 +164,11 @@ impl DiskConfig {
     /// The same disk, which the guest is kept from writing.
     pub fn read_only(self) -> Self {
         Self { read_only: true, ..self }
+    }
+
+    /// The same disk, read-only, with these files behind its own.
+    pub fn followed_by(self, more: Vec<PathBuf>) -> Self {
+        Self { more, read_only: true, ..self }
     }
 }
 
@@ -320,6 +332,23 @@ impl VmConfig {
                     format!("1 to {MAX_DISK_ID_BYTES} printable ASCII characters"),
                 ));
             }
+            let files = disk.more.len() + 1;
+            if files > MAX_DISK_FILES {
+                let field = format!("disks[{index}].more");
+                return Err(ConfigError::new(
+                    field,
+                    disk.more.len(),
+                    format!("at most {MAX_DISK_FILES} files of one disk"),
+                ));
+            }
+            if files > 1 && (!disk.read_only || disk.direct) {
+                let field = format!("disks[{index}].more");
+                return Err(ConfigError::new(
+                    field,
+                    disk.more.len(),
+                    "only of a disk with `read_only` and without `direct`",
+                ));
+            }
             if !seen.insert(disk.id.as_str()) {
                 return Err(ConfigError::new(
                     field(),
@@ -419,6 +448,12 @@ mod tests {
             assert!(refused(|c| c.disks = vec![disk(id)]).starts_with("disks[0].id is"), "{id:?}");
         }
         assert!(refused(|c| c.disks = vec![disk("a"), disk("a")]).contains("no other disk"));
+        let files = |count, id: &str| disk(id).followed_by(vec!["/more".into(); count]);
+        assert!(refused(|c| c.disks = vec![files(MAX_DISK_FILES, "a")]).starts_with("disks[0].more is 128"));
+        let writable = DiskConfig { read_only: false, ..files(1, "a") };
+        assert!(refused(|c| c.disks = vec![writable]).contains("read_only"));
+        let direct = DiskConfig { direct: true, ..files(1, "a") };
+        assert!(refused(|c| c.disks = vec![direct]).contains("direct"));
         let many = (0..=MAX_DISKS).map(|n| disk(&n.to_string())).collect();
         assert!(refused(|c| c.disks = many).starts_with("disks is 41"));
     }

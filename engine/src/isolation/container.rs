@@ -1,11 +1,11 @@
 //! Container isolation: `cloche-runtime` on the host's own kernel. Also the baseline `process`, which is the same
 //! without any confinement.
 
-use std::{fs::File, io::Read, os::fd::AsRawFd, path::PathBuf};
+use std::{fs::File, io::Read, os::fd::AsRawFd};
 
 use cloche_protocol::message::{Exit, ExitStatus};
 use cloche_runtime::{
-    Container, Launch, LaunchError, Oci, Rootfs, Stdio,
+    Container, Launch, LaunchError, Lower, Oci, Rootfs, Stdio,
     pump::{pipe_read_side, pipe_write_side},
 };
 use rustix::event::{PollFd, PollFlags};
@@ -29,11 +29,11 @@ pub enum ContainerError {
     Pipe(#[source] std::io::Error),
 }
 
-/// Starts `workload` on `layers` (EROFS files, bottom first); its `execve` has succeeded when this returns.
+/// Starts `workload` on `layers` (bottom first); its `execve` has succeeded when this returns.
 pub fn start(
     id: &str,
     workload: &Workload,
-    layers: Vec<PathBuf>,
+    layers: Vec<Lower>,
     request: &RunRequest,
     trace: &mut Trace,
 ) -> Result<Box<dyn Running>, ContainerError> {

@@ -36,12 +36,37 @@ pub(crate) struct Run {
     pub(super) block: u32,
 }
 
+impl Run {
+    /// Whether a chunk in this block goes on where the run ends.
+    pub(super) fn is_followed_by(&self, chunk: u32, block: u32, chunk_bits: u8) -> bool {
+        let end = u64::from(self.block) + (u64::from(self.count) << chunk_bits);
+        self.chunk + self.count == chunk && end == u64::from(block)
+    }
+}
+
 impl FileData {
     /// What this takes in memory besides its own size.
     pub(crate) fn heap_bytes(&self) -> u64 {
         match self {
             FileData::Plain { .. } => 0,
             FileData::Chunks { runs, .. } => size_of_val::<[Run]>(runs) as u64,
+        }
+    }
+
+    /// The end of the last block that a file of `size` bytes has, in bytes.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn end(&self, size: u64) -> u64 {
+        let runs = |runs: &[Run], chunk_bits: u8| {
+            let end = |run: &Run| {
+                let rest = size.saturating_sub(u64::from(run.chunk) * (BLOCK << chunk_bits));
+                u64::from(run.block) * BLOCK + rest.min(u64::from(run.count) * (BLOCK << chunk_bits))
+            };
+            runs.iter().map(end).max().unwrap_or(0)
+        };
+        match self {
+            FileData::Plain { .. } if size == 0 => 0,
+            FileData::Plain { block } => u64::from(*block) * BLOCK + size,
+            FileData::Chunks { chunk_bits, runs: of } => runs(of, *chunk_bits),
         }
     }
 
@@ -136,13 +161,7 @@ impl<'a, 'b> DataWriter<'a, 'b> {
         // At most `MAX_FILE_CHUNKS`, or 2^50 >> 43 of the largest chunks.
         let chunk = (self.position / self.chunk_bytes()) as u32;
         match self.runs.last_mut() {
-            Some(run)
-                if run.chunk + run.count == chunk
-                    && u64::from(run.block) + (u64::from(run.count) << self.chunk_bits)
-                        == u64::from(block) =>
-            {
-                run.count += 1;
-            }
+            Some(run) if run.is_followed_by(chunk, block, self.chunk_bits) => run.count += 1,
             _ => self.runs.push(Run { chunk, count: 1, block }),
         }
         self.blob.zeros(self.zeros)?;

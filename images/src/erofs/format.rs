@@ -5,11 +5,17 @@ use crate::tar::Timestamp;
 pub(super) const BLOCK_BITS: u8 = 12;
 pub(super) const BLOCK: u64 = 1 << BLOCK_BITS;
 pub(super) const SUPERBLOCK_OFFSET: u64 = 1024;
-const MAGIC: u32 = 0xE0F5_E1E2;
+pub(super) const MAGIC: u32 = 0xE0F5_E1E2;
 
 /// The superblock carries a checksum, and inode times are modification times.
 const COMPAT: u32 = 0x1 | 0x2;
 const INCOMPAT_CHUNKED_FILE: u32 = 0x4;
+const INCOMPAT_DEVICE_TABLE: u32 = 0x8;
+
+/// One entry of the device table; its place is counted in these, too.
+pub(super) const DEVICE_BYTES: u64 = 128;
+/// Of a device's entry, the bytes that name it.
+pub(crate) const DEVICE_TAG_BYTES: usize = 64;
 
 /// Inodes are numbered in units of this many bytes from the start of the metadata.
 pub(super) const SLOT: u64 = 32;
@@ -52,6 +58,8 @@ pub(super) struct Superblock {
     pub(super) metadata_block: u32,
     pub(super) uuid: [u8; 16],
     pub(super) has_chunks: bool,
+    /// Entries of the device table, which starts at the second block.
+    pub(super) devices: u16,
 }
 
 impl Superblock {
@@ -71,7 +79,14 @@ impl Superblock {
         out.u32(0); // No shared extended attributes.
         out.bytes(&self.uuid);
         out.bytes(&[0; 16]); // Volume name.
-        out.u32(if self.has_chunks { INCOMPAT_CHUNKED_FILE } else { 0 });
+        let chunks = if self.has_chunks { INCOMPAT_CHUNKED_FILE } else { 0 };
+        let table = if self.devices > 0 { INCOMPAT_DEVICE_TABLE } else { 0 };
+        out.u32(chunks | table);
+        if self.devices > 0 {
+            out.u16(0);
+            out.u16(self.devices);
+            out.u16((BLOCK / DEVICE_BYTES) as u16);
+        }
         let mut block = out.0;
         block.resize((BLOCK - SUPERBLOCK_OFFSET) as usize, 0);
         let checksum = crc32c(&block);
@@ -140,6 +155,26 @@ impl Inode {
             out.u32(self.links);
             out.bytes(&[0; 16]);
         }
+        out.0
+    }
+}
+
+/// A file system whose blocks follow those of this one, in one space of block numbers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Device {
+    /// Names it; nothing that is all zeros.
+    pub(crate) tag: [u8; DEVICE_TAG_BYTES],
+    pub(crate) blocks: u32,
+}
+
+impl Device {
+    /// The entry of a device whose blocks start at this number.
+    pub(super) fn encode(&self, start: u32) -> Vec<u8> {
+        let mut out = Fields::default();
+        out.bytes(&self.tag);
+        out.u32(self.blocks);
+        out.u32(start);
+        out.0.resize(DEVICE_BYTES as usize, 0);
         out.0
     }
 }

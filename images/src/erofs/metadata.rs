@@ -7,21 +7,41 @@ use super::blob::{BlobError, BlobWriter};
 use super::data::FileData;
 use super::directory::{self, DirectoryEntry};
 use super::format::{
-    BLOCK, FT_BLOCK_DEVICE, FT_CHAR_DEVICE, FT_DIRECTORY, FT_FIFO, FT_REGULAR, FT_SYMLINK, Inode, Layout,
-    NULL_BLOCK, SLOT, Superblock,
+    BLOCK, DEVICE_BYTES, Device, FT_BLOCK_DEVICE, FT_CHAR_DEVICE, FT_DIRECTORY, FT_FIFO, FT_REGULAR,
+    FT_SYMLINK, Inode, Layout, NULL_BLOCK, SLOT, Superblock,
 };
 use crate::tar::Timestamp;
 use crate::tree::{Body, Node, NodeId, Tree};
 
 /// Writes the tree behind the data, and then the superblock. Returns the blob's length in bytes.
-pub(crate) fn finish(tree: &Tree, mut blob: BlobWriter<'_>, uuid: [u8; 16]) -> Result<u64, BlobError> {
+///
+/// If there are devices, nothing was written before, and the tree's files lie on them: block 0 of the tree is the first
+/// block of the first device.
+pub(crate) fn finish(
+    tree: &Tree,
+    mut blob: BlobWriter<'_>,
+    uuid: [u8; 16],
+    devices: &[Device],
+) -> Result<u64, BlobError> {
     let plan = Plan::new(tree)?;
-    let metadata_block = blob.next_block()?;
+    let table_blocks = (devices.len() as u64 * DEVICE_BYTES).div_ceil(BLOCK);
+    let metadata_block = u64::from(blob.next_block()?) + table_blocks;
     // Checked once for all: with this the last block's number fits too, and so does every sum below.
     let inode_blocks = plan.inode_bytes.div_ceil(BLOCK);
-    let end = u64::from(metadata_block) + inode_blocks + plan.outer_blocks;
-    let blocks = u32::try_from(end).ok().filter(|blocks| *blocks < NULL_BLOCK).ok_or(BlobError::TooLarge)?;
-    let writer = Writer { tree, plan: &plan, outer_start: metadata_block + inode_blocks as u32 };
+    let end = metadata_block + inode_blocks + plan.outer_blocks;
+    let device_blocks: u64 = devices.iter().map(|device| u64::from(device.blocks)).sum();
+    if end + device_blocks >= u64::from(NULL_BLOCK) {
+        return Err(BlobError::TooLarge);
+    }
+    let (blocks, metadata_block) = (end as u32, metadata_block as u32);
+    let mut next = blocks;
+    for device in devices {
+        blob.write(&device.encode(next))?;
+        next += device.blocks;
+    }
+    blob.align(BLOCK)?;
+    let data_start = if devices.is_empty() { 0 } else { blocks };
+    let writer = Writer { tree, plan: &plan, outer_start: metadata_block + inode_blocks as u32, data_start };
     let start = blob.position();
     for &node in &plan.order {
         blob.zeros(start + plan.places[node].offset - blob.position())?;
@@ -39,6 +59,8 @@ pub(crate) fn finish(tree: &Tree, mut blob: BlobWriter<'_>, uuid: [u8; 16]) -> R
         metadata_block,
         uuid,
         has_chunks: plan.has_chunks,
+        // Far fewer than 2^16: `limits::MAX_LAYERS`.
+        devices: devices.len() as u16,
     };
     blob.finish(&superblock.encode())
 }
@@ -271,6 +293,8 @@ struct Writer<'a> {
     plan: &'a Plan,
     /// First block after the inode area.
     outer_start: u32,
+    /// The block that is block 0 of the tree's files.
+    data_start: u32,
 }
 
 impl Writer<'_> {
@@ -284,7 +308,8 @@ impl Writer<'_> {
         let shape = self.shape(id);
         let payload = match &node.body {
             Body::CharDevice(device) | Body::BlockDevice(device) => *device,
-            Body::File { data: FileData::Plain { block }, .. } => *block,
+            Body::File { size: 0, .. } => 0,
+            Body::File { data: FileData::Plain { block }, .. } => self.data_start + *block,
             Body::File { data: FileData::Chunks { chunk_bits, .. }, .. } => u32::from(*chunk_bits),
             Body::Directory(_) | Body::Symlink(_) if shape.outer_blocks > 0 => {
                 self.outer_start + place.outer_block
@@ -306,7 +331,7 @@ impl Writer<'_> {
                 |bytes, last| if last { blob.write(bytes) } else { Ok(()) },
             ),
             Body::Symlink(target) if shape.inline_bytes > 0 => blob.write(target),
-            Body::File { size, data } => write_chunk_map(blob, *size, data),
+            Body::File { size, data } => write_chunk_map(blob, *size, data, self.data_start),
             _ => Ok(()),
         }
     }
@@ -353,7 +378,12 @@ impl Writer<'_> {
 }
 
 /// One block address for each chunk; blocks of 4 bytes, gathered so that a map of holes is written fast too.
-fn write_chunk_map(blob: &mut BlobWriter<'_>, size: u64, data: &FileData) -> Result<(), BlobError> {
+fn write_chunk_map(
+    blob: &mut BlobWriter<'_>,
+    size: u64,
+    data: &FileData,
+    data_start: u32,
+) -> Result<(), BlobError> {
     let FileData::Chunks { chunk_bits, runs } = data else { return Ok(()) };
     let mut written = 0;
     let holes = |blob: &mut BlobWriter<'_>, count: u64| {
@@ -369,7 +399,7 @@ fn write_chunk_map(blob: &mut BlobWriter<'_>, size: u64, data: &FileData) -> Res
     for run in runs {
         holes(blob, u64::from(run.chunk) - written)?;
         for index in 0..run.count {
-            blob.write(&(run.block + (index << chunk_bits)).to_le_bytes())?;
+            blob.write(&(data_start + run.block + (index << chunk_bits)).to_le_bytes())?;
         }
         written = u64::from(run.chunk) + u64::from(run.count);
     }

@@ -1,5 +1,5 @@
-//! Writes EROFS file systems (kernel: `Documentation/filesystems/erofs.rst`, `fs/erofs/erofs_fs.h`), in one pass
-//! and with the data first:
+//! Writes EROFS file systems (kernel: `Documentation/filesystems/erofs.rst`, `fs/erofs/erofs_fs.h`), in one pass and with
+//! the data first, and reads its own:
 //!
 //! ```text
 //!  block 0      superblock at byte 1024, written last; zeros around it
@@ -14,6 +14,18 @@
 //! stored in chunks, and chunks of zeros are not stored. Nothing depends on time, place or buffering: the same tree
 //! and data give the same bytes.
 //!
+//! A file system whose files' data are all in others is written without data of its own. A table names those others,
+//! and their blocks are numbered as if they followed, one after the other:
+//!
+//! ```text
+//!  block 0      superblock
+//!  block 1 …    device table: each device's name, its number of blocks, and the number of its first one
+//!  meta_blkaddr inodes, directory blocks and link targets, as above
+//!  …            (the blocks of the first device) (of the second) …
+//! ```
+//!
+//! So it can be mounted with the devices beside it, or as one disk on which all lie one behind the other.
+//!
 //! The boundary: this module is told what to store and stores it. It knows nothing of tar or of layers.
 
 mod blob;
@@ -21,11 +33,13 @@ mod data;
 mod directory;
 mod format;
 mod metadata;
+mod reader;
 mod xattr;
 
 pub use blob::BlobError;
 pub(crate) use blob::BlobWriter;
 pub(crate) use data::{DataWriter, FileData, Stored};
-pub(crate) use format::encode_device;
+pub(crate) use format::{DEVICE_TAG_BYTES, Device, encode_device};
 pub(crate) use metadata::finish;
+pub(crate) use reader::{ReadInode, Reader};
 pub(crate) use xattr::{EncodedXattrs, XattrProblem};

@@ -103,6 +103,12 @@ fn split_name(name: &[u8]) -> Result<(u8, &[u8]), XattrProblem> {
     Err(XattrProblem::Namespace)
 }
 
+/// The whole name; `None` for a prefix that is never written.
+pub(super) fn full_name(prefix: u8, rest: &[u8]) -> Option<Vec<u8>> {
+    let (start, _) = PREFIXES.iter().find(|(_, number)| *number == prefix)?;
+    Some([start, rest].concat())
+}
+
 /// An ACL has a version, 2, in 4 bytes, and entries of 8 (kernel: `include/uapi/linux/posix_acl_xattr.h`).
 fn check_value(prefix: u8, value: &[u8]) -> Result<(), XattrProblem> {
     if value.len() > MAX_XATTR_VALUE_BYTES {

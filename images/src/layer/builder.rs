@@ -1,23 +1,25 @@
 //! Applies a layer's entries, one after the other, to a tree. The rules are in the parent module's documentation.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 
+use super::marks;
 use super::path::{self, PathProblem, Target};
-use crate::erofs::{EncodedXattrs, XattrProblem};
-use crate::limits::{MAX_LINK_DEPTH, MAX_LINK_STEPS};
+use super::walk;
+use crate::erofs::{EncodedXattrs, FileData, XattrProblem};
 use crate::tar::{Timestamp, Xattr};
 use crate::tree::{Attributes, Body, Node, NodeId, Tree, XattrSet};
 
-const OPAQUE: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
-const IMPLIED: (&[u8], &[u8]) = (b"trusted.overlay.cloche.implied", b"y");
+const OPAQUE: (&[u8], &[u8]) = (marks::OPAQUE, b"y");
+const IMPLIED: (&[u8], &[u8]) = (marks::IMPLIED, b"y");
+const HAS_LINKS: (&[u8], &[u8]) = (marks::HAS_LINKS, b"y");
 
 /// Attributes of a directory that has no entry, and of a whiteout.
-const IMPLIED_ATTRIBUTES: Attributes =
+pub(crate) const IMPLIED_ATTRIBUTES: Attributes =
     Attributes { mode: 0o755, uid: 0, gid: 0, mtime: Timestamp { seconds: 0, nanoseconds: 0 }, xattrs: None };
 
 /// Why an entry cannot be applied.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum EntryProblem {
+pub(crate) enum EntryProblem {
     #[error(transparent)]
     Path(#[from] PathProblem),
     #[error("the path goes through something that is not a directory")]
@@ -28,7 +30,7 @@ pub(super) enum EntryProblem {
     LinkSteps,
     #[error("only a directory can be the image's root")]
     RootReplaced,
-    #[error("it is a hard link to {0}, which is not an earlier file of the same layer")]
+    #[error("it is a hard link to {0}, which is a directory")]
     LinkTarget(String),
     #[error("its link target is empty")]
     EmptyTarget,
@@ -48,6 +50,8 @@ pub(super) struct LayerBuilder {
     opaque: HashSet<NodeId>,
     whiteouts: Vec<(NodeId, Box<[u8]>)>,
     link_steps: u64,
+    /// Some hard link leads to a file of a lower layer.
+    has_links: bool,
 }
 
 impl LayerBuilder {
@@ -58,6 +62,7 @@ impl LayerBuilder {
             opaque: HashSet::new(),
             whiteouts: Vec::new(),
             link_steps: 0,
+            has_links: false,
         }
     }
 
@@ -120,18 +125,30 @@ impl LayerBuilder {
             // A whiteout is one whatever its type.
             return self.add(name, IMPLIED_ATTRIBUTES, Body::Fifo);
         };
-        let missing = || EntryProblem::LinkTarget(crate::tar::shown(target));
+        let is_directory = || EntryProblem::LinkTarget(crate::tar::shown(target));
         let target_components = path::components(target)?;
-        let (last, parents) = target_components.split_last().ok_or_else(missing)?;
-        let parent = self.find_directory(parents, false)?.ok_or_else(missing)?;
-        let node = self.tree.child(parent, last).ok_or_else(missing)?;
-        if self.tree[node].is_directory() {
-            return Err(missing());
-        }
+        let (target_last, target_parents) = target_components.split_last().ok_or_else(is_directory)?;
+        let parent = self.find_directory(target_parents, false)?;
+        let node = match parent.and_then(|parent| self.tree.child(parent, target_last)) {
+            Some(node) if self.tree[node].is_directory() => return Err(is_directory()),
+            Some(node) => node,
+            None => self.lower_link(&target_components.join(&b'/'))?,
+        };
         let (last, parents) = components.split_last().ok_or(EntryProblem::RootReplaced)?;
         let directory = self.directory(parents)?;
         self.tree.name(directory, last, node);
         Ok(())
+    }
+
+    /// What stands for a file of lower layers until the layers are merged.
+    fn lower_link(&mut self, target: &[u8]) -> Result<NodeId, EntryProblem> {
+        self.has_links = true;
+        let marked = EncodedXattrs::with(None, marks::LINK, target)
+            .map_err(|problem| xattr_error(marks::LINK, &problem))?;
+        let attributes =
+            Attributes { mode: 0, xattrs: Some(self.tree.add_xattrs(marked)), ..IMPLIED_ATTRIBUTES };
+        let body = Body::File { size: 0, data: FileData::Plain { block: 0 } };
+        Ok(self.tree.add(Node { attributes, body }))
     }
 
     fn add_node(&mut self, components: &[&[u8]], node: Node) -> Result<(), EntryProblem> {
@@ -182,9 +199,7 @@ impl LayerBuilder {
     fn child_or_new(&mut self, directory: NodeId, name: &[u8], make: bool) -> Option<NodeId> {
         match self.tree.child(directory, name) {
             None if make => {
-                let body = Body::Directory(BTreeMap::new());
-                let new = self.tree.add(Node { attributes: IMPLIED_ATTRIBUTES, body });
-                self.tree.name(directory, name, new);
+                let new = walk::make_directory(&mut self.tree, directory, name);
                 self.implied.insert(new);
                 Some(new)
             }
@@ -200,47 +215,21 @@ impl LayerBuilder {
         plain: usize,
         make: bool,
     ) -> Result<Option<NodeId>, EntryProblem> {
-        // Directories from the root down to where we are; the root itself is not in it.
         let mut stack: Vec<NodeId> = Vec::new();
         let (walked, rest) = components.split_at(plain);
         for component in walked {
             let current = stack.last().copied().unwrap_or(Tree::ROOT);
             stack.extend(self.tree.child(current, component));
         }
-        let mut pending: Vec<Box<[u8]>> = rest.iter().rev().map(|&name| name.into()).collect();
-        let mut links = 0;
-        while let Some(component) = pending.pop() {
-            self.link_steps += 1;
-            if self.link_steps > MAX_LINK_STEPS {
-                return Err(EntryProblem::LinkSteps);
-            }
-            match &*component {
-                b"" | b"." => continue,
-                b".." => {
-                    stack.pop();
-                    continue;
-                }
-                name if name.len() > crate::limits::NAME_MAX => return Err(PathProblem::NameTooLong.into()),
-                _ => {}
-            }
-            let current = stack.last().copied().unwrap_or(Tree::ROOT);
-            let Some(child) = self.child_or_new(current, &component, make) else { return Ok(None) };
-            match &self.tree[child].body {
-                Body::Directory(_) => stack.push(child),
-                Body::Symlink(target) => {
-                    links += 1;
-                    if links > MAX_LINK_DEPTH {
-                        return Err(EntryProblem::LinkLoop);
-                    }
-                    if target.starts_with(b"/") {
-                        stack.clear();
-                    }
-                    pending.extend(target.split(|&byte| byte == b'/').rev().map(Box::from));
-                }
-                _ => return Err(EntryProblem::NotADirectory),
-            }
-        }
-        Ok(Some(stack.last().copied().unwrap_or(Tree::ROOT)))
+        let implied = &mut self.implied;
+        let missing = |tree: &mut Tree, directory, name: &[u8]| {
+            let new = make.then(|| walk::make_directory(tree, directory, name));
+            implied.extend(new);
+            new
+        };
+        let path = rest.join(&b'/');
+        let walked = walk::to_directory(&mut self.tree, stack, &path, &mut self.link_steps, missing)?;
+        Ok(walked.map(|stack| stack.last().copied().unwrap_or(Tree::ROOT)))
     }
 
     /// All entries were applied: whiteouts and marks become what overlayfs understands.
@@ -274,6 +263,9 @@ impl LayerBuilder {
                 self.mark(directory, mark)?;
             }
         }
+        if self.has_links {
+            self.mark(Tree::ROOT, HAS_LINKS)?;
+        }
         Ok(self.tree)
     }
 
@@ -300,6 +292,8 @@ fn xattr_error(name: &[u8], problem: &XattrProblem) -> EntryProblem {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn file() -> Body {

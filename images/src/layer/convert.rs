@@ -114,12 +114,8 @@ fn convert_checked(
     let ((), digests) = decode::decode(source, seen, |stream| conversion.record(stream, recipe))?;
     check(&digests)?;
     let tree = conversion.builder.finish().map_err(|problem| entry_error(b"", &problem))?;
-    let mut uuid = [0; 16];
-    uuid.copy_from_slice(&digests.diff_id.as_bytes()[..16]);
-    // RFC 9562 §5.8: version 8, a value of our own making.
-    uuid[6] = uuid[6] & 0x0f | 0x80;
-    uuid[8] = uuid[8] & 0x3f | 0x80;
-    Ok((erofs::finish(&tree, conversion.blob, uuid)?, digests))
+    let uuid = digests.diff_id.uuid();
+    Ok((erofs::finish(&tree, conversion.blob, uuid, &[])?, digests))
 }
 
 /// Checks a layer that needs no conversion any more.

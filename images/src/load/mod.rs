@@ -18,6 +18,7 @@ use oci_spec::image::{Arch, ImageConfiguration, Os};
 use crate::digest::Digest;
 use crate::layer::{self, DecodeError, Encoding, ExpectedLayer, LayerError};
 use crate::limits::{MAX_LAYERS, MAX_METADATA_BYTES};
+use crate::merge::MergeError;
 use crate::reference::Reference;
 use crate::store::{BlobRecord, ImageRecord, LayerRecord, Store, StoreError};
 use crate::tar::TarError;
@@ -194,6 +195,9 @@ pub enum LoadError {
         "the archive holds {0} images, so they cannot all have the name that was given; load it without a name"
     )]
     SeveralImages(usize),
+    /// The layers do not go together.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
     /// A layer is bad.
     #[error("layer {number} of {count} ({member} in {path})")]
     Layer {
@@ -288,6 +292,7 @@ impl Store {
             records.push(ImageRecord { id, manifest, digests: Vec::new(), names, layers });
             loaded.push(Loaded { id, names: image.names.clone() });
         }
+        self.merge_records(&records)?;
         self.commit(records)?;
         Ok(loaded)
     }

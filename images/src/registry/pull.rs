@@ -21,6 +21,7 @@ use crate::layer::{self, LayerError};
 use crate::load::LoadError;
 use crate::load::manifest::{self, Blobs, Form, Kind};
 use crate::load::{PlannedImage, PlannedLayer};
+use crate::merge::MergeError;
 use crate::reference::Reference;
 use crate::store::{BlobRecord, ImageRecord, LayerRecord, Store, StoreError};
 
@@ -79,6 +80,9 @@ pub enum PullError {
     /// What it has is no image for us.
     #[error(transparent)]
     Image(#[from] LoadError),
+    /// The layers do not go together.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
     /// A download broke off again and again.
     #[error("layer {digest} broke off {have} bytes into {bytes}; the next pull goes on from there")]
     Broken {
@@ -177,7 +181,9 @@ impl Store {
         let id = self.put_blob(&image.config)?;
         let names = image.names.iter().map(Reference::to_string).collect();
         let digests = vec![format!("{}@{digest}", reference.repository())];
-        self.commit(vec![ImageRecord { id, manifest, digests, names, layers }])?;
+        let records = vec![ImageRecord { id, manifest, digests, names, layers }];
+        self.merge_records(&records)?;
+        self.commit(records)?;
         Ok(Pulled { id, digest, up_to_date: before == Some(id) })
     }
 

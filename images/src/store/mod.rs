@@ -7,6 +7,7 @@
 //!   lock                     held shared by whoever uses or adds blobs, exclusive by whoever deletes some
 //!   blobs/sha256/HEX         configurations, manifests, and layers as they came compressed, byte for byte
 //!   layers/sha256/HEX.erofs  converted layers; HEX is the layer's diffID, the digest of its tar archive
+//!   merged/sha256/HEX.erofs  all layers of an image as one file system, without the data; made when it is needed (`rootfs`)
 //!   recipes/sha256/HEX       how such a layer's archive is put together again, if it came uncompressed
 //!   partial/sha256/HEX-BYTES blobs that are on their way from a registry
 //!   partial/sha256/HEX.whole blobs from there that wait for the rest of their image
@@ -153,7 +154,9 @@ impl Store {
         let store = Store { root };
         // The last to be made stands for all: each start of a sandbox opens the store, and looks for one only.
         if !store.partials().is_dir() {
-            for directory in [store.blobs(), store.layers(), store.recipes(), store.partials()] {
+            for directory in
+                [store.blobs(), store.layers(), store.recipes(), store.merged(), store.partials()]
+            {
                 fs::create_dir_all(&directory).map_err(io_error("create", &directory))?;
             }
         }
@@ -319,6 +322,9 @@ impl Store {
         let travelling = layers.clone().filter_map(|layer| Some(layer.blob?.digest));
         sweep_directory(&self.blobs(), blobs.chain(travelling).map(|digest| digest.hex()).collect())?;
         sweep_directory(&self.layers(), layers.map(|layer| layer_name(layer.diff_id)).collect())?;
+        let merged =
+            index.images.iter().map(|image| merged_name(image.layers.iter().map(|layer| layer.diff_id)));
+        sweep_directory(&self.merged(), merged.collect())?;
         let recipes = index.images.iter().flat_map(|image| &image.layers).map(|layer| layer.diff_id.hex());
         sweep_directory(&self.recipes(), recipes.collect())?;
         self.sweep_partials(kept_for)
@@ -359,6 +365,22 @@ impl Store {
 
     fn recipes(&self) -> PathBuf {
         self.root.join("recipes/sha256")
+    }
+
+    fn merged(&self) -> PathBuf {
+        self.root.join("merged/sha256")
+    }
+
+    /// Where the metadata of these layers together lie, whether they are there or not.
+    pub(crate) fn merged_path(&self, layers: &[Digest]) -> PathBuf {
+        self.merged().join(merged_name(layers.iter().copied()))
+    }
+
+    /// A nameless file for them. Stores of older versions have no place for it yet.
+    pub(crate) fn new_merged(&self) -> Result<NewMerged, StoreError> {
+        let directory = self.merged();
+        fs::create_dir_all(&directory).map_err(io_error("create", &directory))?;
+        Ok(NewMerged { file: self.new_file(&directory)? })
     }
 
     fn partials(&self) -> PathBuf {
@@ -480,6 +502,23 @@ impl NewLayer {
     }
 }
 
+/// Merged metadata that are being written.
+pub(crate) struct NewMerged {
+    file: NewFile,
+}
+
+impl NewMerged {
+    pub(crate) fn file(&self) -> &fs::File {
+        self.file.file()
+    }
+
+    /// Makes it appear.
+    pub(crate) fn publish(self, path: &Path) -> Result<(), StoreError> {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        self.file.publish(name).map_err(io_error("write", path))
+    }
+}
+
 /// A blob that is being written.
 pub(crate) struct NewBlob {
     file: NewFile,
@@ -496,6 +535,17 @@ impl NewBlob {
         let path = self.directory.join(digest.hex());
         self.file.publish(&digest.hex()).map_err(io_error("write", &path))
     }
+}
+
+/// Of what these layers give together. Its start changes whenever the same layers would be merged otherwise.
+pub(crate) fn merged_key(layers: impl Iterator<Item = Digest>) -> Digest {
+    let mut text = "cloche merged 1\n".to_owned();
+    layers.for_each(|layer| text.extend([&layer.hex(), "\n"]));
+    Digest::of(text.as_bytes())
+}
+
+fn merged_name(layers: impl Iterator<Item = Digest>) -> String {
+    format!("{}.erofs", merged_key(layers).hex())
 }
 
 fn layer_name(diff_id: Digest) -> String {
@@ -544,7 +594,11 @@ fn has_name(image: &ImageRecord, reference: &Reference) -> bool {
 
 /// Deletes all files of a directory but those in `keep`.
 fn sweep_directory(directory: &Path, keep: HashSet<String>) -> Result<(), StoreError> {
-    let entries = fs::read_dir(directory).map_err(io_error("list", directory))?;
+    let entries = match fs::read_dir(directory) {
+        // A store of an older version.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(io_error("list", directory))?,
+    };
     for entry in entries {
         let entry = entry.map_err(io_error("list", directory))?;
         if entry.file_name().to_str().is_some_and(|name| keep.contains(name)) {

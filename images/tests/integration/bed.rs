@@ -150,25 +150,34 @@ impl Bed {
         Ok(Mount { target })
     }
 
-    /// Mounts an image's layers upon each other.
-    pub fn mount_image(&self, image: &Image, name: &str) -> Result<MountedImage, Failure> {
-        let mut layers = Vec::new();
-        for (index, layer) in image.layers.iter().enumerate() {
-            layers.push(self.mount_erofs(&layer.erofs, &format!("{name}.{index}"))?);
+    /// Mounts an image's merged file system, with the layers as devices beside it, or as one disk on which all lie one
+    /// behind the other.
+    pub fn mount_image(&self, image: &Image, name: &str, shape: Shape) -> Result<Mount, Failure> {
+        let files = self.store.root_fs(image)?;
+        if shape == Shape::OneDisk {
+            let disk = self.path(&format!("{name}.disk"));
+            let mut whole = fs::File::create(&disk)?;
+            for part in std::iter::once(&files.metadata).chain(&files.layers) {
+                std::io::copy(&mut fs::File::open(part)?, &mut whole)?;
+            }
+            return self.mount_erofs(&disk, name);
         }
-        let top = if let [only] = layers.as_slice() {
-            MountedImage { root: only.target.clone(), _top: None, _layers: layers }
-        } else {
-            let target = self.path(name);
-            fs::create_dir_all(&target)?;
-            let lower: Vec<String> =
-                layers.iter().rev().map(|layer| layer.target.display().to_string()).collect();
-            let options = format!("lowerdir={}", lower.join(":"));
-            run("mount", &["-t", "overlay", "-o", &options, "overlay", &target.display().to_string()])?;
-            MountedImage { root: target.clone(), _top: Some(Mount { target }), _layers: layers }
-        };
-        Ok(top)
+        let target = self.path(name);
+        fs::create_dir_all(&target)?;
+        let options: Vec<String> =
+            files.layers.iter().map(|layer| format!("device={}", layer.display())).collect();
+        let options = std::ffi::CString::new(options.join(","))?;
+        rustix::mount::mount(&files.metadata, &target, "erofs", MountFlags::RDONLY, options.as_c_str())
+            .map_err(|error| format!("mount {}: {error}", files.metadata.display()))?;
+        Ok(Mount { target })
     }
+}
+
+/// How a merged file system is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    Devices,
+    OneDisk,
 }
 
 /// An error and all its causes.
@@ -186,12 +195,4 @@ impl Drop for Mount {
     fn drop(&mut self) {
         let _ = rustix::mount::unmount(&self.target, UnmountFlags::DETACH);
     }
-}
-
-/// An image's file system.
-pub struct MountedImage {
-    pub root: PathBuf,
-    // In this order: the overlay goes before what is under it.
-    _top: Option<Mount>,
-    _layers: Vec<Mount>,
 }

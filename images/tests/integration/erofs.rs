@@ -36,7 +36,16 @@ pub fn read(blob: &[u8]) -> Result<BTreeMap<Vec<u8>, File>, Failure> {
     if fields.u32(0)? != 0xE0F5_E1E2 || fields.u8(12)? != 12 {
         return Err("not an EROFS of 4 KiB blocks".into());
     }
-    if blob.0.len() != fields.u32(36)? as usize * BLOCK {
+    let mut blocks = fields.u32(36)? as usize;
+    // The table of devices, whose blocks follow in the same order.
+    for index in 0..usize::from(fields.u16(86)?) {
+        let device = Blob(blob.at((usize::from(fields.u16(88)?) + index) * 128, 128)?);
+        if device.u32(68)? as usize != blocks {
+            return Err("a device does not start where the one before it ends".into());
+        }
+        blocks += device.u32(64)? as usize;
+    }
+    if blob.0.len() != blocks * BLOCK {
         return Err("the length is not what the superblock says".into());
     }
     let reader = Reader {

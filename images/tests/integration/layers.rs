@@ -290,3 +290,49 @@ pub fn stacked() -> [Tarball; 3] {
     ]);
     [bottom, middle, top]
 }
+
+/// Layers whose files are linked to those below, directly and by way of symbolic links.
+pub fn linked() -> [Tarball; 3] {
+    let bottom = Tarball::of([
+        root(),
+        Item::file("one", noise(70_000, 1)).owner(7, 8).xattr("security.capability", CAPABILITY),
+        Item::directory("d"),
+        Item::file("d/two", "bottom"),
+        Item::hard_link("d/two-too", "d/two"),
+        Item::symlink("to-d", "/d"),
+        Item::symlink("to-d-again", "to-d"),
+        Item::symlink("dangling", "made/here"),
+        Item::file("file", "bottom"),
+        Item::fifo("pipe"),
+    ]);
+    let middle = Tarball::of([
+        root(),
+        Item::hard_link("one-more", "one"),
+        Item::hard_link("d/up", "/one"),
+        Item::hard_link("another", "one-more"),
+        Item::hard_link("two-by-link", "to-d-again/two"),
+        Item::hard_link("link-too", "to-d"),
+        Item::hard_link("pipe-too", "pipe"),
+        // Below links of the lower layer.
+        Item::file("to-d-again/three", "middle"),
+        Item::file("to-d/sub/four", "middle").mode(0o640),
+        Item::directory("d/sub").mode(0o701),
+        // The link leads to what was there before.
+        Item::hard_link("old-file", "file"),
+        Item::file("file", "middle"),
+    ]);
+    let top = Tarball::of([
+        root(),
+        Item::hard_link("late", "one-more"),
+        Item::file(".wh.one", ""),
+        Item::hard_link("d/own", "late"),
+        Item::file("d/two-too", "top"),
+        Item::directory("d"),
+        // In the place of a link, a directory.
+        Item::directory("to-d"),
+        Item::file("to-d/alone", "top"),
+        Item::file("dangling", "no link any more"),
+        Item::hard_link("again", "old-file"),
+    ]);
+    [bottom, middle, top]
+}

@@ -16,6 +16,7 @@ use crate::tarball::{Item, Tarball};
 pub fn tests() -> Vec<Trial> {
     vec![
         test("random_layers_are_as_the_model_has_them", &[], random_layers),
+        test("random_layers_merge_as_the_model_has_them", &[], random_merges),
         test("damaged_layers_are_refused_or_loaded_whole", &[], damaged_layers),
         test("damaged_archives_are_refused_or_loaded_whole", &[], damaged_archives),
     ]
@@ -42,6 +43,117 @@ fn random_layers(bed: &Bed) -> Result<(), Failure> {
         }
         Ok(())
     }))
+}
+
+/// Several layers, against the rules of merging applied to paths.
+fn random_merges(bed: &Bed) -> Result<(), Failure> {
+    let layers = prop::collection::vec(prop::collection::vec(item(), 0..10), 2..5);
+    let accepted = std::cell::Cell::new(0);
+    report(runner(200).run(&layers, |layers| {
+        let image = TestImage::of(layers.into_iter().map(Tarball::of)).packed(Packing::Plain);
+        let failed = |error: Failure| TestCaseError::fail(error.to_string());
+        // What is refused, and why, the tests of single layers look at.
+        if let Ok((merged, layers)) = merged(bed, &image).map_err(failed)? {
+            accepted.set(accepted.get() + 1);
+            prop_assert_eq!(Some(merged), overlaid(layers));
+        }
+        Ok(())
+    }))?;
+    if accepted.get() < 20 {
+        Err(format!("only {} images were compared", accepted.get()).into())
+    } else {
+        Ok(())
+    }
+}
+
+/// Loads an image; gives its merged tree, and each layer's.
+#[allow(clippy::type_complexity)]
+fn merged(
+    bed: &Bed,
+    image: &TestImage,
+) -> Result<Result<(BTreeMap<Vec<u8>, File>, Vec<BTreeMap<Vec<u8>, File>>), String>, Failure> {
+    let archive = bed.write("image.tar", &tar_of(&image.docker_files()?))?;
+    let loaded = match bed.try_load(&archive) {
+        Ok(loaded) => loaded,
+        Err(error) => return Ok(Err(chain(&error))),
+    };
+    let id = loaded.first().ok_or("nothing was loaded")?.id;
+    let image = bed.store.resolve(&id.to_string())?;
+    let files = bed.store.root_fs(&image)?;
+    let mut disk = Vec::new();
+    for part in std::iter::once(&files.metadata).chain(&files.layers) {
+        disk.extend(std::fs::read(part)?);
+    }
+    let layers = image.layers.iter().map(|layer| erofs::read(&std::fs::read(&layer.erofs)?));
+    let layers = layers.collect::<Result<_, Failure>>()?;
+    let merged = counted(erofs::read(&disk)?);
+    bed.store.remove(&id.to_string())?;
+    Ok(Ok((merged, layers)))
+}
+
+/// Inode numbers only tell which names are one file: counted in order of the paths.
+fn counted(mut files: BTreeMap<Vec<u8>, File>) -> BTreeMap<Vec<u8>, File> {
+    let mut seen = BTreeMap::new();
+    for file in files.values_mut() {
+        let next = seen.len() as u64;
+        file.inode = *seen.entry(file.inode).or_insert(next);
+    }
+    files
+}
+
+/// Layers upon each other, path by path. `None` if a link leads nowhere.
+fn overlaid(layers: Vec<BTreeMap<Vec<u8>, File>>) -> Option<BTreeMap<Vec<u8>, File>> {
+    const MARK: &[u8] = b"trusted.overlay.";
+    let root = File { links: 2, ..implied() };
+    let mut tree = BTreeMap::from([(Vec::new(), root)]);
+    for (number, layer) in layers.into_iter().enumerate() {
+        let lower = tree.clone();
+        for (path, mut file) in layer {
+            let mark = |name: &str| file.xattrs.get([MARK, name.as_bytes()].concat().as_slice()).cloned();
+            let (opaque, implied) = (mark("opaque").is_some(), mark("cloche.implied").is_some());
+            let link = mark("cloche.link");
+            file.xattrs.retain(|name, _| !name.starts_with(MARK));
+            // Inodes of different layers are different.
+            file.inode += (number as u64 + 1) << 32;
+            let below = if path.is_empty() { Vec::new() } else { [path.as_slice(), b"/"].concat() };
+            let was_directory = tree.get(&path).is_some_and(|file| file.content == Content::Directory);
+            if file.content != Content::Directory || opaque || !was_directory {
+                tree.retain(|name, _| name.is_empty() || *name == path || !name.starts_with(&below));
+            }
+            match file.content {
+                Content::Device(0) if file.mode & 0o170_000 == 0o020_000 => _ = tree.remove(&path),
+                Content::Directory if was_directory && implied => {}
+                Content::Directory if was_directory => {
+                    file.inode = tree.get(&path)?.inode;
+                    tree.insert(path, file);
+                }
+                _ => {
+                    let file = match link {
+                        Some(target) => {
+                            lower.get(&target).filter(|file| file.content != Content::Directory)?.clone()
+                        }
+                        None => file,
+                    };
+                    tree.insert(path, file);
+                }
+            }
+        }
+    }
+    let names = tree.clone();
+    for (path, file) in &mut tree {
+        let is_child = |name: &[u8]| {
+            let parent = name.iter().rposition(|&byte| byte == b'/').map_or(&b""[..], |at| &name[..at]);
+            !name.is_empty() && parent == path.as_slice()
+        };
+        file.links = match file.content {
+            Content::Directory => {
+                let children = names.iter().filter(|(name, _)| is_child(name));
+                2 + children.filter(|(_, child)| child.content == Content::Directory).count() as u32
+            }
+            _ => names.values().filter(|other| other.inode == file.inode).count() as u32,
+        };
+    }
+    Some(counted(tree))
 }
 
 /// Few and short names, so that they meet.
@@ -95,13 +207,7 @@ fn load(bed: &Bed, image: &TestImage) -> Result<Result<BTreeMap<Vec<u8>, File>, 
     let id = loaded.first().ok_or("nothing was loaded")?.id;
     let image = bed.store.resolve(&id.to_string())?;
     let blob = std::fs::read(&image.layers.first().ok_or("no layer")?.erofs)?;
-    let mut files = erofs::read(&blob)?;
-    // Inode numbers only tell which names are one file: count them in order of the paths.
-    let mut seen = BTreeMap::new();
-    for file in files.values_mut() {
-        let next = seen.len() as u64;
-        file.inode = *seen.entry(file.inode).or_insert(next);
-    }
+    let files = counted(erofs::read(&blob)?);
     bed.store.remove(&id.to_string())?;
     Ok(Ok(files))
 }
@@ -113,6 +219,8 @@ struct Model {
     implied: BTreeSet<usize>,
     opaque: BTreeSet<usize>,
     whiteouts: Vec<(usize, Vec<u8>)>,
+    /// What stands for files of lower layers, of which there are none.
+    missing: BTreeSet<usize>,
 }
 
 impl Model {
@@ -124,11 +232,12 @@ impl Model {
             implied: BTreeSet::from([0]),
             opaque: BTreeSet::new(),
             whiteouts: Vec::new(),
+            missing: BTreeSet::new(),
         };
         for item in items {
             model.apply(item)?;
         }
-        Some(model.finish())
+        model.finish()
     }
 
     fn apply(&mut self, item: &Item) -> Option<()> {
@@ -155,7 +264,20 @@ impl Model {
                 .split(|&byte| byte == b'/')
                 .filter(|part| !part.is_empty() && *part != b".")
                 .collect();
-            let node = *self.names.get(&target.join(&b'/'))?;
+            for parents in 1..target.len() {
+                let parent = self.names.get(&target[..parents].join(&b'/'));
+                if parent.is_some_and(|parent| self.inodes[*parent].content != Content::Directory) {
+                    return None;
+                }
+            }
+            let node = match self.names.get(&target.join(&b'/')) {
+                Some(node) => *node,
+                None => {
+                    self.missing.insert(self.inodes.len());
+                    self.inodes.push(File { content: Content::Nothing, ..implied() });
+                    self.inodes.len() - 1
+                }
+            };
             if self.inodes[node].content == Content::Directory || path.is_empty() {
                 return None;
             }
@@ -209,7 +331,14 @@ impl Model {
         self.names.insert(path, inode);
     }
 
-    fn finish(mut self) -> BTreeMap<Vec<u8>, File> {
+    fn finish(mut self) -> Option<BTreeMap<Vec<u8>, File>> {
+        if self.names.values().any(|inode| self.missing.contains(inode)) {
+            return None;
+        }
+        if !self.missing.is_empty() {
+            let mark = b"trusted.overlay.cloche.has-links".to_vec();
+            self.inodes[0].xattrs.insert(mark, b"y".to_vec());
+        }
         let whiteouts = std::mem::take(&mut self.whiteouts);
         let mut hidden = Vec::new();
         for (directory, name) in whiteouts {
@@ -246,7 +375,7 @@ impl Model {
             file.inode = *seen.entry(inode).or_insert(next);
             (path.clone(), file)
         });
-        files.collect()
+        Some(files.collect())
     }
 
     fn links(&self, path: &[u8], inode: usize) -> u32 {

@@ -19,7 +19,7 @@ use rustix::{
 };
 
 use super::{RootfsError, cover_root};
-use crate::syscalls;
+use crate::{launch::Lower, syscalls};
 
 /// The writable layer's directory in the base.
 pub(super) const UPPER: &str = "upper";
@@ -32,13 +32,13 @@ pub(super) const UPPER: &str = "upper";
 ///   ├─ upper, work
 ///   └─ root        overlay, which keeps the others alive by itself
 /// ```
-pub(super) fn mount(lowers: &[PathBuf], base: BorrowedFd<'_>) -> Result<OwnedFd, RootfsError> {
+pub(super) fn mount(lowers: &[Lower], base: BorrowedFd<'_>) -> Result<OwnedFd, RootfsError> {
     if lowers.is_empty() {
         return Err(RootfsError::NoLayers);
     }
     let failed = |action| failed(action, lowers);
     // Layers are found through the caller's root, which the base is about to cover, but not to replace.
-    let layers = lowers.iter().map(|path| mount_layer(path)).collect::<Result<Vec<_>, _>>()?;
+    let layers = lowers.iter().map(mount_layer).collect::<Result<Vec<_>, _>>()?;
     cover_root(base).map_err(failed("attach the tmpfs"))?;
     // What overlayfs looks up by name is relative, so that hundreds of layers fit the page that mount(2) takes.
     fchdir(base).map_err(failed("change to the tmpfs"))?;
@@ -73,11 +73,11 @@ fn overlay_options(layers: usize) -> Result<CString, std::ffi::NulError> {
 }
 
 /// Makes the base, unattached.
-pub(super) fn base(lowers: &[PathBuf], upper_bytes: Option<u64>) -> Result<OwnedFd, RootfsError> {
+pub(super) fn base(lowers: &[Lower], upper_bytes: Option<u64>) -> Result<OwnedFd, RootfsError> {
     tmpfs(upper_bytes).map_err(failed("make a tmpfs", lowers))
 }
 
-fn failed(action: &'static str, lowers: &[PathBuf]) -> impl FnOnce(Errno) -> RootfsError {
+fn failed(action: &'static str, lowers: &[Lower]) -> impl FnOnce(Errno) -> RootfsError {
     let layers = lowers.len();
     move |errno| RootfsError::Overlay { action, layers, source: errno.into() }
 }
@@ -93,27 +93,34 @@ fn tmpfs(size_bytes: Option<u64>) -> Result<OwnedFd, Errno> {
 }
 
 /// Mounts one layer, unattached: a block device or, from Linux 6.12, an image file as it is, and what the kernel
-/// cannot read that way (older kernels, files on tmpfs) through a loop device.
-fn mount_layer(path: &Path) -> Result<OwnedFd, RootfsError> {
+/// cannot read that way (older kernels, files on tmpfs) through loop devices.
+fn mount_layer(lower: &Lower) -> Result<OwnedFd, RootfsError> {
+    let Lower { path, devices } = lower;
     let failed = |how, source| RootfsError::Layer { path: path.to_owned(), how, source };
-    match erofs(path) {
+    match erofs(path, devices) {
         Ok(mount) => Ok(mount),
         Err(Errno::NOTBLK | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) if path.is_file() => {
-            let (device_path, device) =
-                loop_device(path).map_err(|source| failed(" through a loop device", source))?;
+            let bind =
+                |path: &PathBuf| loop_device(path).map_err(|source| failed(" through loop devices", source));
+            let (device, bound) = bind(path)?;
+            let (devices, all_bound): (Vec<_>, Vec<_>) =
+                devices.iter().map(bind).collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
             let mount =
-                erofs(&device_path).map_err(|errno| failed(" through a loop device", errno.into()))?;
-            // From here on the mount keeps the device bound.
-            drop(device);
+                erofs(&device, &devices).map_err(|errno| failed(" through loop devices", errno.into()))?;
+            // From here on the mount keeps them bound.
+            drop((bound, all_bound));
             Ok(mount)
         }
         Err(errno) => Err(failed("", errno.into())),
     }
 }
 
-fn erofs(source: &Path) -> Result<OwnedFd, Errno> {
+fn erofs(source: &Path, devices: &[PathBuf]) -> Result<OwnedFd, Errno> {
     let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&context, "source", source)?;
+    for device in devices {
+        fsconfig_set_string(&context, "device", device)?;
+    }
     fsconfig_set_flag(&context, "ro")?;
     fsconfig_create(&context)?;
     fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY)

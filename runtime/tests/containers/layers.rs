@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use cloche_runtime::Rootfs;
+use cloche_runtime::{Lower, Rootfs};
 use serde_json::json;
 
 use crate::{Need, Test, fixture::Sandbox};
@@ -39,12 +39,12 @@ fn image(directory: &Path, image: &Path) -> PathBuf {
 /// A sandbox whose root is the busybox root as a layer, and further layers that hold one file each.
 fn layered(script: &str, further: &[(&str, &str)], store: &Path) -> Sandbox {
     let mut sandbox = Sandbox::script(script);
-    let mut lowers = vec![image(&sandbox.path("/"), &store.join("base.erofs"))];
+    let mut lowers = vec![Lower::from(image(&sandbox.path("/"), &store.join("base.erofs")))];
     for (number, (name, content)) in further.iter().enumerate() {
         let tree = store.join(format!("tree{number}"));
         fs::create_dir_all(&tree).unwrap();
         fs::write(tree.join(name), content).unwrap();
-        lowers.push(image(&tree, &store.join(format!("{number}.erofs"))));
+        lowers.push(image(&tree, &store.join(format!("{number}.erofs"))).into());
     }
     sandbox.rootfs = Rootfs::Layers { lowers, upper_bytes: Some(8 << 20) };
     sandbox
@@ -83,11 +83,11 @@ fn hundred_layers_are_mounted() {
     let store = tempfile::tempdir_in("/var/tmp").unwrap();
     let mut sandbox = layered("cat /file", &[("file", "x\n")], store.path());
     if let Rootfs::Layers { lowers, .. } = &mut sandbox.rootfs {
-        let top = lowers[1].clone();
+        let top = lowers[1].path.clone();
         for number in 0..98 {
             let copy = store.path().join(format!("copy{number}"));
             fs::copy(&top, &copy).unwrap();
-            lowers.push(copy);
+            lowers.push(copy.into());
         }
         assert_eq!(lowers.len(), 100);
     }
@@ -111,11 +111,11 @@ fn layer_that_is_not_erofs_is_named() {
     let mut sandbox = Sandbox::new(&["true"]);
     let junk = sandbox.directory.path().join("junk");
     fs::write(&junk, vec![7; 65536]).unwrap();
-    sandbox.rootfs = Rootfs::Layers { lowers: vec![junk.clone()], upper_bytes: None };
+    sandbox.rootfs = Rootfs::Layers { lowers: vec![junk.clone().into()], upper_bytes: None };
     let (code, message) = sandbox.refusal();
     assert_eq!(code, 125);
     assert!(message.starts_with(&format!("cannot mount the layer {} as EROFS", junk.display())), "{message}");
-    sandbox.rootfs = Rootfs::Layers { lowers: vec!["/no/such".into()], upper_bytes: None };
+    sandbox.rootfs = Rootfs::Layers { lowers: vec![PathBuf::from("/no/such").into()], upper_bytes: None };
     assert!(sandbox.refusal().1.contains("cannot mount the layer /no/such as EROFS: No such file"));
     sandbox.rootfs = Rootfs::Layers { lowers: vec![], upper_bytes: None };
     assert_eq!(sandbox.refusal().1, "cannot make a root file system of no layers");

@@ -77,6 +77,30 @@ impl Transfer {
         })
     }
 
+    /// As [`Transfer::read_at`], but no more than `most` bytes.
+    pub fn read_at_most(
+        &mut self,
+        fd: BorrowedFd,
+        offset: u64,
+        most: u64,
+        flags: libc::c_int,
+    ) -> io::Result<usize> {
+        let mut most = usize::try_from(most).unwrap_or(usize::MAX);
+        if self.len() <= most {
+            return self.read_at(fd, offset, flags);
+        }
+        let mut buffers = Vec::new();
+        for buffer in &self.buffers {
+            let iov_len = buffer.iov_len.min(most);
+            if iov_len == 0 {
+                break;
+            }
+            most -= iov_len;
+            buffers.push(libc::iovec { iov_base: buffer.iov_base, iov_len });
+        }
+        Self { buffers, memory: self.memory.clone() }.read_at(fd, offset, flags)
+    }
+
     /// Writes the buffers to `fd` at `offset`, like `pwritev2(2)`. At most 1024 buffers are taken.
     pub fn write_at(&mut self, fd: BorrowedFd, offset: u64, flags: libc::c_int) -> io::Result<usize> {
         let (buffers, count, offset) = self.arguments(offset)?;

@@ -194,7 +194,13 @@ pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opene
             direct: disk.direct,
             never_flush: disk.cache == DiskCache::Unsafe,
         };
-        Disk::open(&disk.path, options).map_err(|source| OpenError::Disk { path: disk.path.clone(), source })
+        let failed = |path: &PathBuf| {
+            let path = path.clone();
+            move |source| OpenError::Disk { path, source }
+        };
+        let mut opened = Disk::open(&disk.path, options).map_err(failed(&disk.path))?;
+        disk.more.iter().try_for_each(|path| opened.append(path).map_err(failed(path)))?;
+        Ok(opened)
     });
     let ports = config.vsock.iter().flat_map(|vsock| &vsock.ports).map(|&VsockPort { port, fd }| {
         let taken = syscalls::take_inherited_fd(fd);

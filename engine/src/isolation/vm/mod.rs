@@ -29,7 +29,7 @@ use std::{
             net::{UnixListener, UnixStream},
         },
     },
-    path::{Path, PathBuf},
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -40,7 +40,7 @@ use cloche_protocol::{
     machine::{GUEST_CID, vsock_port},
     message::{Exit, FromGuest, ToGuest},
 };
-use cloche_runtime::cgroup::CgroupError;
+use cloche_runtime::{Lower, cgroup::CgroupError};
 use cloche_vmm::{
     config::{ConfigError, DiskConfig, InitramfsPart, ShareConfig, VmConfig, VsockConfig, VsockPort},
     event::Event,
@@ -150,13 +150,13 @@ fn setup(action: &'static str) -> impl FnOnce(io::Error) -> VmError {
     move |source| VmError::Setup { action, source }
 }
 
-/// Starts a VM with `workload` in it, on `layers` (EROFS files, bottom first), and waits until the container's
+/// Starts a VM with `workload` in it, on `layers` (EROFS, bottom first), and waits until the container's
 /// `execve` has succeeded. `dir` is the sandbox's own directory.
 pub fn start(
     id: &str,
     dir: &Path,
     workload: &Workload,
-    layers: Vec<PathBuf>,
+    layers: Vec<Lower>,
     request: &RunRequest,
     signals: &Signals,
     trace: &mut Trace,
@@ -268,7 +268,7 @@ fn listen(dir: &Path, name: &str) -> io::Result<UnixListener> {
 }
 
 /// The machine for this request.
-fn machine(dir: &Path, layers: Vec<PathBuf>, request: &RunRequest) -> Result<VmConfig, VmError> {
+fn machine(dir: &Path, layers: Vec<Lower>, request: &RunRequest) -> Result<VmConfig, VmError> {
     let memory_mib = match request.memory_bytes {
         // The limit is the container's. On top come the agent and the kernel with its map of all pages (1/64).
         Some(bytes) => bytes.div_ceil(1 << 20) * 33 / 32 + OVERHEAD_MIB,
@@ -285,7 +285,9 @@ fn machine(dir: &Path, layers: Vec<PathBuf>, request: &RunRequest) -> Result<VmC
     config.disks = layers
         .into_iter()
         .enumerate()
-        .map(|(index, path)| DiskConfig::new(path, format!("layer{index}")).read_only())
+        .map(|(index, Lower { path, devices })| {
+            DiskConfig::new(path, format!("layer{index}")).followed_by(devices)
+        })
         .collect();
     config.vsock = Some(VsockConfig { guest_cid: GUEST_CID, listen_fd: None, ports: Vec::new() });
     config.rng = true;

@@ -1,4 +1,5 @@
-//! The file behind a disk: opening it, its sizes, and carrying out operations on it.
+//! The file behind a disk, or the files that follow each other on it: opening them, their sizes, and carrying out
+//! operations on them.
 
 use std::{
     fs::{File, OpenOptions},
@@ -44,6 +45,8 @@ pub struct Disk {
     file: File,
     /// The same file through the page cache, for what O_DIRECT does not take, and what that does not take.
     unaligned: Option<(File, Alignment)>,
+    /// Files that follow, each with the position on the disk where it starts. Then nothing writes, nor past the cache.
+    more: Vec<(u64, File)>,
     sectors: u64,
     block_bytes: u32,
     physical_block_bytes: u32,
@@ -52,6 +55,13 @@ pub struct Disk {
     in_memory: bool,
     /// Whether the file system can tell that a read would wait.
     can_try: AtomicBool,
+}
+
+/// The rest of one of a disk's files.
+struct Part<'a> {
+    file: BorrowedFd<'a>,
+    offset: u64,
+    bytes: u64,
 }
 
 /// What O_DIRECT demands.
@@ -79,6 +89,15 @@ pub enum DiskError {
     /// A directory, a pipe, …
     #[error("it is neither a regular file nor a block device")]
     Kind,
+    /// Only what is read can be in several files.
+    #[error("a disk of several files must be `read_only`, and not `direct`")]
+    Several,
+    /// What follows would not start at a sector.
+    #[error("it is one of a disk's files, and its {bytes} bytes are no multiple of {SECTOR_BYTES}")]
+    Ragged {
+        /// Its size.
+        bytes: u64,
+    },
     /// No block at all.
     #[error("it has {bytes} bytes, and a disk has at least {block}")]
     Empty {
@@ -131,6 +150,7 @@ impl Disk {
         Ok(Self {
             file,
             unaligned,
+            more: Vec::new(),
             sectors,
             block_bytes,
             physical_block_bytes: physical_block_bytes.max(block_bytes),
@@ -140,7 +160,32 @@ impl Disk {
         })
     }
 
-    /// The file, for its mapping.
+    /// Puts another file behind what the disk has.
+    pub fn append(&mut self, path: &Path) -> Result<(), DiskError> {
+        if !self.options.read_only || self.options.direct {
+            return Err(DiskError::Several);
+        }
+        let next = Self::open(path, self.options)?;
+        let start = self.sectors.saturating_mul(SECTOR_BYTES);
+        let failed = |source| DiskError::Open { read_only: true, source };
+        let last = self.more.last().map_or((0, &self.file), |(start, file)| (*start, file));
+        for (file, bytes) in
+            [(last.1, start.saturating_sub(last.0)), (&next.file, next.sectors * SECTOR_BYTES)]
+        {
+            let whole = (&*file).seek(SeekFrom::End(0)).map_err(failed)?;
+            if whole != bytes {
+                return Err(DiskError::Ragged { bytes: whole });
+            }
+        }
+        self.sectors = self.sectors.saturating_add(next.sectors);
+        self.block_bytes = self.block_bytes.max(next.block_bytes);
+        self.physical_block_bytes = self.physical_block_bytes.max(next.physical_block_bytes);
+        self.in_memory &= next.in_memory;
+        self.more.push((start, next.file));
+        Ok(())
+    }
+
+    /// The first file, for its mapping.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -177,22 +222,28 @@ impl Disk {
         }
         match operation {
             Operation::Flush if self.flushes_are_free() => Some(Ok(())),
-            Operation::Read { offset, into } if self.can_try.load(Ordering::Relaxed) => {
-                match into.read_at(self.file.as_fd(), *offset, libc::RWF_NOWAIT) {
+            Operation::Read { offset, into } if self.can_try.load(Ordering::Relaxed) => loop {
+                let part = self.part_at(*offset);
+                match into.read_at_most(part.file, part.offset, part.bytes, libc::RWF_NOWAIT) {
                     Ok(moved) => {
                         into.advance(moved);
                         *offset = offset.saturating_add(moved as u64);
-                        into.is_empty().then_some(Ok(()))
+                        if into.is_empty() {
+                            return Some(Ok(()));
+                        }
+                        if (moved as u64) < part.bytes {
+                            return None;
+                        }
                     }
                     Err(error) => {
                         if error.raw_os_error() != Some(libc::EAGAIN) {
                             // Not every file system can, and what else is wrong the next read tells again.
                             self.can_try.store(false, Ordering::Relaxed);
                         }
-                        None
+                        return None;
                     }
                 }
-            }
+            },
             _ => None,
         }
     }
@@ -200,10 +251,14 @@ impl Disk {
     /// Carries out an operation, however long it takes.
     pub fn perform(&self, operation: &mut Operation) -> io::Result<()> {
         match operation {
-            Operation::Read { offset, into } => {
+            Operation::Read { offset, into } if self.more.is_empty() => {
                 let fd = self.file_for(into, *offset);
                 complete(into, *offset, |rest, at| rest.read_at(fd, at, 0))
             }
+            Operation::Read { offset, into } => complete(into, *offset, |rest, at| {
+                let part = self.part_at(at);
+                rest.read_at_most(part.file, part.offset, part.bytes, 0)
+            }),
             Operation::Write { offset, from, durable } => {
                 let fd = self.file_for(from, *offset);
                 let flags = if *durable && !self.options.never_flush { libc::RWF_DSYNC } else { 0 };
@@ -218,6 +273,17 @@ impl Disk {
                 if *durable { self.flush() } else { Ok(()) }
             }
         }
+    }
+
+    /// The file that has this position of the disk, and what of it is from there on.
+    fn part_at(&self, offset: u64) -> Part<'_> {
+        let after = self.more.partition_point(|(start, _)| *start <= offset);
+        let (start, file) = match after.checked_sub(1).and_then(|index| self.more.get(index)) {
+            Some((start, file)) => (*start, file),
+            None => (0, &self.file),
+        };
+        let end = self.more.get(after).map_or(u64::MAX, |(start, _)| *start);
+        Part { file: file.as_fd(), offset: offset - start, bytes: end - offset }
     }
 
     fn flushes_are_free(&self) -> bool {
@@ -367,6 +433,61 @@ mod tests {
         if disk.try_now(&mut half).is_none() {
             assert_eq!(disk.perform(&mut half).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         }
+    }
+
+    #[test]
+    fn disk_of_several_files_reads_across_their_ends() {
+        let files = [file(1024), file(512), file(4096), file(1536)];
+        let [first, more @ ..] = &files;
+        let mut disk = Disk::open(first.path(), READ_ONLY).unwrap();
+        more.iter().for_each(|file| disk.append(file.path()).unwrap());
+        assert_eq!(disk.sectors() * SECTOR_BYTES, 7168);
+        let whole: Vec<u8> = files.iter().flat_map(|file| std::fs::read(file.path()).unwrap()).collect();
+        let memory = memory();
+        for (offset, bytes) in [(0, 7168), (512, 512), (512, 1024), (1024, 512), (1536, 4096), (1000, 4700)] {
+            let read = || {
+                // Two buffers, of which one may lie across an end.
+                let slices = [(0x1000, bytes / 3), (0x8000, bytes - bytes / 3)];
+                let slices = slices.map(|(at, bytes)| memory.get_slice(GuestAddress(at), bytes).unwrap());
+                Operation::Read { offset: offset as u64, into: Transfer::new(&memory, &slices).unwrap() }
+            };
+            let seen = || {
+                let mut seen = vec![0; bytes];
+                let (one, two) = seen.split_at_mut(bytes / 3);
+                memory.read_slice(one, GuestAddress(0x1000)).unwrap();
+                memory.read_slice(two, GuestAddress(0x8000)).unwrap();
+                seen
+            };
+            disk.perform(&mut read()).unwrap();
+            assert_eq!(seen(), whole[offset..offset + bytes], "{offset} {bytes}");
+            memory.write_slice(&[0; 0x9000], GuestAddress(0x1000)).unwrap();
+            let mut operation = read();
+            if disk.try_now(&mut operation).is_none() {
+                disk.perform(&mut operation).unwrap();
+            }
+            assert_eq!(seen(), whole[offset..offset + bytes], "at once: {offset} {bytes}");
+        }
+        // One that grows later does not move what follows; one that shrinks is an error.
+        first.as_file().set_len(2048).unwrap();
+        disk.perform(&mut Operation::Read { offset: 512, into: transfer(&memory, 0, 1024) }).unwrap();
+        let mut seen = vec![0; 1024];
+        memory.read_slice(&mut seen, GuestAddress(0)).unwrap();
+        assert_eq!(seen, whole[512..1536]);
+        more[0].as_file().set_len(100).unwrap();
+        let mut read = Operation::Read { offset: 512, into: transfer(&memory, 0, 1024) };
+        assert_eq!(disk.perform(&mut read).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn append_of_what_cannot_follow_is_refused() {
+        let whole = file(1024);
+        let mut disk = Disk::open(whole.path(), READ_ONLY).unwrap();
+        assert!(matches!(disk.append(file(1500).path()), Err(DiskError::Ragged { bytes: 1500 })));
+        assert!(matches!(disk.append(Path::new("/dev/null")), Err(DiskError::Kind)));
+        let mut ragged = Disk::open(file(1500).path(), READ_ONLY).unwrap();
+        assert!(matches!(ragged.append(whole.path()), Err(DiskError::Ragged { bytes: 1500 })));
+        let mut writable = Disk::open(whole.path(), WRITABLE).unwrap();
+        assert!(matches!(writable.append(whole.path()), Err(DiskError::Several)));
     }
 
     #[test]
