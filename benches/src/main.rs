@@ -15,6 +15,7 @@ mod contender;
 #[path = "../../tests/src/cpio.rs"]
 mod cpio;
 mod guest_cost;
+mod images;
 mod report;
 mod startup;
 mod statistics;
@@ -48,6 +49,8 @@ enum Command {
     Startup(StartupArguments),
     /// A VM's disk, network and sockets: operations and bytes a second, exits for each
     Throughput(ThroughputArguments),
+    /// From an image's archive, or from a registry, to an image that can be started
+    Images(ImagesArguments),
     /// The work of `throughput` in this process, at its request
     #[command(hide = true)]
     Worker {
@@ -70,6 +73,19 @@ struct ThroughputArguments {
     /// Only rows with this in their name, such as `disk` or `host to guest`
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
+    /// Also write every figure to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// What `images` is told.
+#[derive(Debug, clap::Args)]
+struct ImagesArguments {
+    /// A docker-archive of one image
+    archive: PathBuf,
+    /// Measured rounds
+    #[arg(short = 'n', long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
     /// Also write every figure to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -123,6 +139,11 @@ fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Throughput(ThroughputArguments { runs, no_vm, only, json }) => {
             let report = throughput::measure(runs, no_vm, only)?;
+            print!("{report}");
+            json.map_or(Ok(()), |file| report.write_json(&file))
+        }
+        Command::Images(ImagesArguments { archive, runs, json }) => {
+            let report = images::measure(&archive, runs)?;
             print!("{report}");
             json.map_or(Ok(()), |file| report.write_json(&file))
         }

@@ -13,7 +13,7 @@ use crate::tree::{LISTING_SCRIPT, Tree, What};
 pub const BODIES: &[Body] = &[
     body!(thousand_files_are_as_the_layer_says),
     body!(whiteouts_and_opaque_directories_hide_lower_layers),
-    body!(many_layers_stack_up),
+    body!(hundred_layers_are_one_tree),
     body!(extended_attributes_come_through),
     body!(root_is_writable_and_forgotten),
     body!(read_only_root_refuses_writes),
@@ -162,11 +162,17 @@ fn whiteouts_and_opaque_directories_hide_lower_layers(bed: &Bed) -> Story {
     shows_the_sum_of(bed, &[lower, middle, upper])
 }
 
-fn many_layers_stack_up(bed: &Bed) -> Story {
-    let layers: Vec<Tree> = (0..30)
+fn hundred_layers_are_one_tree(bed: &Bed) -> Story {
+    let layers: Vec<Tree> = (0..100)
         .map(|number| {
             let mut layer = Tree::default();
             layer.directory("tree");
+            if number == 0 {
+                layer.file("tree/first", "a file with names in several layers");
+            } else if number % 10 == 0 {
+                let link = What::HardLink("tree/first".to_owned());
+                layer.add(&format!("tree/first-in-{number}"), 0o644, link);
+            }
             layer.file(&format!("tree/of-{number}"), format!("{number}"));
             layer.file("tree/last", format!("written by {number}"));
             if number > 0 {
