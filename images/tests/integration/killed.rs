@@ -39,6 +39,20 @@ pub fn assert_sound(store: &Store) -> Result<usize, Failure> {
     for entry in std::fs::read_dir(store.root().join("layers/sha256"))? {
         crate::erofs::read(&std::fs::read(entry?.path())?)?;
     }
+    // Each image's merged file system is there, and no half of any.
+    for image in &images {
+        let files = store.root_fs(image)?;
+        if files.layers.len() != image.layers.len() {
+            return Err(format!("{} has {} layers", files.metadata.display(), files.layers.len()).into());
+        }
+    }
+    for entry in std::fs::read_dir(store.root().join("merged/sha256"))? {
+        let bytes = std::fs::read(entry?.path())?;
+        let blocks = bytes.get(1060..1064).ok_or("a merged file system is cut off")?;
+        if bytes.len() != u32::from_le_bytes(blocks.try_into()?) as usize * 4096 {
+            return Err("a merged file system is cut off".into());
+        }
+    }
     for entry in std::fs::read_dir(store.root().join("blobs/sha256"))? {
         let entry = entry?;
         let digest = crate::bed::sha256(&std::fs::read(entry.path())?);
@@ -71,7 +85,7 @@ fn killed_loads(bed: &Bed) -> Result<(), Failure> {
     // The next load works, and the removal after it leaves nothing at all.
     bed.load(&archive)?;
     bed.store.remove("image-0")?;
-    for directory in ["blobs/sha256", "layers/sha256"] {
+    for directory in ["blobs/sha256", "layers/sha256", "merged/sha256"] {
         if std::fs::read_dir(bed.store.root().join(directory))?.next().is_some() {
             return Err(format!("files are left in {directory}").into());
         }

@@ -15,6 +15,7 @@ mod formats;
 mod hostile;
 mod killed;
 mod layers;
+mod merged;
 mod model;
 mod registry;
 mod saving;
@@ -33,6 +34,7 @@ fn main() -> std::process::ExitCode {
         formats::tests(),
         bad_input::tests(),
         killed::tests(),
+        merged::tests(),
         model::tests(),
         registry::tests(),
         hostile::tests(),

@@ -49,7 +49,7 @@ fn random_layers(bed: &Bed) -> Result<(), Failure> {
 fn random_merges(bed: &Bed) -> Result<(), Failure> {
     let layers = prop::collection::vec(prop::collection::vec(item(), 0..10), 2..5);
     let accepted = std::cell::Cell::new(0);
-    report(runner(200).run(&layers, |layers| {
+    report(runner(120).run(&layers, |layers| {
         let image = TestImage::of(layers.into_iter().map(Tarball::of)).packed(Packing::Plain);
         let failed = |error: Failure| TestCaseError::fail(error.to_string());
         // What is refused, and why, the tests of single layers look at.
