@@ -115,11 +115,11 @@ fn refused(bed: &Bed) -> Result<(), Failure> {
 }
 
 fn many(bed: &Bed) -> Result<(), Failure> {
-    let layers = (0..127).map(|number| {
+    let layers = (0..127_i32).map(|number| {
         Tarball::of([
             Item::file(format!("of-{number}"), format!("{number}")),
             Item::file("last", format!("{number}")),
-            Item::file(format!(".wh.of-{}", number as i32 - 2), ""),
+            Item::file(format!(".wh.of-{}", number - 2), ""),
         ])
     });
     let image = load(bed, layers)?;
