@@ -33,10 +33,9 @@ use crate::{
 const KVM_API_VERSION: i32 = 12;
 
 /// What a machine cannot do without.
-const REQUIRED_CAPABILITIES: [(Cap, &str); 6] = [
+const REQUIRED_CAPABILITIES: [(Cap, &str); 5] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
