@@ -79,7 +79,7 @@ fn mount_raced_with_symbolic_links_stays_in_the_root() {
     fs::copy(bundle.path("rootfs/bin/busybox"), bundle.path("rootfs/bin/cut")).unwrap();
     let swapping = Swapping::start(&place, &link);
     let mut started = 0;
-    for _ in 0..60 {
+    for _ in 0..40 {
         let output = bundle.run(&["run", &bundle.id]);
         started += usize::from(output.status.success());
         let shown = text(&output.stdout);
@@ -128,7 +128,7 @@ fn masked_path_is_never_shown_by_a_null_device_of_the_containers() {
     symlink("/proc/sys/kernel/core_pattern", &link).unwrap();
     let (mut masked, mut refused) = (0, 0);
     let swapping = Swapping::start(&null, &link);
-    for _ in 0..60 {
+    for _ in 0..40 {
         let output = run(&bundle());
         assert!(text(&output.stdout).is_empty(), "{output:?}");
         if output.status.success() { masked += 1 } else { refused += 1 }

@@ -240,7 +240,7 @@ fn mutated_configuration_is_refused_or_right() {
     let args = config["process"]["args"].clone();
     let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
     let (mut ran, mut refused) = (0, 0);
-    for _ in 0..250 {
+    for _ in 0..150 {
         bundle.config = config.clone();
         let mut what = mutate(&mut bundle.config, &mut numbers);
         if numbers.below(3) == 0 {

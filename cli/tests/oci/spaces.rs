@@ -203,6 +203,15 @@ fn statistics_tell_what_is_used() {
     assert!(stats["data"]["cpu"]["usage"]["total"].as_u64().unwrap() > 1_000_000, "{stats}");
     assert!(stats["data"]["memory"]["usage"]["usage"].as_u64().unwrap() > 4096, "{stats}");
     assert_eq!(stats["data"]["pids"]["current"], 1);
+    // Where the kernel tells of pressure, and there is a v2 cgroup to ask.
+    let unified = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+    let own = unified.map(|root| format!("{root}/cloche/{}", bundle.id));
+    if own.iter().any(|own| fs::read(format!("{own}/cpu.pressure")).is_ok()) {
+        for resource in ["cpu", "memory", "blkio"] {
+            let total = &stats["data"][resource]["psi"]["some"]["total"];
+            assert!(total.as_f64().is_some(), "{resource}: {stats}");
+        }
+    }
 }
 
 fn running_out_of_memory_is_an_event() {
