@@ -318,10 +318,10 @@ impl Owned {
     }
 }
 
-/// A sandbox's cgroup, below each hierarchy's mount point. Directly below, because a common parent would outlive the
-/// last sandbox, and removing it would race with the next one's start.
+/// A sandbox's cgroup, below each hierarchy's mount point. Its parent stays: removing it would race with the next start,
+/// and making it costs one millisecond (`docs/decisions/0027-where-a-start-spends-instructions.md`).
 pub(crate) fn cgroup_path(id: &str) -> PathBuf {
-    format!("/cloche-{id}").into()
+    ["/cloche", id].iter().collect()
 }
 
 /// Lets a paused container go on, so that it can die: the v1 freezer holds even what is killed.

@@ -5,8 +5,9 @@ use std::{fs, io, path::Path};
 
 use cloche_protocol::{
     VERSION,
-    boot::{BOOT_CONFIG_PATH, BootConfig, SHARE_TAG, SHARES_DIR, SPEC_PATH},
+    boot::{BOOT_CONFIG_PATH, BootConfig, FILTER_PATH, SHARE_TAG, SHARES_DIR, SPEC_PATH},
 };
+use cloche_runtime::Filter;
 use oci_spec::runtime::Spec;
 use rustix::mount::MountFlags;
 
@@ -54,6 +55,8 @@ pub struct Boot {
     pub config: BootConfig,
     /// The container's.
     pub spec: Spec,
+    /// The container's.
+    pub filter: Filter,
 }
 
 /// Mounts, checks, reads; in this order, so that a foreign kernel is told apart from a broken one.
@@ -62,7 +65,7 @@ pub fn prepare() -> Result<Boot, BootError> {
     mount("proc", "/proc", quiet)?;
     mount("sysfs", "/sys", quiet)?;
     mount("devtmpfs", "/dev", MountFlags::NOSUID | MountFlags::NOEXEC)?;
-    let config: BootConfig = read(BOOT_CONFIG_PATH, |json| serde_json::from_slice(json))?;
+    let config: BootConfig = read(BOOT_CONFIG_PATH, |json| Ok(serde_json::from_slice(json)?))?;
     if config.version != VERSION {
         return Err(BootError::Version(config.version));
     }
@@ -73,7 +76,15 @@ pub fn prepare() -> Result<Boot, BootError> {
     }
     set_clock(config.realtime_ns);
     allow_overcommit();
-    Ok(Boot { config, spec: read(SPEC_PATH, spec::read)? })
+    let mut spec = read(SPEC_PATH, |json| Ok(spec::read(json)?))?;
+    if let Some(linux) = spec.linux_mut() {
+        // The host's has a parent for all sandboxes, which costs some of a start. Here is but one.
+        linux.set_cgroups_path(Some(Path::new("/").join(&config.id)));
+    }
+    let filter = read(FILTER_PATH, |bytes| {
+        Filter::from_bytes(bytes).ok_or_else(|| io::Error::other("it is no system-call filter"))
+    })?;
+    Ok(Boot { config, spec, filter })
 }
 
 fn mount(kind: &'static str, target: &'static str, flags: MountFlags) -> Result<(), BootError> {
@@ -88,8 +99,8 @@ fn mount_share() -> io::Result<()> {
     Ok(rustix::mount::mount(SHARE_TAG, SHARES_DIR, "virtiofs", MountFlags::empty(), None)?)
 }
 
-fn read<T>(path: &'static str, parse: fn(&[u8]) -> Result<T, serde_json::Error>) -> Result<T, BootError> {
-    fs::read(path).and_then(|bytes| Ok(parse(&bytes)?)).map_err(|source| BootError::Config { path, source })
+fn read<T>(path: &'static str, parse: fn(&[u8]) -> io::Result<T>) -> Result<T, BootError> {
+    fs::read(path).and_then(|bytes| parse(&bytes)).map_err(|source| BootError::Config { path, source })
 }
 
 /// Names every missing driver at once, by its kernel option.

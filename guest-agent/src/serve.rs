@@ -147,6 +147,7 @@ fn launch(boot: Boot, streams: &mut Streams) -> Result<Container, LaunchError> {
         id: &boot.config.id,
         spec: &boot.spec,
         user: boot.config.user.as_deref(),
+        filter: Some(&boot.filter),
         rootfs: Rootfs::Layers { lowers: layers, upper_bytes: boot.config.upper_bytes },
         stdio,
         kill_on_parent_death: true,

@@ -181,6 +181,7 @@ fn start(
         id: creation.id,
         spec,
         user: None,
+        filter: None,
         rootfs: Rootfs::Directory(record.rootfs.clone()),
         stdio: own_stdio()?,
         kill_on_parent_death: false,

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 pub const BOOT_CONFIG_PATH: &str = "/cloche/boot.json";
 /// Path of the OCI runtime spec (`config.json` in the runtime-spec's words) in the initramfs.
 pub const SPEC_PATH: &str = "/cloche/spec.json";
+/// Path of the compiled system-call filter in the initramfs, in place of the spec's `linux.seccomp`: most of a spec is its
+/// policy, and compiling it the same work for each guest. The form is the container runtime's.
+pub const FILTER_PATH: &str = "/cloche/filter";
 
 /// Where the guest finds what the host shares with it; see [`share_path`].
 pub const SHARES_DIR: &str = "/cloche/shares";

@@ -47,6 +47,7 @@ fn run(bundle: &Path, id: &str) -> Result<u8, (u8, String)> {
         id,
         spec: &spec,
         user: None,
+        filter: None,
         rootfs,
         stdio,
         kill_on_parent_death: true,

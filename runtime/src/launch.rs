@@ -1,6 +1,7 @@
 //! The parent's half of a start: everything up to `clone3`, and the wait for the child's verdict.
 
 use std::{
+    borrow::Cow,
     cell::{Cell, RefCell},
     ffi::CString,
     fs::File,
@@ -51,6 +52,8 @@ pub struct Launch<'a> {
     /// Docker's `user[:group]`, in place of the spec's numbers: names and numbers are looked up in the container's own
     /// `/etc/passwd` and `/etc/group`.
     pub user: Option<&'a str>,
+    /// The system-call filter, compiled by somebody else before, in place of the spec's `linux.seccomp`.
+    pub filter: Option<&'a Filter>,
     /// The root file system.
     pub rootfs: Rootfs,
     /// What becomes the process's file descriptors 0, 1 and 2.
@@ -274,7 +277,7 @@ struct Plan<'a> {
     sysctls: Sysctls,
     mounts: Vec<Mount>,
     capabilities: capabilities::Sets,
-    filter: Option<Filter>,
+    filter: Option<Cow<'a, Filter>>,
     args: Vec<CString>,
     env: Vec<CString>,
     keyring: CString,
@@ -307,7 +310,11 @@ impl<'a> Plan<'a> {
             mounts: spec.mounts().iter().flatten().map(Mount::from_spec).collect::<Result<_, _>>()?,
             // In a user namespace the process has all there are.
             capabilities: granted(process, launch.oci.warn.filter(|_| !has_user))?,
-            filter: linux.seccomp().as_ref().map(Filter::compile).transpose()?,
+            filter: match (launch.filter, linux.seccomp()) {
+                (Some(filter), _) => Some(Cow::Borrowed(filter)),
+                (None, Some(policy)) => Some(Cow::Owned(Filter::compile(policy)?)),
+                (None, None) => None,
+            },
             args: strings("process.args", process.args())?,
             env: strings("process.env", process.env())?,
             keyring: CString::new(format!("cloche.{}", launch.id))
@@ -421,7 +428,7 @@ fn spawn(
                     user: launch.user,
                     stdio: &launch.stdio,
                     capabilities: &plan.capabilities,
-                    filter: plan.filter.as_ref(),
+                    filter: plan.filter.as_deref(),
                     args: &plan.args,
                     env: &plan.env,
                     keyring: (!launch.oci.keep_keyring).then_some(&plan.keyring),

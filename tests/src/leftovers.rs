@@ -82,7 +82,8 @@ fn cgroups(directory: &Path, depth: usize, seen: &mut BTreeSet<String>) {
             continue;
         }
         let path = entry.path();
-        if path.to_string_lossy().contains("cloche") {
+        // The parent of all sandboxes' cgroups stays.
+        if path.to_string_lossy().contains("cloche") && !path.ends_with("cloche") {
             seen.insert(format!("cgroup {}", path.display()));
         }
         if depth > 0 {

@@ -51,6 +51,7 @@ pub fn start(
         id,
         spec: &workload.spec,
         user: workload.user.as_deref(),
+        filter: workload.filter.as_ref(),
         rootfs: Rootfs::Layers { lowers: layers, upper_bytes: None },
         stdio: Stdio { stdin, stdout, stderr },
         kill_on_parent_death: true,

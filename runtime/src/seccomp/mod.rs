@@ -82,8 +82,8 @@ pub const ACTIONS: [&str; 9] = [
 ];
 
 /// A compiled policy.
-#[derive(Debug)]
-pub(crate) struct Filter {
+#[derive(Debug, Clone)]
+pub struct Filter {
     program: Vec<libc::sock_filter>,
     flags: u32,
     notifies: bool,
@@ -92,7 +92,7 @@ pub(crate) struct Filter {
 impl Filter {
     /// Compiles a policy. Names of system calls that x86_64 does not have are skipped, as runc and libseccomp
     /// do: policies list the calls of all architectures, and what cannot be called needs no rule.
-    pub(crate) fn compile(seccomp: &LinuxSeccomp) -> Result<Self, SeccompError> {
+    pub fn compile(seccomp: &LinuxSeccomp) -> Result<Self, SeccompError> {
         check_architectures(seccomp.architectures().as_deref().unwrap_or_default())?;
         let default = action_value(seccomp.default_action(), seccomp.default_errno_ret())?;
         if default == libc::SECCOMP_RET_USER_NOTIF {
@@ -126,6 +126,32 @@ impl Filter {
         }
         let flags = flags(seccomp.flags().as_deref().unwrap_or_default(), notifies);
         Ok(Self { program, flags, notifies })
+    }
+
+    /// As bytes, for a runtime in another kernel of this machine, where nobody listens to a filter: its flags, and then its instructions as the kernel reads
+    /// them (`struct sock_filter` of `linux/filter.h`, little-endian).
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let instructions = self.program.iter().flat_map(|instruction| {
+            let [low, high] = instruction.code.to_le_bytes();
+            let [a, b, c, d] = instruction.k.to_le_bytes();
+            [low, high, instruction.jt, instruction.jf, a, b, c, d]
+        });
+        self.flags.to_le_bytes().into_iter().chain(instructions).collect()
+    }
+
+    /// What [`Filter::to_bytes`] has made; `None` if it cannot have. What the program says is its maker's business, and
+    /// whether it is one, the kernel's.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (flags, instructions) = bytes.split_first_chunk()?;
+        let (instructions, rest) = instructions.as_chunks();
+        let program = instructions.iter().map(|&[low, high, jt, jf, a, b, c, d]| libc::sock_filter {
+            code: u16::from_le_bytes([low, high]),
+            jt,
+            jf,
+            k: u32::from_le_bytes([a, b, c, d]),
+        });
+        let flags = u32::from_le_bytes(*flags);
+        rest.is_empty().then(|| Self { program: program.collect(), flags, notifies: false })
     }
 
     /// Whether somebody has to decide on some calls.

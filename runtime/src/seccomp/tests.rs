@@ -246,3 +246,23 @@ proptest! {
         prop_assert_eq!(answer(&policy, &call), model(&policy, &call));
     }
 }
+
+#[test]
+fn filter_survives_the_way_through_bytes() {
+    let mut made = policy(
+        LinuxSeccompAction::ScmpActErrno,
+        vec![
+            rule(&["read", "write"], LinuxSeccompAction::ScmpActAllow, Vec::new()),
+            rule(&["socket"], LinuxSeccompAction::ScmpActAllow, vec![arg(0, Op::ScmpCmpNe, 40, 0)]),
+        ],
+    );
+    made.set_flags(Some(vec![LinuxSeccompFilterFlag::SeccompFilterFlagLog]));
+    let filter = Filter::compile(&made).unwrap();
+    let bytes = filter.to_bytes();
+    let read = Filter::from_bytes(&bytes).unwrap();
+    assert_eq!((read.flags, read.to_bytes()), (libc::SECCOMP_FILTER_FLAG_LOG as u32, bytes.clone()));
+    assert_eq!(run(&read.program, &call("socket", [40, 0, 0, 0, 0, 0])).0, EPERM);
+    assert_eq!(run(&read.program, &call("socket", [1, 0, 0, 0, 0, 0])).0, ALLOW);
+    assert!(Filter::from_bytes(&bytes[..bytes.len() - 1]).is_none());
+    assert!(Filter::from_bytes(&[0; 3]).is_none());
+}

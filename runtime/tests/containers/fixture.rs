@@ -105,6 +105,7 @@ impl Sandbox {
             id: &self.id,
             spec: &spec,
             user: self.user,
+            filter: None,
             rootfs,
             stdio,
             kill_on_parent_death: true,

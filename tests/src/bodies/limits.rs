@@ -104,7 +104,7 @@ fn processes_of_a_vm_are_in_a_cgroup_that_its_size_limits(bed: &Bed) -> Story {
     let server = running.wait_for("the file server", file_server_below)?;
     for process in [&vmm, &server] {
         let cgroups = std::fs::read_to_string(format!("/proc/{}/cgroup", process.pid.as_raw_nonzero()))?;
-        let path = format!("/cloche-{id}");
+        let path = format!("/cloche/{id}");
         let of_memory = cgroups.lines().find(|line| line.starts_with("0::/c") || line.contains(":memory:"));
         ensure!(of_memory.is_some_and(|line| line.ends_with(&path)), "{process} is in\n{cgroups}");
     }
@@ -114,16 +114,16 @@ fn processes_of_a_vm_are_in_a_cgroup_that_its_size_limits(bed: &Bed) -> Story {
         found.and_then(|text| text.trim().parse::<u64>().ok()).with_context(|| format!("none of {files:?}"))
     };
     let memory =
-        first([format!("cloche-{id}/memory.max"), format!("memory/cloche-{id}/memory.limit_in_bytes")])?
+        first([format!("cloche/{id}/memory.max"), format!("memory/cloche/{id}/memory.limit_in_bytes")])?
             >> 20;
     // The guest has 96 MiB and what its kernel takes of that, the VMM 128; streams may wait, and a file server may have
     // many files open.
     ensure!((96 + 128 + 64..1300).contains(&memory), "its limit is {memory} MiB");
-    let pids = first([format!("cloche-{id}/pids.max"), format!("pids/cloche-{id}/pids.max")])?;
+    let pids = first([format!("cloche/{id}/pids.max"), format!("pids/cloche/{id}/pids.max")])?;
     ensure!((3..100).contains(&pids), "it may have {pids} processes");
     running.close_input();
     running.wait()?.succeeds()?;
-    ensure!(!mount.join(format!("cloche-{id}")).exists(), "its cgroup is left");
+    ensure!(!mount.join(format!("cloche/{id}")).exists(), "its cgroup is left");
     Ok(())
 }
 
@@ -132,7 +132,7 @@ fn vm_over_the_limit_of_its_processes_ends_and_says_so(bed: &Bed) -> Story {
     let running = bed.busybox().kept("greedy").sh("echo up; sleep 100000").start()?;
     running.wait_for_stdout("up\n")?;
     let id = bed.record("greedy")?.context("it runs")?.id;
-    let limit = Path::new("/sys/fs/cgroup").join(format!("cloche-{id}/memory.max"));
+    let limit = Path::new("/sys/fs/cgroup").join(format!("cloche/{id}/memory.max"));
     if limit.exists() {
         // No guest comes near the real limit, so the limit comes near it.
         std::fs::write(limit, "4M")?;

@@ -35,7 +35,7 @@ use std::{
 
 use cloche_protocol::{
     VERSION,
-    boot::{BOOT_CONFIG_PATH, BootConfig, SHARE_TAG, SPEC_PATH},
+    boot::{BOOT_CONFIG_PATH, BootConfig, FILTER_PATH, SHARE_TAG, SPEC_PATH},
     frame::{self, Decoder, FrameError},
     machine::{GUEST_CID, vsock_port},
     message::{Exit, FromGuest, ToGuest},
@@ -353,6 +353,9 @@ fn write_boot_archive(
     archive.directory("cloche");
     archive.file(BOOT_CONFIG_PATH, 0o600, &json(serde_json::to_vec(&boot))?);
     archive.file(SPEC_PATH, 0o600, &json(serde_json::to_vec(&workload.spec))?);
+    if let Some(filter) = &workload.filter {
+        archive.file(FILTER_PATH, 0o600, &filter.to_bytes());
+    }
     fs::write(dir.join("boot.cpio"), archive.finish()).map_err(setup("write the guest's configuration"))
 }
 
