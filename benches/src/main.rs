@@ -17,10 +17,12 @@ mod cpio;
 mod guest_cost;
 mod images;
 mod report;
+mod runtimes;
 mod startup;
 mod statistics;
 mod stopwatch;
 mod surroundings;
+mod syscalls;
 mod throughput;
 mod vm_start;
 mod vmms;
@@ -47,6 +49,8 @@ struct Arguments {
 enum Command {
     /// From the start of a command to its first byte of output and to its exit
     Startup(StartupArguments),
+    /// OCI runtimes: `run`, `create`, `start` and `delete`, as ratios to crun
+    Runtimes(RuntimesArguments),
     /// A VM's disk, network and sockets: operations and bytes a second, exits for each
     Throughput(ThroughputArguments),
     /// From an image's archive, or from a registry, to an image that can be started
@@ -85,6 +89,17 @@ struct ImagesArguments {
     archive: PathBuf,
     /// Measured rounds
     #[arg(short = 'n', long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Also write every figure to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// What `runtimes` is told.
+#[derive(Debug, clap::Args)]
+struct RuntimesArguments {
+    /// Measured rounds
+    #[arg(short = 'n', long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
     /// Also write every figure to this file
     #[arg(long, value_name = "FILE")]
@@ -134,6 +149,11 @@ fn run(command: Command) -> anyhow::Result<()> {
                 _ => Scope::All,
             };
             let report = startup::measure(runs, warm_up, scope)?;
+            print!("{report}");
+            json.map_or(Ok(()), |file| report.write_json(&file))
+        }
+        Command::Runtimes(RuntimesArguments { runs, json }) => {
+            let report = runtimes::measure(runs)?;
             print!("{report}");
             json.map_or(Ok(()), |file| report.write_json(&file))
         }

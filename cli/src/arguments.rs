@@ -24,6 +24,36 @@ pub struct Arguments {
     pub verb: Verb,
 }
 
+/// `cloche run` alone.
+#[derive(Debug, Parser)]
+#[command(name = "cloche")]
+struct Starting {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: StartingVerb,
+}
+
+#[derive(Debug, Subcommand)]
+enum StartingVerb {
+    Run(Box<Run>),
+}
+
+impl Arguments {
+    /// What was typed. Anything wrong with it is told, and ends the process.
+    ///
+    /// A parser of all verbs takes a good part of a millisecond to make, and `run` is in a hurry. So that one gets a
+    /// parser of its own; whatever that does not take is for the whole one to take, explain or refuse.
+    pub fn of_command_line() -> Self {
+        if std::env::args_os().nth(1).is_some_and(|verb| verb == "run")
+            && let Ok(Starting { global, verb: StartingVerb::Run(run) }) = Starting::try_parse()
+        {
+            return Self { global, verb: Verb::Run(run) };
+        }
+        Self::parse()
+    }
+}
+
 const EXAMPLES: &str = "\
 Examples:
   cloche pull debian:bookworm

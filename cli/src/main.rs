@@ -15,8 +15,6 @@ mod terminal;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 use crate::arguments::{Arguments, Verb};
 
 fn main() -> ExitCode {
@@ -30,7 +28,7 @@ fn main() -> ExitCode {
         _ => {}
     }
     let started = cloche_engine::trace::now_ns();
-    let arguments = Arguments::parse();
+    let arguments = Arguments::of_command_line();
     match dispatch(arguments, started) {
         Ok(code) => code,
         Err(error) => {

@@ -11,6 +11,7 @@ use std::{
 };
 
 use rustix::{
+    buffer::spare_capacity,
     event::{PollFd, PollFlags, Timespec},
     io::Errno,
 };
@@ -43,15 +44,15 @@ pub struct Pump {
     ends: Option<(OwnedFd, OwnedFd)>,
     target: Target,
     buffer: Vec<u8>,
+    /// How much of the buffer is written.
     start: usize,
-    end: usize,
     carried: u64,
 }
 
 impl Pump {
     /// Carries bytes from `from` to `to`. `from` may be blocking: it is read only when it is readable.
     pub fn new(from: OwnedFd, to: OwnedFd, target: Target) -> Self {
-        Self { ends: Some((from, to)), target, buffer: Vec::new(), start: 0, end: 0, carried: 0 }
+        Self { ends: Some((from, to)), target, buffer: Vec::new(), start: 0, carried: 0 }
     }
 
     /// Whether nothing is left to do.
@@ -61,13 +62,13 @@ impl Pump {
 
     /// Whether it waits for its source, and not for its target.
     pub fn waits_for_source(&self) -> bool {
-        self.ends.is_some() && self.start == self.end
+        self.ends.is_some() && self.start == self.buffer.len()
     }
 
     /// What to poll for: the source when the buffer is empty, else the target. `None` when done.
     pub fn poll_fd(&self) -> Option<PollFd<'_>> {
         let (from, to) = self.ends.as_ref()?;
-        Some(if self.start == self.end {
+        Some(if self.start == self.buffer.len() {
             PollFd::from_borrowed_fd(from.as_fd(), PollFlags::IN)
         } else {
             PollFd::from_borrowed_fd(to.as_fd(), PollFlags::OUT)
@@ -83,14 +84,14 @@ impl Pump {
     /// and closes the source, so that its writer learns of it as it would without a pump in between.
     pub fn advance(&mut self) -> io::Result<()> {
         let Some((from, to)) = &self.ends else { return Ok(()) };
-        if self.start == self.end {
-            self.buffer.resize(BUFFER_BYTES, 0);
-            match rustix::io::read(from, &mut self.buffer[..]) {
+        if self.start == self.buffer.len() {
+            self.start = 0;
+            self.buffer.clear();
+            self.buffer.reserve(BUFFER_BYTES);
+            // Not filled with zeros before: a first line of output touches one page and not sixteen.
+            match rustix::io::read(from, spare_capacity(&mut self.buffer)) {
                 Ok(0) => return self.finish(),
-                Ok(count) => {
-                    (self.start, self.end) = (0, count);
-                    self.carried += count as u64;
-                }
+                Ok(count) => self.carried += count as u64,
                 Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
                 // A hung-up terminal, a reset peer, or no readable file in the first place: nothing more comes.
                 Err(_) => return self.finish(),
@@ -100,7 +101,7 @@ impl Pump {
                 return Ok(());
             }
         }
-        let end = self.end.min(self.start + self.target.chunk_bytes());
+        let end = self.buffer.len().min(self.start + self.target.chunk_bytes());
         match rustix::io::write(to, &self.buffer[self.start..end]) {
             Ok(count) => self.start += count,
             Err(Errno::AGAIN | Errno::INTR) => {}

@@ -80,88 +80,63 @@ pub fn kill_own_process() -> ! {
     std::process::exit(137)
 }
 
-/// Gives the pages of a constant back to the host, if it lies in this executable's file and is mapped from there; they
-/// come back from it if anybody looks again. Where the linker has put the constant does not matter.
-pub fn forget_constant(constant: &[u8]) {
-    const PAGE: usize = 4096;
+/// Where in this executable's file a constant is; `None` if it is somewhere else. Where the linker has put it does not
+/// matter.
+pub fn offset_in_executable(constant: &[u8]) -> Option<u64> {
     let range = constant.as_ptr_range();
-    // Whole pages only: the neighbours are somebody else's.
-    let start = range.start.addr().next_multiple_of(PAGE);
-    let end = range.end.addr() / PAGE * PAGE;
-    let mut search = Search { wanted: start..end, found: false };
-    if start < end {
-        // SAFETY: the callback is given a live description of each object, and this live `search`.
-        unsafe { libc::dl_iterate_phdr(Some(look_for_constant), (&raw mut search).cast()) };
-    }
-    if !search.found {
-        return;
-    }
-    // SAFETY: all of the range lies in the file's part of a segment that is mapped privately and was never writable, so
-    // that what is read later is what was read before.
-    unsafe {
-        libc::madvise(range.start.with_addr(start).cast_mut().cast(), end - start, libc::MADV_DONTNEED)
-    };
+    let mut search = Search { wanted: range.start.addr()..range.end.addr(), offset: None };
+    // SAFETY: the callback is given a live description of each object, and this live `search`.
+    unsafe { libc::dl_iterate_phdr(Some(look_for_constant), (&raw mut search).cast()) };
+    search.offset
 }
 
 struct Search {
     wanted: Range<usize>,
-    /// Whether it lies in a segment of a file that is never written to.
-    found: bool,
+    offset: Option<u64>,
 }
 
-/// For dl_iterate_phdr(3), with a [`Search`].
+/// For dl_iterate_phdr(3), with a [`Search`]. The executable comes first, and is all that is looked at.
 unsafe extern "C" fn look_for_constant(
     object: *mut libc::dl_phdr_info,
     _: usize,
     search: *mut libc::c_void,
 ) -> libc::c_int {
-    // SAFETY: `forget_constant` has passed a `Search`, and does not use it meanwhile.
+    // SAFETY: `offset_in_executable` has passed a `Search`, and does not use it meanwhile.
     let search = unsafe { &mut *search.cast::<Search>() };
     // SAFETY: dl_iterate_phdr passes a live description.
     let object = unsafe { &*object };
     // SAFETY: it has so many program headers there, for as long as the object is loaded.
     let headers = unsafe { std::slice::from_raw_parts(object.dlpi_phdr, object.dlpi_phnum.into()) };
-    search.found |= headers
+    search.offset = headers
         .iter()
+        // What may have been written to is not what the file has.
         .filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W == 0)
-        .any(|header| {
+        .find_map(|header| {
             let start = object.dlpi_addr.wrapping_add(header.p_vaddr) as usize;
             let end = start.wrapping_add(header.p_filesz as usize);
-            start <= search.wanted.start && search.wanted.end <= end
+            let is_inside = start <= search.wanted.start && search.wanted.end <= end;
+            is_inside.then(|| header.p_offset + (search.wanted.start - start) as u64)
         });
-    libc::c_int::from(search.found)
+    1
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Large enough to hold whole pages wherever it lies.
-    static CONSTANT: [u8; 5 * 4096] = [7; 5 * 4096];
+    static CONSTANT: [u8; 5000] = [7; 5000];
 
-    fn resident_pages(bytes: &[u8]) -> usize {
-        let start = bytes.as_ptr().addr() / 4096;
-        let pages = (bytes.as_ptr_range().end.addr() - 1) / 4096 - start + 1;
-        let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
-        let mut entries = vec![0; pages * 8];
-        std::os::unix::fs::FileExt::read_exact_at(&pagemap, &mut entries, start as u64 * 8).unwrap();
-        // Linux Documentation/admin-guide/mm/pagemap.rst: bit 63, page present.
-        entries.chunks_exact(8).filter(|entry| entry[7] & 0x80 != 0).count()
+    #[test]
+    fn offset_in_executable_is_where_the_file_has_the_constant() {
+        let offset = offset_in_executable(&CONSTANT).unwrap();
+        let mut found = vec![0; CONSTANT.len()];
+        let executable = std::fs::File::open("/proc/self/exe").unwrap();
+        std::os::unix::fs::FileExt::read_exact_at(&executable, &mut found, offset).unwrap();
+        assert!(found == CONSTANT);
     }
 
     #[test]
-    fn forget_constant_gives_its_pages_back_and_keeps_its_bytes() {
-        assert_eq!(CONSTANT.iter().filter(|byte| **byte == 7).count(), CONSTANT.len());
-        let before = resident_pages(&CONSTANT);
-        forget_constant(&CONSTANT);
-        assert!(resident_pages(&CONSTANT) <= before - 4, "{before} pages before");
-        assert_eq!(CONSTANT.iter().filter(|byte| **byte == 7).count(), CONSTANT.len());
-    }
-
-    #[test]
-    fn forget_constant_of_other_memory_leaves_it() {
-        let bytes = vec![7_u8; 5 * 4096];
-        forget_constant(&bytes);
-        assert!(bytes.iter().all(|byte| *byte == 7));
+    fn offset_in_executable_of_other_memory_is_none() {
+        assert_eq!(offset_in_executable(&vec![7_u8; 5000]), None);
     }
 }

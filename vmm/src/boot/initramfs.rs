@@ -9,7 +9,7 @@ use std::{
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout;
-use crate::guest_memory::GuestMemory;
+use crate::{guest_memory::GuestMemory, syscalls};
 
 /// Each archive starts at a multiple of this; the kernel skips zeros between archives
 /// (Linux `Documentation/driver-api/early-userspace/buffer-format.rst`).
@@ -25,14 +25,14 @@ pub enum Part<'a> {
     File {
         /// For messages.
         path: PathBuf,
-        /// The open file.
+        /// The open file, at the part's beginning.
         file: File,
-        /// Its size when it was opened.
+        /// The part's size when it was opened.
         bytes: u64,
     },
 }
 
-impl Part<'_> {
+impl<'a> Part<'a> {
     /// Opens a file as a part.
     pub fn open(path: &Path) -> io::Result<Self> {
         let mut file = File::open(path)?;
@@ -42,6 +42,20 @@ impl Part<'_> {
         let bytes = file.seek(SeekFrom::End(0))?;
         file.rewind()?;
         Ok(Self::File { path: path.to_owned(), file, bytes })
+    }
+
+    /// A constant of this program. It is read from the program's file like any other part: to map it, copy it and give
+    /// its pages back would take twice as long.
+    pub fn embedded(constant: &'a [u8]) -> Self {
+        Self::of_executable(constant).unwrap_or(Self::Bytes(constant))
+    }
+
+    fn of_executable(constant: &[u8]) -> Option<Self> {
+        let offset = syscalls::offset_in_executable(constant)?;
+        let path = PathBuf::from("/proc/self/exe");
+        let mut file = File::open(&path).ok()?;
+        file.seek(SeekFrom::Start(offset)).ok()?;
+        Some(Self::File { path, file, bytes: constant.len() as u64 })
     }
 
     fn bytes(&self) -> u64 {
@@ -140,6 +154,18 @@ mod tests {
 
     fn memory() -> GuestMemory {
         guest_memory::map(&layout::memory_regions(END)).unwrap()
+    }
+
+    #[test]
+    fn embedded_part_is_read_from_the_executable() {
+        static CONSTANT: [u8; 4] = *b"moon";
+        let memory = memory();
+        let part = Part::embedded(&CONSTANT);
+        assert!(matches!(part, Part::File { bytes: 4, .. }), "{part:?}");
+        let loaded = load(&memory, vec![part, Part::Bytes(b"sun")], 0, END).unwrap().unwrap();
+        let mut read = [0; 7];
+        memory.read_slice(&mut read, loaded.address).unwrap();
+        assert_eq!(read, *b"moonsun");
     }
 
     #[test]

@@ -164,9 +164,7 @@ fn build_and_run(
     let console_log = opened.console_log.take();
     jail.become_nobody(config.events_fd)?;
     let machine = builder::build(config, opened, jail, console.clone(), reporter.clone())?;
-    // The archive is in guest memory by now, and was the largest part of this process besides.
-    let tidy = || syscalls::forget_constant(embedded_initramfs);
-    let Ended { ending, stats, vm } = supervisor::run(machine, config.start_timeout_ms, tidy)?;
+    let Ended { ending, stats, vm } = supervisor::run(machine, config.start_timeout_ms)?;
     let console = console.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(mut log) = console_log
         && let Err(error) = log.write_all(&console.contents())

@@ -184,7 +184,7 @@ pub enum OpenError {
 /// Opens everything that `config` names.
 pub fn open<'a>(config: &VmConfig, embedded_initramfs: &'a [u8]) -> Result<Opened<'a>, OpenError> {
     let initramfs = config.initramfs.iter().map(|part| match part {
-        InitramfsPart::Embedded => Ok(Part::Bytes(embedded_initramfs)),
+        InitramfsPart::Embedded => Ok(Part::embedded(embedded_initramfs)),
         InitramfsPart::File(path) => Part::open(path).map_err(file_error("initramfs", path)),
     });
     let disks = config.disks.iter().map(|disk| {

@@ -30,8 +30,8 @@ pub struct Ended {
     pub vm: Arc<VmFd>,
 }
 
-/// Runs the machine until something ends it. `tidy` is called when the guest runs already.
-pub fn run(machine: Machine, start_timeout_ms: Option<u64>, tidy: impl FnOnce()) -> Result<Ended, VmError> {
+/// Runs the machine until something ends it.
+pub fn run(machine: Machine, start_timeout_ms: Option<u64>) -> Result<Ended, VmError> {
     let resources = |what| move |source| VmError::Resources { what, source };
     let Machine { vm, vcpus, workers, end, terminate, all_parked, listener, subject, last_words } = machine;
     let shared = subject.shared.clone();
@@ -58,7 +58,6 @@ pub fn run(machine: Machine, start_timeout_ms: Option<u64>, tidy: impl FnOnce())
     for (vcpu, thread) in vcpus {
         plane.controls().add_thread(thread.start(vcpu));
     }
-    tidy();
     let ending = loop {
         if let Err(error) = turn(&mut events, &mut plane, &rung) {
             break Ending::Failed(error);
