@@ -2,7 +2,7 @@
 
 use std::{os::fd::AsFd, path::Path};
 
-use cloche_runtime::{Join, Joined, join};
+use cloche_runtime::{Filter, Join, Joined, LaunchError, join};
 use oci_spec::runtime::Process;
 
 use crate::{
@@ -75,6 +75,7 @@ pub fn exec(home: &Home, execution: &Execution<'_>) -> Result<u8, Error> {
         pidfd: pidfd.as_fd(),
         process: &process,
         seccomp: listener::policy(&spec),
+        filter: None,
         listener: Some(&listener),
         personality: linux.and_then(|linux| linux.personality().as_ref()),
         cgroup: &cgroup,

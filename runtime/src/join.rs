@@ -51,6 +51,8 @@ pub struct Join<'a> {
     pub process: &'a Process,
     /// The container's seccomp policy.
     pub seccomp: Option<&'a LinuxSeccomp>,
+    /// As [`crate::Launch::filter`].
+    pub filter: Option<&'a Filter>,
     /// The container's execution domain.
     pub personality: Option<&'a LinuxPersonality>,
     /// The cgroup to run in: the container's, or one below it.
@@ -135,7 +137,6 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
         program::c_strings(strings.iter().flatten()).ok_or(LaunchError::NulByte(what))
     };
     let (args, env) = (strings("process.args", process.args())?, strings("process.env", process.env())?);
-    let filter = join.seccomp.map(Filter::compile).transpose()?;
     let keyring = CString::new(format!("cloche.{}", join.id)).map_err(|_| LaunchError::NulByte("the id"))?;
     let capabilities = granted(process, join.warn)?;
     let own_program = OwnProgram::identify().map_err(process_failed("identify this program"))?;
@@ -143,6 +144,7 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(process_failed("make a pipe"));
     let (verdict, verdict_writer) = pipe()?;
     let (released, released_writer) = pipe()?;
+    let filter = Filter::of(join.filter, join.seccomp)?;
     match clone_into(&join, foreign)? {
         Cloned::Parent { pid, pidfd } => {
             drop((verdict_writer, released));
@@ -170,7 +172,7 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
                     user: None,
                     stdio: &join.stdio,
                     capabilities: &capabilities,
-                    filter: filter.as_ref(),
+                    filter: filter.as_deref(),
                     args: &args,
                     env: &env,
                     keyring: (!join.keep_keyring).then_some(&keyring),

@@ -310,11 +310,7 @@ impl<'a> Plan<'a> {
             mounts: spec.mounts().iter().flatten().map(Mount::from_spec).collect::<Result<_, _>>()?,
             // In a user namespace the process has all there are.
             capabilities: granted(process, launch.oci.warn.filter(|_| !has_user))?,
-            filter: match (launch.filter, linux.seccomp()) {
-                (Some(filter), _) => Some(Cow::Borrowed(filter)),
-                (None, Some(policy)) => Some(Cow::Owned(Filter::compile(policy)?)),
-                (None, None) => None,
-            },
+            filter: Filter::of(launch.filter, linux.seccomp().as_ref())?,
             args: strings("process.args", process.args())?,
             env: strings("process.env", process.env())?,
             keyring: CString::new(format!("cloche.{}", launch.id))

@@ -113,6 +113,7 @@ pub(crate) fn check_with(spec: &Spec, means: Means) -> Result<(), SpecError> {
     match spec.linux() {
         Some(linux) => {
             self::linux(&mut check, spec, linux);
+            check.refuse("linux.seccomp", linux.seccomp().is_some() && !cfg!(feature = "seccomp-policies"));
             if let Some(seccomp) = linux.seccomp() {
                 self::seccomp(&mut check, seccomp, means);
             }

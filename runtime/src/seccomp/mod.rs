@@ -15,7 +15,7 @@
 //! unless the default action kills or traps. Other architectures that the policy lists are therefore never let in, and
 //! listing them asks for nothing that could be lost but their use.
 
-use std::{io, os::fd::OwnedFd};
+use std::{borrow::Cow, io, os::fd::OwnedFd};
 
 use cloche_seccomp::{
     bpf::{self, Comparison, Condition, Decision, Policy, Rule},
@@ -126,6 +126,21 @@ impl Filter {
         }
         let flags = flags(seccomp.flags().as_deref().unwrap_or_default(), notifies);
         Ok(Self { program, flags, notifies })
+    }
+
+    /// The one that was compiled before, or the policy's.
+    pub(crate) fn of<'a>(
+        compiled: Option<&'a Self>,
+        policy: Option<&LinuxSeccomp>,
+    ) -> Result<Option<Cow<'a, Self>>, SeccompError> {
+        match (compiled, policy) {
+            (Some(compiled), _) => Ok(Some(Cow::Borrowed(compiled))),
+            (None, Some(policy)) if cfg!(feature = "seccomp-policies") => {
+                Ok(Some(Cow::Owned(Self::compile(policy)?)))
+            }
+            // Without the feature, a policy was refused before.
+            (None, _) => Ok(None),
+        }
     }
 
     /// As bytes, for a runtime in another kernel of this machine, where nobody listens to a filter: its flags, and then its instructions as the kernel reads
