@@ -23,7 +23,7 @@ use oci_spec::runtime::{Linux, LinuxDevice, Spec};
 use rustix::system::{setdomainname, sethostname};
 
 use crate::{
-    cgroup::{Cgroup, CgroupError, DeviceGuard},
+    cgroup::{Cgroup, CgroupError, DeviceGuard, Entrances},
     console::{self, ConsoleError},
     devices::{self, DeviceError},
     entry::{Entry, step},
@@ -63,6 +63,7 @@ pub(crate) struct Init<'a> {
     pub(crate) sysctls: &'a Sysctls,
     pub(crate) mounts: &'a [Mount],
     pub(crate) cgroup: &'a Cgroup,
+    pub(crate) entrances: &'a Entrances,
     pub(crate) device_guard: Option<&'a DeviceGuard>,
     /// Whether to wait for the parent before anything of the container is made.
     pub(crate) released_early: bool,
@@ -149,6 +150,7 @@ impl Init<'_> {
             self.entry.become_undumpable()?;
         }
         self.entry.detach_from_parent()?;
+        self.entrances.enter().map_err(step("enter the cgroup"))?;
         let mut pid = None;
         if self.released_early {
             pid = Some(self.await_release().map_err(step("wait for the parent"))?);

@@ -23,7 +23,7 @@ use rustix::{
 };
 
 use crate::{
-    cgroup::Cgroup,
+    cgroup::{Cgroup, Entrances},
     console,
     container::{ExitStatus, WaitError, wait_for},
     entry::{Entry, step},
@@ -141,6 +141,7 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
     let capabilities = granted(process, join.warn)?;
     let own_program = OwnProgram::identify().map_err(process_failed("identify this program"))?;
     let foreign = foreign_namespaces(join.pid).map_err(process_failed("read the container's namespaces"))?;
+    let entrances = join.cgroup.entrances()?;
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(process_failed("make a pipe"));
     let (verdict, verdict_writer) = pipe()?;
     let (released, released_writer) = pipe()?;
@@ -155,9 +156,7 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
                 verdict: verdict.as_fd(),
                 released: Some(released_writer.as_fd()),
             };
-            let result = release(&join, pid, released_writer.as_fd())
-                .and_then(|()| verdict::read(&reporter, join.cgroup, false, join.listener));
-            if let Err(error) = result {
+            if let Err(error) = verdict::read(&reporter, join.cgroup, false, join.listener) {
                 let _ = syscalls::pidfd_send_signal(joined.pidfd(), libc::SIGKILL);
                 let _ = joined.wait();
                 return Err(error);
@@ -189,7 +188,7 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
                 },
                 join: &join,
                 kinds: foreign & !NEW_PID,
-                released: released.as_fd(),
+                entrances: &entrances,
             };
             verdict::run_to_program(&child.entry, || child.run())
         }
@@ -243,36 +242,18 @@ fn open_cgroup_of_first(pid: i32, cgroup: &Cgroup) -> Result<OwnedFd, LaunchErro
     find().map_err(failed)
 }
 
-/// Moves the process into the v1 cgroups, and lets it go on.
-fn release(join: &Join<'_>, pid: i32, writer: BorrowedFd<'_>) -> Result<(), LaunchError> {
-    if join.cgroup.needs_attach() {
-        join.cgroup.attach(pid)?;
-    }
-    match rustix::io::write(writer, &[0]) {
-        // It has failed already, and the verdict tells why.
-        Err(rustix::io::Errno::PIPE) => Ok(()),
-        result => result.map(drop).map_err(process_failed("tell the child to go on")),
-    }
-}
-
 struct Child<'a> {
     entry: Entry<'a>,
     join: &'a Join<'a>,
     kinds: u64,
-    released: BorrowedFd<'a>,
+    entrances: &'a Entrances,
 }
 
 impl Child<'_> {
     fn run(&self) -> Result<Infallible, InitError> {
         self.entry.detach_from_parent()?;
         self.entry.become_undumpable()?;
-        let mut byte = [0];
-        if rustix::io::retry_on_intr(|| rustix::io::read(self.released, &mut byte))
-            .map_err(step("wait for the parent"))?
-            == 0
-        {
-            return Err(InitError::Orphaned);
-        }
+        self.entrances.enter().map_err(step("enter the container's cgroup"))?;
         self.entry.use_own_proc()?;
         for rlimit in self.entry.process.rlimits().iter().flatten() {
             // Once more than needed: in a user namespace only root of the machine could raise one.

@@ -392,8 +392,8 @@ struct Child {
     pidfd: OwnedFd,
     /// Where it says how it fares.
     verdict: OwnedFd,
-    /// Where it is told to go on: it is approved, and in its v1 cgroups.
-    attached: Option<OwnedFd>,
+    /// Where it is told to go on.
+    held: Option<OwnedFd>,
     /// What is under its writable layer.
     base: Option<OwnedFd>,
 }
@@ -408,16 +408,17 @@ fn spawn(
     let (verdict, verdict_writer) = pipe()?;
     let released_early = launch.oci.created.is_some() || plan.namespaces.has_user();
     let prepared = prepare(launch, plan)?.map(RefCell::new);
-    let notifies = plan.filter.as_ref().is_some_and(Filter::notifies);
-    let is_held = released_early || cgroup.needs_attach() || launch.approve.is_some() || notifies;
-    let (attached, attached_writer) = if is_held { Some(pipe()?) } else { None }.unzip();
+    let notifies = plan.filter.as_deref().is_some_and(Filter::notifies);
+    let is_held = released_early || launch.approve.is_some() || notifies;
+    let (held, held_writer) = if is_held { Some(pipe()?) } else { None }.unzip();
     // A user namespace's mounts are its own to make.
     let base = if plan.namespaces.has_user() { None } else { rootfs::base(&launch.rootfs)? };
+    let entrances = cgroup.entrances()?;
     match clone(&plan.namespaces, cgroup)? {
-        Cloned::Parent { pid, pidfd } => Ok(Child { pid, pidfd, verdict, attached: attached_writer, base }),
+        Cloned::Parent { pid, pidfd } => Ok(Child { pid, pidfd, verdict, held: held_writer, base }),
         Cloned::Child => {
             // The death of either side must be seen by the other.
-            drop((verdict, attached_writer));
+            drop((verdict, held_writer));
             run_init(&Init {
                 entry: Entry {
                     process: plan.process,
@@ -433,7 +434,7 @@ fn spawn(
                     preserved_fds: launch.oci.preserved_fds,
                     keep_groups: launch.oci.keep_groups,
                     verdict: verdict_writer.as_fd(),
-                    released: attached.as_ref().map(AsFd::as_fd),
+                    released: held.as_ref().map(AsFd::as_fd),
                     gate: launch.oci.gate,
                     starter: RefCell::new(None),
                     label: RefCell::new(None),
@@ -448,6 +449,7 @@ fn spawn(
                 mounts: &plan.mounts,
                 cgroup,
                 device_guard,
+                entrances: &entrances,
                 released_early,
                 prepared,
                 console_socket: launch.oci.console_socket(),
@@ -530,8 +532,7 @@ fn run_init(init: &Init<'_>) -> ! {
 }
 
 impl Child {
-    /// Lets the child go on: approves of it and moves it into its v1 cgroups. It prepares its files meanwhile, since
-    /// that can take milliseconds.
+    /// Approves of the child and lets it go on.
     fn release(
         &self,
         launch: &Launch<'_>,
@@ -539,12 +540,9 @@ impl Child {
         cgroup: &Cgroup,
         device_guard: Option<&DeviceGuard>,
     ) -> Result<(), LaunchError> {
-        let Some(attached) = &self.attached else { return Ok(()) };
+        let Some(held) = &self.held else { return Ok(()) };
         if !launch.approve.is_none_or(|approve| approve(self.pid)) {
             return Err(LaunchError::Rejected);
-        }
-        if cgroup.needs_attach() {
-            cgroup.attach(self.pid)?;
         }
         if plan.namespaces.has_user() {
             self.set_up_as_caller(plan, device_guard)?;
@@ -552,7 +550,7 @@ impl Child {
         if let Some(created) = launch.oci.created {
             created(self.pid, cgroup).map_err(LaunchError::Refused)?;
         }
-        match rustix::io::write(attached, &self.pid.to_le_bytes()) {
+        match rustix::io::write(held, &self.pid.to_le_bytes()) {
             // It has failed already, and the verdict tells why.
             Err(Errno::PIPE) => Ok(()),
             result => result.map(drop).map_err(process_failed("tell the child to go on")),
@@ -586,7 +584,7 @@ impl Child {
             pid: self.pid,
             pidfd: self.pidfd.as_fd(),
             verdict: self.verdict.as_fd(),
-            released: self.attached.as_ref().map(AsFd::as_fd),
+            released: self.held.as_ref().map(AsFd::as_fd),
         };
         verdict::read(&process, cgroup, launch.oci.gate.is_some(), launch.oci.listener)
     }

@@ -1,6 +1,11 @@
 //! From create to delete.
 
-use std::{fs, os::unix::fs::PermissionsExt, process::Stdio, time::Duration};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use serde_json::json;
 
@@ -14,6 +19,7 @@ pub fn all() -> Vec<Test> {
         created_container_waits_and_then_runs,
         state_is_what_the_specification_says,
         run_returns_the_exit_code_and_leaves_nothing,
+        two_hundred_runs_at_once_all_succeed_and_leave_nothing,
         program_that_is_not_there_is_told_at_create,
         id_that_is_taken_is_refused,
         id_that_is_no_name_is_refused,
@@ -77,6 +83,24 @@ fn run_returns_the_exit_code_and_leaves_nothing() {
     let killed = Bundle::script("sh -c 'kill -9 $$'; kill -TERM $$; sleep 5")
         .with("/linux/namespaces", json!([{ "type": "mount" }, { "type": "uts" }]));
     assert_eq!(killed.run(&["run", &killed.id]).status.code(), Some(128 + 15));
+}
+
+fn two_hundred_runs_at_once_all_succeed_and_leave_nothing() {
+    let bundle = Bundle::script("exit 0");
+    // Made first: each writes the bundle's configuration anew.
+    let ids: Vec<_> = (0..200).map(|number| format!("{}-{number}", bundle.id)).collect();
+    let mut commands: Vec<_> = ids.iter().map(|id| bundle.command(&["run", id])).collect();
+    let spawn =
+        |command: &mut Command| command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let running: Vec<_> = commands.iter_mut().map(spawn).collect();
+    for child in running {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!((text(&output.stdout), text(&output.stderr)), (String::new(), String::new()));
+    }
+    let left: Vec<_> =
+        fs::read_dir(bundle.path("state")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 fn program_that_is_not_there_is_told_at_create() {

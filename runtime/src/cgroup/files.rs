@@ -33,6 +33,12 @@ pub(super) fn open_directory(path: &Path) -> Result<OwnedFd, CgroupError> {
         })
 }
 
+pub(super) fn open_to_write(directory: &Path, file: &str) -> Result<OwnedFd, CgroupError> {
+    let path = directory.join(file);
+    let opened = rustix::fs::openat(CWD, &path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
+    opened.map_err(|errno| CgroupError::Io { action: "open".into(), path, source: errno.into() })
+}
+
 /// Writes `value` with one `write`, as cgroup files want it.
 pub(super) fn write(directory: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
     let path = directory.join(file);

@@ -166,6 +166,19 @@ pub(crate) enum DeviceGuard {
     V2 { cgroup: OwnedFd, program: OwnedFd },
 }
 
+/// The ways into a cgroup's v1 directories; `clone3` does not put a process there.
+#[derive(Debug)]
+pub struct Entrances(Vec<OwnedFd>);
+
+impl Entrances {
+    /// Has the calling process, which must have one thread, go in. A thread that moves itself waits for nobody; who is
+    /// moved by another, or moves a process as a whole, first waits for RCU, some 10 ms (Linux 5.5 and later,
+    /// `kernel/cgroup/cgroup.c`: `cgroup_procs_write_start`).
+    pub fn enter(&self) -> io::Result<()> {
+        self.0.iter().try_for_each(|tasks| Ok(rustix::io::write(tasks, b"0").map(drop)?))
+    }
+}
+
 impl DeviceGuard {
     /// Puts it into force, without need of any path.
     pub(crate) fn enforce(&self) -> Result<(), CgroupError> {
@@ -359,14 +372,10 @@ impl Cgroup {
         self.unified.as_deref().map(files::open_directory).transpose()
     }
 
-    /// Whether a process has to be moved into v1 hierarchies with [`Cgroup::attach`] after `clone3`.
-    pub(crate) fn needs_attach(&self) -> bool {
-        !self.v1.is_empty()
-    }
-
-    /// Moves a process, or the caller as 0, into the v1 directories.
-    pub fn attach(&self, pid: i32) -> Result<(), CgroupError> {
-        self.v1.iter().try_for_each(|v1| files::write(v1.path(), "cgroup.procs", &pid.to_string()))
+    /// Opens the ways into its v1 directories, for a process that will have no paths to them.
+    pub fn entrances(&self) -> Result<Entrances, CgroupError> {
+        let open = |v1: &v1::Directory| files::open_to_write(v1.path(), "tasks");
+        Ok(Entrances(self.v1.iter().map(open).collect::<Result<_, _>>()?))
     }
 
     /// On v1: an eventfd that becomes readable when the memory limit is hit. On v2 the kernel itself kills the

@@ -87,10 +87,10 @@ impl VmCgroup {
         self.cgroup.as_ref().map_or(Ok(None), Cgroup::clone_target)
     }
 
-    /// Moves the calling process into v1 hierarchies. That takes milliseconds, since the kernel waits for RCU.
-    pub(super) fn enter(&self) -> Result<(), CgroupError> {
-        // cgroup.procs takes 0 for the writer.
-        self.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup.attach(0))
+    /// Moves the calling process, which must have one thread, into v1 hierarchies.
+    pub(super) fn enter(&self) -> io::Result<()> {
+        let Some(cgroup) = &self.cgroup else { return Ok(()) };
+        cgroup.entrances().map_err(io::Error::other)?.enter()
     }
 
     /// Says that the memory limit has killed a process, if it has.

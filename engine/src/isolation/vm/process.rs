@@ -337,7 +337,7 @@ fn clone(cgroup: &VmCgroup) -> Result<Option<Clone>, SpawnError> {
 /// 0 and up.
 fn become_vmm(cgroup: &VmCgroup, given: &[BorrowedFd], companion: Option<&Companion>) -> ! {
     let prepare = || -> io::Result<()> {
-        cgroup.enter().map_err(io::Error::other)?;
+        cgroup.enter()?;
         if let Some(companion) = companion {
             start(companion)?;
         }
