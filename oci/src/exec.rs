@@ -2,7 +2,7 @@
 
 use std::{os::fd::AsFd, path::Path};
 
-use cloche_runtime::{Filter, Join, Joined, LaunchError, join};
+use cloche_runtime::{Join, Joined, join};
 use oci_spec::runtime::Process;
 
 use crate::{
