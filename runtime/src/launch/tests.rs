@@ -66,6 +66,7 @@ fn outcome(config: &Value) -> Result<(), String> {
         id: "x",
         spec: &spec,
         user: None,
+        filter: None,
         rootfs: Rootfs::Directory("/nowhere".into()),
         stdio: Stdio { stdin: null(), stdout: null(), stderr: null() },
         kill_on_parent_death: false,
