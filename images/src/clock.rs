@@ -10,7 +10,7 @@ pub(crate) fn build_time() -> u64 {
 }
 
 /// RFC 3339, in UTC. The calendar's rule of 400 years is counted from 1 March of year 0, where leap days come last.
-pub(crate) fn timestamp(seconds: u64) -> String {
+pub fn timestamp(seconds: u64) -> String {
     let (days, time) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let (era, day_of_era) = (days / 146_097, days % 146_097);
     let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;

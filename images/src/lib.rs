@@ -15,6 +15,7 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
 )]
 
+mod built;
 mod change;
 mod clock;
 mod commit;
@@ -40,8 +41,11 @@ mod tar;
 mod travel;
 mod tree;
 mod upkeep;
+mod view;
 
+pub use built::{ArchiveKind, BuildError, CachedStep, Changes, LayerWriter, StoredLayer};
 pub use change::{Change, ParseChangeError};
+pub use clock::timestamp;
 pub use commit::{AddError, Commit, CommitError, Settings};
 pub use digest::{Digest, ParseDigestError};
 pub use erofs::BlobError;
@@ -55,7 +59,8 @@ pub use merge::MergeError;
 pub use reference::{Reference, ReferenceError};
 pub use rootfs::RootFs;
 pub use save::SaveError;
-pub use store::{Hold, RemoveError, Removed, ResolveError, Store, StoreError};
+pub use store::{Hold, RemoveError, Removed, ResolveError, StepUsage, Store, StoreError};
 pub use tar::{TarError, TarProblem};
 pub use travel::TravelError;
 pub use upkeep::{Damage, Pruned, Usage};
+pub use view::{FileInfo, FileKind, Node, Resolved, View};

@@ -29,6 +29,7 @@
 //! The boundary: this module is told what to store and stores it. It knows nothing of tar or of layers.
 
 mod blob;
+mod browse;
 mod data;
 mod directory;
 mod format;
@@ -38,6 +39,7 @@ mod xattr;
 
 pub use blob::BlobError;
 pub(crate) use blob::BlobWriter;
+pub(crate) use browse::{BlobReader, Data, RawInode};
 pub(crate) use data::{DataWriter, FileData, Stored};
 pub(crate) use format::{DEVICE_TAG_BYTES, Device, encode_device};
 pub(crate) use metadata::finish;

@@ -6,7 +6,7 @@ use crate::limits::{MAX_XATTR_VALUE_BYTES, MAX_XATTRS_BYTES, NAME_MAX};
 use crate::tar::Xattr;
 
 /// Name prefixes that EROFS has numbers for. (The two ACLs are whole names.)
-const PREFIXES: [(&[u8], u8); 5] = [
+pub(super) const PREFIXES: [(&[u8], u8); 5] = [
     (b"user.", 1),
     (b"system.posix_acl_access", 2),
     (b"system.posix_acl_default", 3),

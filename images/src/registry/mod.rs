@@ -13,6 +13,7 @@ mod base64;
 mod client;
 mod credentials;
 mod download;
+mod fetch;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 mod http;
@@ -24,6 +25,7 @@ mod wire;
 
 pub use client::{RegistryError, RegistryOptions, Repository};
 pub use credentials::{CredentialError, CredentialStore, Credentials};
+pub use fetch::{FetchError, fetch};
 pub use http::HttpError;
 pub use pull::{PullError, Pulled, Step, Transfer};
 pub use push::{PushError, Pushed};

@@ -11,6 +11,7 @@
 //!   recipes/sha256/HEX       how such a layer's archive is put together again, if it came uncompressed
 //!   partial/sha256/HEX-BYTES blobs that are on their way from a registry
 //!   partial/sha256/HEX.whole blobs from there that wait for the rest of their image
+//!   steps/HEX                what a step of a build has made (`steps`); missing until there is a build
 //! ```
 //!
 //! A layer is kept twice: converted, to run, and as it came, so that a push or `save` gives back the very image that
@@ -22,7 +23,7 @@
 //! blobs that no image refers to; the next sweep deletes them. The exception are the files under `partial/`, which grow
 //! under their names, and are looked at as a whole before they move to `blobs/` (`partial`).
 //!
-//! **The roots** are the images in `index.json`; a blob that none of them refers to is garbage. A sweep runs after
+//! **The roots** are the images in `index.json`, and the layers of steps; a blob that none of them refers to is garbage. A sweep runs after
 //! each removal and each load, if it gets `lock` exclusively at once. If not, someone is adding or using blobs, and
 //! the sweep is left to the next one: deleting is never waited for and never hurries anyone.
 //!
@@ -33,6 +34,7 @@
 mod files;
 mod index;
 mod partial;
+mod steps;
 
 use std::collections::HashSet;
 use std::io::{Read, Write};
@@ -50,6 +52,8 @@ use files::{Lock, NewFile};
 use index::Index;
 pub(crate) use index::{BlobRecord, ImageRecord, LayerRecord};
 pub(crate) use partial::Partial;
+pub(crate) use steps::StepRecord;
+pub use steps::StepUsage;
 
 /// The images on this machine. Cheap to open; any number of processes may use the same store.
 #[derive(Debug)]
@@ -317,16 +321,16 @@ impl Store {
             return Ok(());
         };
         let index = self.read_index()?;
+        let steps = self.step_layers()?;
         let blobs = index.images.iter().flat_map(|image| [Some(image.id), image.manifest]).flatten();
-        let layers = index.images.iter().flat_map(|image| &image.layers);
+        let layers = index.images.iter().flat_map(|image| &image.layers).chain(&steps);
         let travelling = layers.clone().filter_map(|layer| Some(layer.blob?.digest));
         sweep_directory(&self.blobs(), blobs.chain(travelling).map(|digest| digest.hex()).collect())?;
-        sweep_directory(&self.layers(), layers.map(|layer| layer_name(layer.diff_id)).collect())?;
+        sweep_directory(&self.layers(), layers.clone().map(|layer| layer_name(layer.diff_id)).collect())?;
         let merged =
             index.images.iter().map(|image| merged_name(image.layers.iter().map(|layer| layer.diff_id)));
         sweep_directory(&self.merged(), merged.collect())?;
-        let recipes = index.images.iter().flat_map(|image| &image.layers).map(|layer| layer.diff_id.hex());
-        sweep_directory(&self.recipes(), recipes.collect())?;
+        sweep_directory(&self.recipes(), layers.map(|layer| layer.diff_id.hex()).collect())?;
         self.sweep_partials(kept_for)
     }
 

@@ -16,11 +16,13 @@ mod sparse;
 #[allow(dead_code)] // Shared with the integration tests, which use all of it.
 #[path = "../../tests/integration/tarball.rs"]
 pub(crate) mod tarball;
+mod writer;
 
 use std::io;
 
 pub(crate) use reader::{Input, TarReader};
 pub(crate) use sparse::Extent;
+pub(crate) use writer::TarWriter;
 
 /// One entry of an archive.
 #[derive(Debug, Clone, PartialEq, Eq)]

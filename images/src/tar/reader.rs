@@ -52,6 +52,9 @@ impl Input for BufReader<File> {
     }
 }
 
+/// A piece of an archive that is in memory.
+impl Input for io::Cursor<Vec<u8>> {}
+
 #[cfg(test)]
 impl Input for &[u8] {}
 

@@ -1,0 +1,55 @@
+//! One file by its URL, for `ADD`.
+
+use std::io::{self, Read, Write};
+
+use super::http::{Http, HttpError, Request};
+use super::url::Url;
+use super::wire::Patience;
+
+/// Why a file was not fetched.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FetchError {
+    /// It is no URL.
+    #[error("{0:?} is no URL of http or https")]
+    Url(String),
+    /// The server cannot be spoken with.
+    #[error(transparent)]
+    Http(#[from] HttpError),
+    /// The server does not give it out.
+    #[error("{url} answered with status {status}")]
+    Status {
+        /// Who answered.
+        url: String,
+        /// What.
+        status: u16,
+    },
+    /// It broke off, or cannot be stored.
+    #[error("fetching {url} broke off")]
+    Body {
+        /// From where.
+        url: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Fetches a file into `output`. Returns the field `Last-Modified`, if there is one. Servers on this machine may do
+/// without encryption, others never.
+pub fn fetch(url: &str, output: &mut impl Write) -> Result<Option<String>, FetchError> {
+    let parsed = Url::parse(url).ok_or_else(|| FetchError::Url(url.chars().take(200).collect()))?;
+    let http = Http::new(Patience::default(), true);
+    let mut response = http.send(Request::new("GET", parsed))?;
+    let whence = response.url.to_string();
+    if response.status != 200 {
+        return Err(FetchError::Status { url: whence, status: response.status });
+    }
+    let broken = |source| FetchError::Body { url: whence.clone(), source };
+    let length = response.length();
+    let copied = io::copy(&mut response.body.by_ref(), output).map_err(broken)?;
+    if length.is_some_and(|length| length != copied) {
+        return Err(broken(io::ErrorKind::UnexpectedEof.into()));
+    }
+    Ok(response.field("last-modified").map(str::to_owned))
+}
