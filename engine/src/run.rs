@@ -6,8 +6,8 @@
 
 use std::io::Read;
 
-use cloche_images::{MergeError, ResolveError, Settings, Store, StoreError};
-use cloche_protocol::message::Exit;
+use cloche_images::{Image, MergeError, ResolveError, Settings, Store, StoreError};
+pub use cloche_protocol::message::Exit;
 use cloche_runtime::Lower;
 use oci_spec::image::ImageConfiguration;
 
@@ -121,6 +121,17 @@ pub fn run_to(
     trace: &mut Trace,
     at_end: Option<&mut AtEnd<'_>>,
 ) -> Result<Outcome, RunError> {
+    run_image_to(home, request, None, trace, at_end)
+}
+
+/// As [`run_to`], on an image that need not be in the store's index; the request's is then only what it is called.
+pub fn run_image_to(
+    home: &Home,
+    request: &RunRequest,
+    image: Option<&Image>,
+    trace: &mut Trace,
+    at_end: Option<&mut AtEnd<'_>>,
+) -> Result<Outcome, RunError> {
     request.validate()?;
     if request.isolation != Isolation::Vm && !has_sys_admin() {
         return Err(RunError::Unprivileged(request.isolation));
@@ -128,7 +139,10 @@ pub fn run_to(
     let store = Store::open(home.images())?;
     // Until the layers are open, nobody may delete them.
     let hold = store.hold()?;
-    let image = store.resolve(&request.image)?;
+    let image = match image {
+        Some(image) => image.clone(),
+        None => store.resolve(&request.image)?,
+    };
     let root = store.root_fs(&image).map_err(|error| RunError::Layers(request.image.clone(), error))?;
     trace.mark(Mark::ImageReady);
     let sources: Vec<Source> = Source::find_all(&request.mounts, &Volumes::new(home.volumes()))?;

@@ -1,0 +1,420 @@
+//! `RUN --mount`: what is mounted while a command runs, and is no part of the image.
+//!
+//! ```text
+//! ROOT/build-mounts/HEX/id     of type=cache: what it is called; HEX is that name's digest
+//!                       data   its files, which outlive the build
+//!                       lock   held (flock) exclusively by a RUN with sharing=locked
+//! STATE/build/PID-…            of type=bind and type=secret: copies that end with the build
+//! ```
+//!
+//! A bind is a copy of what it names, so that `.dockerignore` and owners are as for COPY, and what a command writes
+//! there (`rw`) is gone afterwards.
+
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
+use std::path::{Path, PathBuf};
+
+use cloche_engine::home::Home;
+use cloche_engine::record::ProcessId;
+use cloche_images::{Digest, FileInfo, FileKind};
+use rustix::fs::{AtFlags, CWD, FlockOperation, Timespec, Timestamps};
+use serde::Serialize;
+
+use crate::dockerfile::Flag;
+use crate::tree::{Item, Tree};
+
+/// Something to mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mount {
+    pub(crate) target: String,
+    pub(crate) kind: Kind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Files of the context (without `from`), a stage or an image.
+    Bind { from: Option<String>, source: String, writable: bool },
+    /// A directory that is kept.
+    Cache { id: String, locked: bool, read_only: bool, mode: u32, uid: u32, gid: u32 },
+    /// An empty file system in memory.
+    Tmpfs { size: Option<u64> },
+    /// A secret, as a file or (with `variable`) as a variable.
+    Secret {
+        id: String,
+        variable: Option<String>,
+        as_file: bool,
+        required: bool,
+        mode: u32,
+        uid: u32,
+        gid: u32,
+    },
+}
+
+/// Expands variables.
+type Expand<'a> = &'a dyn Fn(&str) -> Result<String, String>;
+
+/// The stages and images that mounts take files from.
+pub(crate) fn sources(flags: &[Flag]) -> Result<Vec<String>, String> {
+    let plain = |text: &str| Ok(text.to_owned());
+    let mut found = Vec::new();
+    for mount in parse(flags, &plain)? {
+        if let Kind::Bind { from: Some(from), .. } = mount.kind {
+            if from.contains('$') {
+                return Err(
+                    "from= cannot have variables; name a stage of this file, which can: FROM $IMAGE AS NAME"
+                        .into(),
+                );
+            }
+            found.push(from);
+        }
+    }
+    Ok(found)
+}
+
+/// The mounts that flags ask for.
+pub(crate) fn parse(flags: &[Flag], expand: Expand<'_>) -> Result<Vec<Mount>, String> {
+    let mounts = flags.iter().filter(|flag| flag.name == "mount");
+    mounts.map(|flag| parse_one(flag.value.as_deref().unwrap_or_default(), expand)).collect()
+}
+
+fn parse_one(text: &str, expand: Expand<'_>) -> Result<Mount, String> {
+    let mut fields = Fields::read(text, expand)?;
+    let kind = fields.take("type").unwrap_or_else(|| "bind".into());
+    let target = fields.take("target").or_else(|| fields.take("dst")).or_else(|| fields.take("destination"));
+    let needed = |target: Option<String>| target.ok_or_else(|| format!("--mount={text} has no target="));
+    let mount = match kind.as_str() {
+        "bind" => {
+            let read_only = fields.truth("readonly")?.or(fields.truth("ro")?);
+            let writable =
+                fields.truth("rw")?.or(fields.truth("readwrite")?).unwrap_or(read_only == Some(false));
+            let kind = Kind::Bind {
+                from: fields.take("from"),
+                source: fields.take("source").or_else(|| fields.take("src")).unwrap_or_else(|| "/".into()),
+                writable,
+            };
+            Mount { target: needed(target)?, kind }
+        }
+        "cache" => {
+            let target = needed(target)?;
+            let locked = match fields.take("sharing").as_deref() {
+                None | Some("shared") => false,
+                Some("locked") => true,
+                Some(other) => {
+                    return Err(format!("sharing={other} is not supported; shared and locked are"));
+                }
+            };
+            if let Some(from) = fields.take("from") {
+                return Err(format!("from={from} is not supported for type=cache; it begins empty"));
+            }
+            let writable = fields.truth("rw")?.or(fields.truth("readwrite")?);
+            let read_only = fields.truth("readonly")?.or(fields.truth("ro")?);
+            let kind = Kind::Cache {
+                id: fields.take("id").unwrap_or_else(|| target.clone()),
+                locked,
+                read_only: read_only.unwrap_or(writable == Some(false)),
+                mode: fields.mode(0o755)?,
+                uid: fields.number("uid")?.unwrap_or(0),
+                gid: fields.number("gid")?.unwrap_or(0),
+            };
+            Mount { target, kind }
+        }
+        "tmpfs" => {
+            let size = fields
+                .take("size")
+                .map(|text| text.parse::<cloche_engine::request::Bytes>().map(|bytes| bytes.0));
+            Mount { target: needed(target)?, kind: Kind::Tmpfs { size: size.transpose()? } }
+        }
+        "secret" => {
+            let id = fields.take("id").or_else(|| {
+                target.as_deref().and_then(|target| target.rsplit('/').next()).map(str::to_owned)
+            });
+            let id = id.filter(|id| !id.is_empty()).ok_or("a secret needs an id=")?;
+            let variable = fields.take("env");
+            let as_file = target.is_some() || variable.is_none();
+            let kind = Kind::Secret {
+                as_file,
+                variable,
+                required: fields.truth("required")?.unwrap_or(false),
+                mode: fields.mode(0o400)?,
+                uid: fields.number("uid")?.unwrap_or(0),
+                gid: fields.number("gid")?.unwrap_or(0),
+                id: id.clone(),
+            };
+            Mount { target: target.unwrap_or_else(|| format!("/run/secrets/{id}")), kind }
+        }
+        "ssh" => return Err("type=ssh is not supported: a build has no SSH agent; use a secret".into()),
+        other => return Err(format!("type={other} is not supported; bind, cache, tmpfs and secret are")),
+    };
+    match fields.0.first() {
+        Some((name, _)) => Err(format!("--mount=type={kind} has no field {name}")),
+        None => Ok(mount),
+    }
+}
+
+struct Fields(Vec<(String, Option<String>)>);
+
+impl Fields {
+    fn read(text: &str, expand: Expand<'_>) -> Result<Fields, String> {
+        let mut fields = Vec::new();
+        for field in text.split(',') {
+            let (name, value) = match field.split_once('=') {
+                Some((name, value)) => (name, Some(expand(value)?)),
+                None => (field, None),
+            };
+            let name = name.trim().to_ascii_lowercase();
+            if name.is_empty() {
+                return Err(format!("--mount={text} has an empty field"));
+            }
+            fields.push((name, value));
+        }
+        Ok(Fields(fields))
+    }
+
+    fn remove(&mut self, name: &str) -> Option<Option<String>> {
+        let at = self.0.iter().position(|(known, _)| known == name)?;
+        Some(self.0.remove(at).1)
+    }
+
+    fn take(&mut self, name: &str) -> Option<String> {
+        self.remove(name).map(Option::unwrap_or_default)
+    }
+
+    fn truth(&mut self, name: &str) -> Result<Option<bool>, String> {
+        match self.remove(name) {
+            None => Ok(None),
+            Some(None) => Ok(Some(true)),
+            Some(Some(value)) => match value.as_str() {
+                "true" | "1" => Ok(Some(true)),
+                "false" | "0" => Ok(Some(false)),
+                other => Err(format!("{name}={other} is neither true nor false")),
+            },
+        }
+    }
+
+    fn number(&mut self, name: &str) -> Result<Option<u32>, String> {
+        let value = self.take(name);
+        value.map(|value| value.parse().map_err(|_| format!("{name}={value} is no number"))).transpose()
+    }
+
+    fn mode(&mut self, default: u32) -> Result<u32, String> {
+        let Some(value) = self.take("mode") else { return Ok(default) };
+        let mode = u32::from_str_radix(&value, 8).ok().filter(|mode| *mode <= 0o7777);
+        mode.ok_or_else(|| format!("mode={value} is no octal number up to 7777"))
+    }
+}
+
+/// A directory of this build, which goes with it. Those of builds that were killed go now.
+pub(crate) fn scratch(home: &Home) -> Result<tempfile::TempDir, String> {
+    let directory = home.state().join("build");
+    let made = || {
+        DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
+        for entry in fs::read_dir(&directory)?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let maker = name.split('-').next().and_then(|pid| pid.parse().ok());
+            if maker.is_none_or(|pid| ProcessId::of(pid).is_none()) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        tempfile::Builder::new().prefix(&format!("{}-", std::process::id())).tempdir_in(&directory)
+    };
+    made().map_err(|error| format!("cannot make a directory in {}: {error}", directory.display()))
+}
+
+fn cache_directory(home: &Home) -> PathBuf {
+    home.images().join("build-mounts")
+}
+
+/// A cache that is there, and its lock if it is to be alone.
+pub(crate) fn open_cache(
+    home: &Home,
+    id: &str,
+    locked: bool,
+    (mode, uid, gid): (u32, u32, u32),
+) -> io::Result<(PathBuf, File)> {
+    let directory = cache_directory(home).join(Digest::of(id.as_bytes()).hex());
+    DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
+    let lock =
+        File::options().write(true).create(true).truncate(false).mode(0o600).open(directory.join("lock"))?;
+    let how = if locked { FlockOperation::LockExclusive } else { FlockOperation::LockShared };
+    rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, how))?;
+    let data = directory.join("data");
+    if !data.is_dir() {
+        fs::write(directory.join("id"), id)?;
+        // Whoever else makes it meanwhile makes the same.
+        match DirBuilder::new().mode(0o700).create(&data) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        own(&data, uid, gid)?;
+        fs::set_permissions(&data, Permissions::from_mode(mode))?;
+    }
+    Ok((data, lock))
+}
+
+/// What caches of RUN take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct CacheUsage {
+    /// How many there are.
+    pub count: usize,
+    /// Bytes of their files.
+    pub bytes: u64,
+}
+
+/// What the caches of `RUN --mount=type=cache` take.
+pub fn cache_mounts(home: &Home) -> io::Result<CacheUsage> {
+    let mut usage = CacheUsage { count: 0, bytes: 0 };
+    for entry in list(&cache_directory(home))? {
+        usage.count += 1;
+        usage.bytes += bytes_below(&entry)?;
+    }
+    Ok(usage)
+}
+
+/// Removes the caches that no build uses now.
+pub fn prune_cache_mounts(home: &Home) -> io::Result<CacheUsage> {
+    let mut removed = CacheUsage { count: 0, bytes: 0 };
+    for directory in list(&cache_directory(home))? {
+        let Ok(lock) = File::options().write(true).open(directory.join("lock")) else { continue };
+        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            continue;
+        }
+        removed.count += 1;
+        removed.bytes += bytes_below(&directory)?;
+        fs::remove_dir_all(directory.join("data"))?;
+        // The lock stays: somebody may wait for it.
+        let _ = fs::remove_file(directory.join("id"));
+    }
+    Ok(removed)
+}
+
+fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        result => result?,
+    };
+    let paths = entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()?;
+    Ok(paths.into_iter().filter(|path| path.join("data").is_dir()).collect())
+}
+
+fn bytes_below(directory: &Path) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let mut bytes = 0;
+    let mut pending = vec![directory.to_owned()];
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(&directory)? {
+            let entry = entry?;
+            let metadata = entry.metadata()?;
+            bytes += metadata.blocks() * 512;
+            if metadata.is_dir() {
+                pending.push(entry.path());
+            }
+        }
+    }
+    Ok(bytes)
+}
+
+/// Writes a secret or a script to a file.
+pub(crate) fn write_file(path: &Path, content: &[u8], (mode, uid, gid): (u32, u32, u32)) -> io::Result<()> {
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(content)?;
+    own(path, uid, gid)?;
+    fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
+/// Gives a file to somebody, as far as this user may.
+fn own(path: &Path, uid: u32, gid: u32) -> io::Result<()> {
+    match lchown(path, Some(uid), Some(gid)) {
+        Err(error)
+            if error.kind() == io::ErrorKind::PermissionDenied && !rustix::process::geteuid().is_root() =>
+        {
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+/// Copies an item to `path`, where nothing is yet, in a directory that nobody else can reach.
+pub(crate) fn materialise(tree: &Tree, item: &Item, path: &Path) -> io::Result<()> {
+    match item.info.kind {
+        FileKind::Directory => {
+            DirBuilder::new().mode(0o700).create(path)?;
+            for name in tree.names(item)? {
+                if let Some(child) = tree.child(item, &name)? {
+                    use std::os::unix::ffi::OsStrExt;
+                    materialise(tree, &child, &path.join(std::ffi::OsStr::from_bytes(&name)))?;
+                }
+            }
+        }
+        FileKind::File => {
+            let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+            io::copy(&mut tree.open(item)?, &mut file)?;
+        }
+        FileKind::Symlink => {
+            use std::os::unix::ffi::OsStrExt;
+            symlink(std::ffi::OsStr::from_bytes(&tree.target(item)?), path)?;
+        }
+        // They have no content that could be copied, and nobody mounts them.
+        FileKind::CharDevice(..) | FileKind::BlockDevice(..) | FileKind::Fifo => return Ok(()),
+    }
+    dress(path, &item.info)
+}
+
+fn dress(path: &Path, info: &FileInfo) -> io::Result<()> {
+    own(path, info.uid, info.gid)?;
+    if info.kind != FileKind::Symlink {
+        fs::set_permissions(path, Permissions::from_mode(info.mode.into()))?;
+    }
+    let time = Timespec { tv_sec: info.mtime.0, tv_nsec: info.mtime.1.into() };
+    let times = Timestamps { last_access: time, last_modification: time };
+    Ok(rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(text: &str) -> Result<Mount, String> {
+        parse_one(text, &|text| Ok(text.replace("$A", "1")))
+    }
+
+    #[test]
+    fn mounts_have_the_defaults_of_docker() {
+        let cache = mount("type=cache,target=/c$A").unwrap();
+        assert_eq!(cache.target, "/c1");
+        let kind =
+            Kind::Cache { id: "/c1".into(), locked: false, read_only: false, mode: 0o755, uid: 0, gid: 0 };
+        assert_eq!(cache.kind, kind);
+        let bind = mount("target=/b,from=x,ro").unwrap();
+        assert_eq!(bind.kind, Kind::Bind { from: Some("x".into()), source: "/".into(), writable: false });
+        assert_eq!(mount("type=secret,id=k").unwrap().target, "/run/secrets/k");
+        let Kind::Secret { id, as_file, .. } = mount("type=secret,target=/a/key").unwrap().kind else {
+            panic!()
+        };
+        assert!(id == "key" && as_file);
+        let Kind::Secret { as_file, variable, .. } = mount("type=secret,id=k,env=K").unwrap().kind else {
+            panic!()
+        };
+        assert!(!as_file && variable.as_deref() == Some("K"));
+        assert_eq!(mount("type=tmpfs,target=/t,size=1m").unwrap().kind, Kind::Tmpfs { size: Some(1 << 20) });
+    }
+
+    #[test]
+    fn mount_that_cannot_be_honoured_is_refused() {
+        for text in [
+            "type=cache",
+            "type=ssh",
+            "type=x,target=/a",
+            "type=bind,target=/a,colour=red",
+            "type=secret",
+            "type=cache,target=/a,sharing=private",
+            "type=cache,target=/a,mode=9",
+            "type=tmpfs,target=/a,size=x",
+            "type=cache,target=/a,from=x",
+            "type=bind,target=/a,,",
+            "type=bind,target=/a,rw=maybe",
+        ] {
+            assert!(mount(text).is_err(), "{text}");
+        }
+    }
+}
