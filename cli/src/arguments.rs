@@ -1,10 +1,12 @@
 //! What can be typed, and nothing about what it does.
 
+mod build;
 mod changes;
 mod images;
 
 use std::path::PathBuf;
 
+pub use build::*;
 pub use changes::*;
 pub use images::*;
 
@@ -60,6 +62,7 @@ Examples:
   cloche image load busybox.tar
   cloche run busybox sh -c 'uname -r; id'                          # in a microVM, the default
   cloche run --isolation container busybox sh -c 'uname -r; id'    # in a container
+  cloche build -t app .
   cloche compare busybox -- true
   cloche doctor";
 
@@ -98,6 +101,8 @@ pub enum Verb {
     Rm(Rm),
     /// Make an image of a sandbox and what it has changed
     Commit(Commit),
+    /// Build an image from a Dockerfile
+    Build(Box<Build>),
     /// Get images from their registries
     Pull(Pull),
     /// Put images into their registries
@@ -123,6 +128,9 @@ pub enum Verb {
     /// Manage images
     #[command(subcommand)]
     Image(Image),
+    /// Look after what builds keep
+    #[command(subcommand)]
+    Builder(Builder),
     /// See to what Cloche keeps on disk
     #[command(subcommand)]
     System(System),

@@ -2,8 +2,8 @@
 //! is done is the engine's business.
 //!
 //! The binary is multi-call: `cloche vmm` is the process that one microVM lives in, `cloche share` the one that serves
-//! it files of the host. Both are started by the engine only and are looked for before arguments are parsed, to keep
-//! the start of a VM short. Called `cloche-container`, it is an OCI runtime.
+//! it files of the host, `cloche build-step` the monitor of one step of a build. They are started by the engine and the
+//! builder only and are looked for before arguments are parsed, to keep the start of a VM short. Called `cloche-container`, it is an OCI runtime.
 
 #[macro_use]
 mod output;
@@ -24,6 +24,7 @@ fn main() -> ExitCode {
     }
     match words.next() {
         Some(word) if word == "vmm" => return commands::vmm::main(words),
+        Some(word) if word == cloche_build::step::WORD => return cloche_build::step::main(),
         Some(word) if word == "share" => return commands::share::main(),
         _ => {}
     }
@@ -51,6 +52,8 @@ fn dispatch(Arguments { global, verb }: Arguments, started_ns: u64) -> anyhow::R
         Verb::Console(arguments) => commands::steer::console(&global, &arguments),
         Verb::Rm(arguments) => commands::sandbox::rm(&global, &arguments),
         Verb::Commit(arguments) => commands::changes::commit(&global, &arguments),
+        Verb::Build(arguments) => commands::build::build(&global, *arguments),
+        Verb::Builder(verb) => commands::build::builder(&global, &verb),
         Verb::Pull(arguments) => commands::registry::pull(&global, &arguments),
         Verb::Push(arguments) => commands::registry::push(&global, &arguments),
         Verb::Login(arguments) => commands::registry::login(&arguments),

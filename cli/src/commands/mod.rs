@@ -1,5 +1,6 @@
 //! One module for each verb: from arguments to the engine and back to text.
 
+pub mod build;
 pub mod changes;
 pub mod compare;
 pub mod doctor;

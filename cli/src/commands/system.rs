@@ -56,6 +56,7 @@ fn df(global: &Global, json: bool) -> anyhow::Result<ExitCode> {
     let sandboxes = reconciled(&home)?.entries()?;
     let running = sandboxes.iter().filter(|entry| !matches!(entry.record.state, State::Exited(_))).count();
     let volumes = Volumes::new(home.volumes()).list()?;
+    let (steps, caches) = (store.step_usage()?, cloche_build::cache_mounts(&home)?);
     let lines = [
         Line {
             kind: "images",
@@ -77,6 +78,20 @@ fn df(global: &Global, json: bool) -> anyhow::Result<ExitCode> {
             active: 0,
             bytes: Some(usage.partial),
             reclaimable_bytes: Some(usage.partial),
+        },
+        Line {
+            kind: "steps of builds",
+            count: steps.steps,
+            active: 0,
+            bytes: Some(steps.bytes),
+            reclaimable_bytes: Some(steps.bytes),
+        },
+        Line {
+            kind: "caches of RUN",
+            count: caches.count,
+            active: 0,
+            bytes: Some(caches.bytes),
+            reclaimable_bytes: Some(caches.bytes),
         },
         Line {
             kind: "sandboxes",
