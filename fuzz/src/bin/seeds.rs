@@ -35,6 +35,18 @@ fn text(target: &str) -> Vec<Vec<u8>> {
             br#"{"vcpus":2,"memory_mib":64,"kernel":"/k","disks":[{"path":"/d","id":"a","read_only":true}],"vsock":{"guest_cid":3,"ports":[{"port":7,"fd":9}]},"start_timeout_ms":5}"#.to_vec(),
         ],
         "oci_config" => vec![include_bytes!("../../../runtime/src/launch/full.json").to_vec()],
+        "dockerfile" => [
+            include_str!("../../../tests/src/dockerfiles/run-forms.Dockerfile"),
+            include_str!("../../../tests/src/dockerfiles/continuations.Dockerfile"),
+            include_str!("../../../tests/src/dockerfiles/variables.Dockerfile"),
+            include_str!("../../../tests/src/dockerfiles/metadata.Dockerfile"),
+            include_str!("../../../tests/src/dockerfiles/copy-heredoc.Dockerfile"),
+            include_str!("../../../tests/src/dockerfiles/mount-secret.Dockerfile"),
+            include_str!("../../../tests/src/dockerfiles/on-build.Dockerfile"),
+            "src/**/[a-z]*.rs\nsrc/a/b.rs\n!*\n",
+        ]
+        .map(|text| text.as_bytes().to_vec())
+        .to_vec(),
         _ => Vec::new(),
     }
 }

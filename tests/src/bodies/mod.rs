@@ -2,6 +2,7 @@
 
 mod bad_archives;
 mod bad_requests;
+mod builds;
 mod changes;
 mod commands;
 mod crash;
@@ -40,6 +41,7 @@ pub fn all() -> Vec<Body> {
         images::BODIES,
         changes::BODIES,
         registries::BODIES,
+        builds::BODIES,
         commands::BODIES,
         trace::BODIES,
         bad_requests::BODIES,

@@ -1,0 +1,5 @@
+FROM busybox AS base
+CMD ["base"]
+ENTRYPOINT ["first"]
+FROM base
+ENTRYPOINT ["second"]
