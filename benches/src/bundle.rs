@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -41,6 +42,13 @@ impl Bundle {
         }
         fs::write(directory.join("config.json"), configuration().to_string())?;
         Ok(Self { directory })
+    }
+
+    /// From now on its process runs for so long, in whole seconds.
+    pub fn lasts(&self, time: Duration) -> Result<()> {
+        let mut configuration = configuration();
+        configuration["process"]["args"] = json!(["busybox", "sleep", time.as_secs().to_string()]);
+        Ok(fs::write(self.directory.join("config.json"), configuration.to_string())?)
     }
 
     /// The bundle's directory.

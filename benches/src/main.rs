@@ -22,7 +22,6 @@ mod startup;
 mod statistics;
 mod stopwatch;
 mod surroundings;
-mod syscalls;
 mod throughput;
 mod vm_start;
 mod vmms;

@@ -2,9 +2,9 @@
 //! the ratio to crun in the same run, since what a start takes depends on the machine and its load.
 
 use std::fmt;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use rustix::{
@@ -20,6 +20,8 @@ use crate::stopwatch::{settle, time_to_exit};
 use crate::surroundings::Surroundings;
 use crate::vmms;
 
+/// How long the process of a container that is weighed runs.
+const LASTING: Duration = Duration::from_secs(1);
 /// Whom the others are compared to.
 const YARDSTICK: &str = "crun";
 
@@ -30,6 +32,8 @@ struct Runtime {
     program: PathBuf,
     state: PathBuf,
     lives: Vec<Life>,
+    /// Largest resident set of its process during one `run`.
+    peak_kib: Option<u64>,
 }
 
 /// What one round has shown of a runtime.
@@ -40,9 +44,6 @@ struct Life {
     create_ns: u64,
     start_ns: u64,
     delete_ns: u64,
-    /// Largest resident set of the runtime's process during `run`. The kernel counts in it what the benchmark's own
-    /// process has when it spawns.
-    peak_kib: u64,
 }
 
 /// Everything that was measured.
@@ -53,7 +54,9 @@ pub struct Report {
     /// Of each runtime, in the order of the rounds.
     runtimes: Vec<(&'static str, Vec<Life>)>,
     /// The bare process, spawned.
-    process: Vec<(u64, u64)>,
+    process_ns: Vec<u64>,
+    /// Each runtime's largest resident set in KiB.
+    peaks_kib: Vec<(&'static str, Option<u64>)>,
     missing: Vec<String>,
 }
 
@@ -64,7 +67,10 @@ pub fn measure(runs: u32) -> Result<Report> {
     let scratch = tempfile::Builder::new().prefix("cloche-bench.").tempdir().context("make a directory")?;
     let bundle = Bundle::make(&cloche, scratch.path().join("bundle"))?;
     let mut programs = vec![cloche.clone()];
-    let mut runtimes = vec![Runtime::new("cloche-container", cloche, scratch.path())];
+    // By this name it is an OCI runtime.
+    let link = scratch.path().join("cloche-container");
+    std::os::unix::fs::symlink(&cloche, &link).context("link to cloche")?;
+    let mut runtimes = vec![Runtime::new("cloche-container", link, scratch.path())];
     let mut missing = Vec::new();
     for name in [YARDSTICK, "runc"] {
         let Some(program) = find_program(name) else {
@@ -80,22 +86,25 @@ pub fn measure(runs: u32) -> Result<Report> {
             Err(error) => missing.push(format!("{name}: does not run here: {error:#}")),
         }
     }
-    let mut process = Vec::new();
+    let mut process_ns = Vec::new();
     for round in 0..=runs {
         for runtime in &mut runtimes {
             settle(round);
             runtime.live(&bundle, round + 1).with_context(|| format!("measure {}", runtime.name))?;
         }
         settle(round);
-        process.push(time_to_exit(Command::new(bundle.busybox()).arg("true"))?);
+        process_ns.push(time_to_exit(Command::new(bundle.busybox()).arg("true"))?);
     }
+    bundle.lasts(LASTING)?;
+    runtimes.iter_mut().try_for_each(|runtime| runtime.weigh(&bundle))?;
     let programs: Vec<&Path> = programs.iter().map(PathBuf::as_path).collect();
     let measured = |lives: Vec<Life>| lives.into_iter().rev().take(runs as usize).rev().collect();
     Ok(Report {
         runs,
         surroundings: Surroundings::explore(&programs),
+        peaks_kib: runtimes.iter().map(|runtime| (runtime.name, runtime.peak_kib)).collect(),
         runtimes: runtimes.into_iter().map(|runtime| (runtime.name, measured(runtime.lives))).collect(),
-        process: process.split_off(1),
+        process_ns: process_ns.split_off(1),
         missing,
     })
 }
@@ -116,13 +125,18 @@ fn leave_hybrid_cgroups() -> Result<()> {
 
 impl Runtime {
     fn new(name: &'static str, program: PathBuf, scratch: &Path) -> Self {
-        Self { name, program, state: scratch.join(name), lives: Vec::new() }
+        Self {
+            name,
+            program,
+            state: scratch.join(format!("{name}.state")),
+            lives: Vec::new(),
+            peak_kib: None,
+        }
     }
 
     fn verb(&self, words: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
-        // Cloche's program is a runtime by this name.
-        command.arg0(self.name).arg("--root").arg(&self.state).args(words);
+        command.arg("--root").arg(&self.state).args(words);
         command
     }
 
@@ -130,13 +144,26 @@ impl Runtime {
     fn live(&mut self, bundle: &Bundle, round: u32) -> Result<()> {
         let bundle = bundle.directory().to_string_lossy();
         let id = format!("cloche-bench-{}-{round}", std::process::id());
-        let (run_ns, peak_kib) = time_to_exit(&mut self.verb(&["run", "--bundle", &bundle, &id]))?;
+        let run_ns = time_to_exit(&mut self.verb(&["run", "--bundle", &bundle, &id]))?;
         settle(round);
-        let (create_ns, _) = time_to_exit(&mut self.verb(&["create", "--bundle", &bundle, &id]))?;
-        let (start_ns, _) = time_to_exit(&mut self.verb(&["start", &id]))?;
+        let create_ns = time_to_exit(&mut self.verb(&["create", "--bundle", &bundle, &id]))?;
+        let start_ns = time_to_exit(&mut self.verb(&["start", &id]))?;
         // Whether `true` has ended already is not the runtime's doing.
-        let (delete_ns, _) = time_to_exit(&mut self.verb(&["delete", "--force", &id]))?;
-        self.lives.push(Life { run_ns, create_ns, start_ns, delete_ns, peak_kib });
+        let delete_ns = time_to_exit(&mut self.verb(&["delete", "--force", &id]))?;
+        self.lives.push(Life { run_ns, create_ns, start_ns, delete_ns });
+        Ok(())
+    }
+
+    /// One more `run`, of a bundle that lasts a moment: what its process had in memory at most until then.
+    fn weigh(&mut self, bundle: &Bundle) -> Result<()> {
+        let bundle = bundle.directory().to_string_lossy();
+        let mut run = self.verb(&["run", "--bundle", &bundle, "cloche-bench-weighed"]);
+        let mut child = run.stdin(Stdio::null()).stdout(Stdio::null()).spawn().context("weigh")?;
+        std::thread::sleep(LASTING / 2);
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).context("weigh")?;
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        self.peak_kib = peak.and_then(|kib| kib.parse().ok());
+        child.wait().context("weigh")?;
         Ok(())
     }
 }
@@ -174,15 +201,15 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ms = |ns: u64| ns as f64 / 1e6;
-        let row = |f: &mut fmt::Formatter<'_>, label: &str, summary: Summary, scale: fn(u64) -> f64| {
-            let [median, min, max] = [summary.median_ns, summary.min_ns, summary.max_ns].map(scale);
+        let row = |f: &mut fmt::Formatter<'_>, label: &str, summary: Summary| {
+            let [median, min, max] = [summary.median_ns, summary.min_ns, summary.max_ns].map(ms);
             write!(f, "{label:<44} {median:>9.2} {min:>9.2} {max:>9.2}")
         };
         writeln!(f, "{:<44} {:>9} {:>9} {:>9}  ms", "", "median", "min", "max")?;
         for (what, figure) in TIMES {
             for (name, _) in &self.runtimes {
                 let Some(summary) = self.summary(name, figure) else { continue };
-                row(f, &format!("{name}: {what}"), summary, ms)?;
+                row(f, &format!("{name}: {what}"), summary)?;
                 match self.summary(YARDSTICK, figure) {
                     Some(yardstick) if *name != YARDSTICK => {
                         let ratio = summary.median_ns as f64 / yardstick.median_ns as f64;
@@ -192,23 +219,16 @@ impl fmt::Display for Report {
                 }
             }
         }
-        let process = |figure: fn(&(u64, u64)) -> u64| {
-            Summary::of(&self.process.iter().map(figure).collect::<Vec<_>>())
-        };
-        if let Some(summary) = process(|(ns, _)| *ns) {
-            row(f, "process", summary, ms)?;
+        if let Some(summary) = Summary::of(&self.process_ns) {
+            row(f, "process", summary)?;
             writeln!(f)?;
         }
-        writeln!(f, "\n{:<44} {:>9} {:>9} {:>9}  MiB", "largest resident set", "median", "min", "max")?;
-        for (name, _) in &self.runtimes {
-            if let Some(summary) = self.summary(name, |life| life.peak_kib) {
-                row(f, name, summary, |kib| kib as f64 / 1024.0)?;
-                writeln!(f)?;
+        writeln!(f, "\nlargest resident set of `run`, MiB")?;
+        for (name, peak_kib) in &self.peaks_kib {
+            match peak_kib {
+                Some(kib) => writeln!(f, "{name:<44} {:>9.1}", *kib as f64 / 1024.0)?,
+                None => writeln!(f, "{name:<44} not known")?,
             }
-        }
-        if let Some(summary) = process(|(_, kib)| *kib) {
-            row(f, "process, which the benchmark weighs on", summary, |kib| kib as f64 / 1024.0)?;
-            writeln!(f)?;
         }
         self.missing.iter().try_for_each(|line| writeln!(f, "{line}"))?;
         let here = &self.surroundings;

@@ -10,8 +10,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::syscalls::wait_with_peak;
-
 /// One timed run. All times are nanoseconds on CLOCK_MONOTONIC.
 #[derive(Debug, Clone)]
 pub struct Lap {
@@ -65,14 +63,14 @@ pub fn time(command: &mut Command) -> Result<Lap> {
     Ok(Lap { start_ns, first_byte_ns, end_ns, stderr })
 }
 
-/// As [`time`], for a command that says nothing: nanoseconds until it was waited for, and its largest resident set in
-/// KiB. What it leaves running keeps nobody waiting.
-pub fn time_to_exit(command: &mut Command) -> Result<(u64, u64)> {
+/// As [`time`], for a command that says nothing: nanoseconds until it was waited for. What it leaves running keeps nobody
+/// waiting.
+pub fn time_to_exit(command: &mut Command) -> Result<u64> {
     command.stdin(Stdio::null()).stdout(Stdio::null());
     let start_ns = now_ns();
-    let child = command.spawn().with_context(|| format!("start {}", command.get_program().display()))?;
-    let (status, peak_kib) = wait_with_peak(child.id()).context("wait for the command")?;
+    let mut child = command.spawn().with_context(|| format!("start {}", command.get_program().display()))?;
+    let status = child.wait().context("wait for the command")?;
     let end_ns = now_ns();
     ensure!(status.success(), "{command:?} ended with {status}");
-    Ok((end_ns - start_ns, peak_kib))
+    Ok(end_ns - start_ns)
 }
