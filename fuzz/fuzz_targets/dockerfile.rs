@@ -2,7 +2,7 @@
 //!
 //! The language's modules are taken as they are: the rest of their crate needs an engine, which has no place here.
 #![no_main]
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
 
 #[path = "../../build/src/dockerfile/mod.rs"]
 mod dockerfile;
