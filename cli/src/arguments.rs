@@ -101,6 +101,10 @@ pub enum Verb {
     Rm(Rm),
     /// Make an image of a sandbox and what it has changed
     Commit(Commit),
+    /// List what a sandbox has changed of its image's files
+    Diff(Diff),
+    /// Write a sandbox's whole root file system to a tar archive
+    Export(Export),
     /// Build an image from a Dockerfile
     Build(Box<Build>),
     /// Get images from their registries

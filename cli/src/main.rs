@@ -51,6 +51,8 @@ fn dispatch(Arguments { global, verb }: Arguments, started_ns: u64) -> anyhow::R
         Verb::Kill(arguments) => commands::steer::kill(&global, &arguments),
         Verb::Console(arguments) => commands::steer::console(&global, &arguments),
         Verb::Rm(arguments) => commands::sandbox::rm(&global, &arguments),
+        Verb::Diff(arguments) => commands::changes::diff(&global, &arguments),
+        Verb::Export(arguments) => commands::changes::export(&global, &arguments),
         Verb::Commit(arguments) => commands::changes::commit(&global, &arguments),
         Verb::Build(arguments) => commands::build::build(&global, *arguments),
         Verb::Builder(verb) => commands::build::builder(&global, &verb),

@@ -20,6 +20,8 @@ use std::{
     path::Path,
 };
 
+use cloche_images::{StackError, Store};
+use cloche_runtime::{Rootfs, RootfsError};
 use cloche_vmm::control::api::RunState;
 
 use crate::{
@@ -134,6 +136,42 @@ impl Sandboxes {
         changes.archive = Box::new(archive.map_err(failed)?);
         Ok(changes)
     }
+}
+
+/// Why a sandbox is not exported.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// What it has written cannot be read.
+    #[error(transparent)]
+    Changes(#[from] ChangesError),
+    /// It cannot be put on the sandbox's image.
+    #[error(transparent)]
+    Stack(#[from] StackError),
+    /// They cannot be mounted.
+    #[error("cannot mount the sandbox's layers; export needs root")]
+    Mount(#[from] RootfsError),
+    /// The root cannot be read.
+    #[error("cannot read the sandbox's root")]
+    Read(#[source] io::Error),
+}
+
+/// A sandbox's whole root file system, without what is mounted on it, as a tar archive that is made while it is read. This
+/// process gets a mount namespace of its own for it.
+pub fn export(
+    sandboxes: &Sandboxes,
+    store: &Store,
+    reference: &str,
+    pause: bool,
+) -> Result<impl Read + use<>, ExportError> {
+    let changes = sandboxes.changes(reference, pause)?;
+    let image = changes.record.image_id.clone();
+    // With its end, the sandbox goes on.
+    let stack = store.stack(&image, changes)?;
+    let lowers = stack.layers.iter().cloned().map(Into::into).collect();
+    let root = cloche_runtime::open_root(&Rootfs::Layers { lowers, upper_bytes: None })?;
+    // What is mounted stays there without its name.
+    drop(stack);
+    cloche_runtime::Changes::of_root(root).map_err(ExportError::Read)
 }
 
 /// Keeps a sandbox's changes in its directory, to be read after its end. They must leave as much room as they take, since

@@ -19,6 +19,7 @@ mod built;
 mod change;
 mod clock;
 mod commit;
+mod diff;
 mod digest;
 mod erofs;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -47,6 +48,7 @@ pub use built::{ArchiveKind, BuildError, CachedStep, Changes, LayerWriter, Store
 pub use change::{Change, ParseChangeError};
 pub use clock::timestamp;
 pub use commit::{AddError, Commit, CommitError, Settings};
+pub use diff::{DiffError, Difference, Stack, StackError};
 pub use digest::{Digest, ParseDigestError};
 pub use erofs::BlobError;
 pub use image::{Image, Layer};

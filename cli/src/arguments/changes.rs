@@ -1,5 +1,7 @@
 //! What can be typed about what sandboxes have changed.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use cloche_images::Change;
 
@@ -37,4 +39,31 @@ pub struct Pause {
     #[arg(short, long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1,
         require_equals = true, default_missing_value = "true")]
     pub pause: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Each line is A (added), C (changed; of a directory, also what is in it) or D (deleted), and a path. What is in volumes and
+other mounts is not looked at.")]
+pub struct Diff {
+    /// Id, beginning of an id, or name
+    pub sandbox: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche export -o root.tar web
+  cloche export web | cloche import - flat:v1
+
+The same under both isolations, while the sandbox runs and after its end, unless it was run with --rm. What is in volumes
+and other mounts is not in the archive.")]
+pub struct Export {
+    /// Write to a file instead of stdout
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    #[command(flatten)]
+    pub pause: Pause,
+    /// Id, beginning of an id, or name
+    pub sandbox: String,
 }

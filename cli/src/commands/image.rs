@@ -95,21 +95,30 @@ fn file_or_stdin(file: &Path) -> anyhow::Result<(PathBuf, Option<std::fs::File>)
 pub fn save(global: &Global, arguments: &Save) -> anyhow::Result<ExitCode> {
     let store = store(global)?;
     let images = &arguments.images;
-    let write = |output: &mut dyn Write| match arguments.format {
-        ArchiveFormat::OciArchive => store.save(images, output),
-        ArchiveFormat::DockerArchive => store.save_for_docker(images, output),
-    };
     if let Some(directory) = &arguments.directory {
         store.save_to_directory(images, directory)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let Some(path) = &arguments.output else {
+    write_archive(arguments.output.as_deref(), |output| {
+        Ok(match arguments.format {
+            ArchiveFormat::OciArchive => store.save(images, output),
+            ArchiveFormat::DockerArchive => store.save_for_docker(images, output),
+        }?)
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Has an archive written to a file, or to stdout if that is no terminal.
+pub fn write_archive(
+    path: Option<&Path>,
+    write: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let Some(path) = path else {
         anyhow::ensure!(
             !io::stdout().is_terminal(),
             "stdout is a terminal; pipe it somewhere, or give --output FILE"
         );
-        write(&mut BufWriter::with_capacity(1 << 20, io::stdout().lock()))?;
-        return Ok(ExitCode::SUCCESS);
+        return write(&mut BufWriter::with_capacity(1 << 20, io::stdout().lock()));
     };
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // Under its name only when it is whole.
@@ -118,7 +127,7 @@ pub fn save(global: &Global, arguments: &Save) -> anyhow::Result<ExitCode> {
     write(&mut BufWriter::with_capacity(1 << 20, new.as_file_mut()))?;
     new.as_file().sync_all().with_context(|| format!("cannot write {}", path.display()))?;
     new.persist(path).with_context(|| format!("cannot write {}", path.display()))?;
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Loads images.

@@ -43,4 +43,4 @@ pub use decode::DecodeError;
 pub(crate) use decode::{Encoding, decompressor, detect};
 pub use path::PathProblem;
 pub(crate) use recipe::Rebuilt;
-pub(crate) use summary::{Summary, summarise};
+pub(crate) use summary::{LayerPath, Summary, summarise};

@@ -25,7 +25,7 @@ use rustix::{
     process::{chdir, chroot, fchdir, pivot_root},
 };
 
-use crate::launch::Rootfs;
+use crate::{launch::Rootfs, syscalls};
 
 /// Why the root file system could not be made or entered.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +93,18 @@ pub(crate) fn mount(rootfs: &Rootfs, base: Option<BorrowedFd<'_>>) -> Result<Own
     }
 }
 
+/// Opens a root file system to read it, in a mount namespace that this process gets for that.
+pub fn open(rootfs: &Rootfs) -> Result<OwnedFd, RootfsError> {
+    syscalls::unshare_mount_namespace().map_err(RootfsError::Isolate)?;
+    isolate_mounts()?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let here = openat(CWD, ".", flags, Mode::empty());
+    let root = mount(rootfs, None);
+    // Making the mount may have led elsewhere.
+    here.and_then(|here| fchdir(&here)).map_err(|errno| RootfsError::Isolate(errno.into()))?;
+    root
+}
+
 /// What is under the writable layer of layers, for a caller that wants to keep it: it outlives the container's mounts as
 /// long as the descriptor is open. [`changes`] reads it.
 pub(crate) fn base(rootfs: &Rootfs) -> Result<Option<OwnedFd>, RootfsError> {
@@ -115,8 +127,8 @@ pub(crate) fn clone_directory(path: &Path) -> Result<OwnedFd, RootfsError> {
         | OpenTreeFlags::from_bits_retain(libc::AT_RECURSIVE as u32);
     let failed = |source| RootfsError::Directory { path: path.to_owned(), source };
     let tree = open_tree(CWD, path, flags).map_err(|errno| failed(errno.into()))?;
-    let private = crate::syscalls::MountAttr::propagating(libc::MS_PRIVATE);
-    crate::syscalls::mount_setattr(tree.as_fd(), true, private).map_err(failed)?;
+    let private = syscalls::MountAttr::propagating(libc::MS_PRIVATE);
+    syscalls::mount_setattr(tree.as_fd(), true, private).map_err(failed)?;
     Ok(tree)
 }
 

@@ -9,6 +9,7 @@ pub const BODIES: &[Body] = &[
     body!(running_sandbox_is_committed),
     body!(ended_sandbox_is_committed),
     body!(sandbox_that_was_removed_cannot_be_committed),
+    body!(changes_are_listed_and_the_root_is_exported),
 ];
 
 /// Writes what layers can hold, and what they must get right.
@@ -61,5 +62,25 @@ fn ended_sandbox_is_committed(bed: &Bed) -> Story {
 fn sandbox_that_was_removed_cannot_be_committed(bed: &Bed) -> Story {
     bed.busybox().with("--name", "gone").command(&["true"]).run()?.succeeds()?;
     bed.run(&["commit", "gone"])?.refused()?.says("gone")?;
+    Ok(())
+}
+
+fn changes_are_listed_and_the_root_is_exported(bed: &Bed) -> Story {
+    let script = "rm /etc/group; echo x >>/etc/passwd; mkdir -p /new/dir; echo kept >/new/dir/file
+        chmod 4711 /new/dir/file; ln -s dir /new/link; touch \"$(printf '/new/\\033')\"; echo ready; read line";
+    let mut running = bed.busybox().with("--name", "work").held_input().sh(script).start()?;
+    running.wait_for_stdout("ready\n")?;
+    bed.run(&["diff", "work"])?.succeeds()?.prints(
+        "C /etc\nD /etc/group\nC /etc/passwd\nA /new\nA /new/\\u{1b}\nA /new/dir\nA /new/dir/file\nA /new/link\n",
+    )?;
+    let archive = bed.scratch().join("root.tar").to_string_lossy().into_owned();
+    bed.run(&["export", "--output", &archive, "work"])?.succeeds()?;
+    running.write(b"\n")?;
+    running.wait()?.succeeds()?;
+    bed.run(&["import", "-c", "CMD [\"sh\"]", &archive, "flat"])?.succeeds()?;
+    let look = "stat -c '%a %u' /new/dir/file; cat /new/link/file; tail -n 1 /etc/passwd; ls /etc/group 2>&1; ls -d /bin";
+    let seen = bed.sandbox("flat").sh(look).run()?;
+    seen.prints("4711 0\nkept\nx\nls: /etc/group: No such file or directory\n/bin\n")?;
+    bed.run(&["image", "rm", "flat"])?.succeeds()?;
     Ok(())
 }
