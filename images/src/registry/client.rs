@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::auth::{self, Challenge};
 use super::credentials::{CredentialError, CredentialStore, Credentials};
 use super::http::{Body, Http, HttpError, Request, Response};
+use super::proxy::Proxies;
 use super::url::Url;
 use super::wire::Patience;
 use crate::digest::Digest;
@@ -38,6 +39,8 @@ pub struct RegistryOptions {
     pub patience: Patience,
     /// Who we are; none for anonymous.
     pub credentials: Option<CredentialStore>,
+    /// Through which machines others are reached.
+    pub proxies: Proxies,
 }
 
 /// Why a registry did not do what it was asked.
@@ -196,7 +199,7 @@ impl Repository {
         let credentials = store.map(|store| store.get(&domain)).transpose()?.flatten();
         let actions = if push { "pull,push" } else { "pull" };
         let mut repository = Repository {
-            http: Http::new(options.patience.clone(), options.trust_loopback),
+            http: Http::new(options.patience.clone(), options.trust_loopback, options.proxies.clone()),
             base,
             scopes: vec![format!("repository:{}:{actions}", reference.path())],
             path: reference.path().to_owned(),
@@ -215,14 +218,28 @@ impl Repository {
         password: &str,
         options: &RegistryOptions,
     ) -> Result<Repository, RegistryError> {
-        let patience = options.patience.clone();
-        let anonymous =
-            RegistryOptions { trust_loopback: options.trust_loopback, patience, credentials: None };
+        let anonymous = RegistryOptions {
+            trust_loopback: options.trust_loopback,
+            patience: options.patience.clone(),
+            credentials: None,
+            proxies: options.proxies.clone(),
+        };
         let mut repository = Repository::open(reference, false, &anonymous)?;
         // A token for nothing in particular proves it as well, and there is no repository to ask for.
         repository.scopes.clear();
         let (user, password) = (user.to_owned(), password.to_owned());
         repository.credentials = Some(Credentials::Password { user, password });
+        Ok(repository)
+    }
+
+    /// For what concerns the whole registry of an image, with this scope.
+    pub(super) fn open_registry(
+        reference: &Reference,
+        scope: &str,
+        options: &RegistryOptions,
+    ) -> Result<Repository, RegistryError> {
+        let mut repository = Repository::open(reference, false, options)?;
+        repository.scopes = vec![scope.to_owned()];
         Ok(repository)
     }
 
@@ -246,6 +263,16 @@ impl Repository {
     /// The registry's domain, as in image names.
     pub fn domain(&self) -> &str {
         &self.domain
+    }
+
+    /// The repository's path in the registry.
+    pub(super) fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// `/v2/`
+    pub(super) fn base(&self) -> &Url {
+        &self.base
     }
 
     /// Also asks for the right to read another repository of the registry, from which blobs may be taken over.

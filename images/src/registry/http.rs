@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustls::ClientConfig;
 
+use super::proxy::Proxies;
 use super::tls::{self, TlsError};
 use super::url::Url;
 use super::wire::{Patience, Wire};
@@ -112,13 +113,14 @@ pub(super) struct Http {
     patience: Patience,
     /// Servers on this machine may speak plain HTTP, and need no certificate.
     trust_loopback: bool,
+    proxies: Proxies,
     configs: Mutex<HashMap<String, Arc<ClientConfig>>>,
     idle: Mutex<Vec<(String, Connection)>>,
 }
 
 impl Http {
-    pub(super) fn new(patience: Patience, trust_loopback: bool) -> Http {
-        Http { patience, trust_loopback, configs: Mutex::default(), idle: Mutex::default() }
+    pub(super) fn new(patience: Patience, trust_loopback: bool, proxies: Proxies) -> Http {
+        Http { patience, trust_loopback, proxies, configs: Mutex::default(), idle: Mutex::default() }
     }
 
     pub(super) fn patience(&self) -> &Patience {
@@ -207,7 +209,7 @@ impl Http {
     fn connect(&self, url: &Url) -> Result<Connection, HttpError> {
         let trusted = self.trusts(url);
         let tls = if url.secure { Some(self.tls(url)?) } else { None };
-        match Wire::connect(url, tls, &self.patience, trusted) {
+        match Wire::connect(url, tls, &self.patience, trusted, self.proxies.of(url)) {
             Ok(wire) => Ok(Connection { wire, buffer: Vec::new(), used: 0 }),
             Err(source) => {
                 let hint = (!trusted && url.is_loopback())

@@ -17,6 +17,8 @@ mod fetch;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 mod http;
+mod listing;
+mod proxy;
 mod pull;
 mod push;
 mod tls;
@@ -27,6 +29,8 @@ pub use client::{RegistryError, RegistryOptions, Repository};
 pub use credentials::{CredentialError, CredentialStore, Credentials};
 pub use fetch::{FetchError, fetch};
 pub use http::HttpError;
+pub use listing::{Found, SearchError, search};
+pub use proxy::{Proxies, ProxyError};
 pub use pull::{PullError, Pulled, Step, Transfer};
 pub use push::{PushError, Pushed};
 pub use tls::TlsError;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
+use super::proxy::Proxy;
 use super::url::Url;
 
 /// How long to wait for what.
@@ -152,14 +153,28 @@ pub(super) enum Wire {
 }
 
 impl Wire {
-    /// Connects to a URL's server; `tls` is for one that is secure.
+    /// Connects to a URL's server, through a proxy if there is one; `tls` is for one that is secure.
     pub(super) fn connect(
         url: &Url,
         tls: Option<Arc<ClientConfig>>,
         patience: &Patience,
         loopback_only: bool,
+        proxy: Option<&Proxy>,
     ) -> io::Result<Wire> {
-        let mut timed = Timed::connect(&url.host, url.port, patience, loopback_only)?;
+        let mut timed = match proxy {
+            None => Timed::connect(&url.host, url.port, patience, loopback_only)?,
+            Some(proxy) => {
+                let mut timed =
+                    Timed::connect(&proxy.host, proxy.port, patience, false).map_err(|error| {
+                        io::Error::new(
+                            error.kind(),
+                            format!("the proxy {proxy:?} cannot be reached: {error}"),
+                        )
+                    })?;
+                proxy.open_tunnel(&mut timed, url)?;
+                timed
+            }
+        };
         let Some(tls) = tls else { return Ok(Wire::Plain(timed)) };
         let name = ServerName::try_from(url.host.clone()).map_err(io::Error::other)?;
         let mut connection = ClientConnection::new(tls, name).map_err(io::Error::other)?;

@@ -50,7 +50,12 @@ fn impatient() -> Patience {
 }
 
 fn pull_as(store: &Store, image: &str, credentials: Option<CredentialStore>) -> Result<Pulled, PullError> {
-    let options = RegistryOptions { trust_loopback: true, patience: impatient(), credentials };
+    let options = RegistryOptions {
+        trust_loopback: true,
+        patience: impatient(),
+        credentials,
+        ..RegistryOptions::default()
+    };
     let reference: Reference = image.parse().expect("tests have good names");
     let repository = Repository::open(&reference, false, &options)?;
     store.pull(&reference, &repository, &NoProgress)

@@ -1,13 +1,15 @@
 //! Pulling and pushing, against Debian's docker-registry, with skopeo as the other client.
 
 use std::fs;
-use std::net::TcpListener;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cloche_images::registry::{
-    CredentialStore, PullError, Pulled, PushError, Pushed, RegistryOptions, Repository,
+    CredentialStore, Proxies, PullError, Pulled, PushError, Pushed, RegistryOptions, Repository, search,
 };
 use cloche_images::{NoProgress, Reference, Store};
 use libtest_mimic::Trial;
@@ -32,6 +34,8 @@ pub fn tests() -> Vec<Trial> {
         test("only_what_is_missing_travels", &[REGISTRY], missing_only),
         test("layer_of_another_repository_is_taken_over", &[REGISTRY], mounted),
         test("password_is_asked_for_and_checked", &[REGISTRY], password),
+        test("registry_is_reached_through_a_proxy", &[REGISTRY, OPENSSL], through_proxy),
+        test("tags_and_repositories_are_listed", &[REGISTRY], listed),
         test("certificate_is_trusted_only_if_named", &[REGISTRY, OPENSSL], certificates),
         test("real_image_comes_back_from_a_registry_as_it_was_loaded", &[REGISTRY, Need::RealImages], real),
     ]
@@ -312,7 +316,7 @@ fn password(bed: &Bed) -> Result<(), Failure> {
 }
 
 /// A certificate authority by form and a server's by use, as `openssl req -x509` makes them.
-fn certificate(bed: &Bed, name: &str) -> Result<(PathBuf, PathBuf), Failure> {
+fn certificate(bed: &Bed, name: &str, host: &str) -> Result<(PathBuf, PathBuf), Failure> {
     let (cert, key) = (bed.path(&format!("{name}.crt")), bed.path(&format!("{name}.pem")));
     let text = |path: &Path| path.display().to_string();
     run(
@@ -330,7 +334,7 @@ fn certificate(bed: &Bed, name: &str) -> Result<(PathBuf, PathBuf), Failure> {
             "-subj",
             "/CN=test",
             "-addext",
-            "subjectAltName=IP:127.0.0.1",
+            &format!("subjectAltName={host}"),
             "-keyout",
             &text(&key),
             "-out",
@@ -341,7 +345,7 @@ fn certificate(bed: &Bed, name: &str) -> Result<(PathBuf, PathBuf), Failure> {
 }
 
 fn certificates(bed: &Bed) -> Result<(), Failure> {
-    let (cert, key) = certificate(bed, "server")?;
+    let (cert, key) = certificate(bed, "server", "IP:127.0.0.1")?;
     let tls = format!("  tls: {{certificate: {}, key: {}}}\n", cert.display(), key.display());
     let registry = Registry::start(bed, "", &tls)?;
     let name = registry.image("app:1");
@@ -359,12 +363,103 @@ fn certificates(bed: &Bed) -> Result<(), Failure> {
         fs::copy(&cert, folder.join("ca.crt"))?;
         pull_with(&other_store(bed, "trusting")?, &name, &verify).map_err(|error| chain(&error))?;
         // Another one of the same form is none of ours.
-        fs::copy(certificate(bed, "other")?.0, folder.join("ca.crt"))?;
+        fs::copy(certificate(bed, "other", "IP:127.0.0.1")?.0, folder.join("ca.crt"))?;
         let pulled = pull_with(&other_store(bed, "wary")?, &name, &verify);
         expect("another certificate is not trusted", pulled.is_err())
     })();
     fs::remove_dir_all(&folder)?;
     trusted
+}
+
+/// Makes tunnels to this machine, whichever is asked for; returns where it is, and what it was asked.
+fn proxy() -> Result<(String, Arc<Mutex<Vec<String>>>), Failure> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let (address, asked) = (listener.local_addr()?.to_string(), Arc::<Mutex<Vec<String>>>::default());
+    let heard = Arc::clone(&asked);
+    let serve = move |mut client: TcpStream| -> std::io::Result<()> {
+        let mut reader = BufReader::new(client.try_clone()?);
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") && reader.read_line(&mut head)? > 0 {}
+        let target = head.split(' ').nth(1).unwrap_or_default().to_owned();
+        let port = target.rsplit(':').next().unwrap_or_default().to_owned();
+        heard.lock().unwrap_or_else(PoisonError::into_inner).push(target);
+        let mut server = TcpStream::connect(format!("127.0.0.1:{port}"))?;
+        client.write_all(b"HTTP/1.1 200 OK\r\n\r\n")?;
+        let (mut up, mut down) = (server.try_clone()?, client.try_clone()?);
+        std::thread::spawn(move || std::io::copy(&mut reader, &mut up));
+        std::io::copy(&mut server, &mut down)?;
+        down.shutdown(std::net::Shutdown::Both)
+    };
+    std::thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            let serve = serve.clone();
+            // A client that goes away is its own business.
+            std::thread::spawn(move || drop(serve(client)));
+        }
+    });
+    Ok((address, asked))
+}
+
+fn through_proxy(bed: &Bed) -> Result<(), Failure> {
+    let (cert, key) = certificate(bed, "server", "DNS:registry.test")?;
+    let tls = format!("  tls: {{certificate: {}, key: {}}}\n", cert.display(), key.display());
+    let registry = Registry::start(bed, "", &tls)?;
+    // A name that only the proxy knows.
+    let host = registry.host.replace("127.0.0.1", "registry.test");
+    let name = format!("{host}/app:1");
+    bed.load(&bed.write("image.tar", &tar_of(&sample(&name, Packing::Gzip).oci_files()?))?)?;
+    let home = std::env::var_os("HOME").ok_or("no HOME")?;
+    let folder = Path::new(&home).join(".config/containers/certs.d").join(&host);
+    fs::create_dir_all(&folder)?;
+    let (address, asked) = proxy()?;
+    let options = |proxy: &str, exceptions: &str| -> Result<RegistryOptions, Failure> {
+        Ok(RegistryOptions { proxies: Proxies::parse(proxy, exceptions)?, ..RegistryOptions::default() })
+    };
+    let travelled = (|| -> Result<(), Failure> {
+        fs::copy(&cert, folder.join("ca.crt"))?;
+        let through = options(&format!("http://{address}"), "")?;
+        let pushed = push_with(&bed.store, &name, &through).map_err(|error| chain(&error))?;
+        let pulled =
+            pull_with(&other_store(bed, "other")?, &name, &through).map_err(|error| chain(&error))?;
+        expect("the same digest", pulled.digest == pushed.digest)?;
+        let asked = asked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        expect(
+            &format!("only that host: {asked:?}"),
+            !asked.is_empty() && asked.iter().all(|target| *target == host),
+        )?;
+        let direct = pull_with(&bed.store, &name, &options(&format!("http://{address}"), "registry.test")?);
+        expect("an exception is not known to the proxy", direct.is_err())?;
+        let error = pull_with(&bed.store, &name, &options("http://127.0.0.1:1", "")?)
+            .err()
+            .ok_or("no proxy, no error")?;
+        expect(
+            "a proxy that is away is named",
+            chain(&error).contains("the proxy 127.0.0.1:1 cannot be reached"),
+        )
+    })();
+    fs::remove_dir_all(&folder)?;
+    travelled
+}
+
+fn listed(bed: &Bed) -> Result<(), Failure> {
+    let registry = Registry::plain(bed)?;
+    let mut names = Vec::new();
+    for name in ["web/app:v1", "web/app:v2", "other:1"] {
+        let name = registry.image(name);
+        bed.load(&bed.write("image.tar", &tar_of(&sample(&name, Packing::Gzip).oci_files()?))?)?;
+        push(&bed.store, &name).map_err(|error| chain(&error))?;
+        names.push(name);
+    }
+    let reference: Reference = names[0].parse()?;
+    let mut tags =
+        Repository::open(&reference, false, &on_this_machine())?.tags().map_err(|error| chain(&error))?;
+    tags.sort();
+    expect(&format!("two tags: {tags:?}"), tags == ["v1", "v2"])?;
+    let found = search(&registry.image("APP"), 25, &on_this_machine()).map_err(|error| chain(&error))?;
+    let found: Vec<_> = found.into_iter().map(|found| found.name).collect();
+    expect(&format!("one repository: {found:?}"), found == [registry.image("web/app")])?;
+    let all = search(&registry.image(""), 1, &on_this_machine()).map_err(|error| chain(&error))?;
+    expect("no more than asked for", all.len() == 1)
 }
 
 fn real(bed: &Bed) -> Result<(), Failure> {
