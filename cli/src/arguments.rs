@@ -111,6 +111,8 @@ pub enum Verb {
     Pull(Pull),
     /// Put images into their registries
     Push(Push),
+    /// Look for images in a registry
+    Search(Search),
     /// Prove to a registry who you are, for `pull` and `push`
     Login(Login),
     /// Forget who you are to a registry

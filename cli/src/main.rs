@@ -58,6 +58,7 @@ fn dispatch(Arguments { global, verb }: Arguments, started_ns: u64) -> anyhow::R
         Verb::Builder(verb) => commands::build::builder(&global, &verb),
         Verb::Pull(arguments) => commands::registry::pull(&global, &arguments),
         Verb::Push(arguments) => commands::registry::push(&global, &arguments),
+        Verb::Search(arguments) => commands::registry::search(&arguments),
         Verb::Login(arguments) => commands::registry::login(&arguments),
         Verb::Logout(arguments) => commands::registry::logout(&arguments),
         Verb::Load(arguments) => commands::image::load(&global, &arguments),

@@ -29,13 +29,20 @@ Examples:
   cloche pull debian:bookworm
   cloche pull quay.io/podman/hello@sha256:…
   cloche pull --tls-verify=false localhost:5000/app
+  cloche pull --all-tags busybox
 
 Names are Docker's: `debian` is docker.io/library/debian:latest. Logins are those of `cloche login` and `docker login`
 (~/.docker/config.json and its credential helpers). Certificate authorities: the system's, and /etc/docker/certs.d/HOST
-or /etc/containers/certs.d/HOST. A pull that was broken off goes on where it ended.")]
+or /etc/containers/certs.d/HOST. A pull that was broken off goes on where it ended. Proxies: HTTPS_PROXY and NO_PROXY.")]
 pub struct Pull {
     #[command(flatten)]
     pub registry: Registry,
+    /// Get all that a repository has, under each of its tags
+    #[arg(short, long)]
+    pub all_tags: bool,
+    /// Fail unless this is the platform that images run on here: linux/amd64
+    #[arg(long, value_name = "OS[/ARCH]", value_parser = platform)]
+    pub platform: Option<String>,
     /// Print nothing but the images' digests
     #[arg(short, long)]
     pub quiet: bool,
@@ -61,6 +68,38 @@ pub struct Push {
     /// Names
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<String>,
+}
+
+/// Only one platform's images run here; what Docker's users write for it is understood.
+fn platform(text: &str) -> Result<String, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "linux" | "amd64" | "linux/amd64" | "linux/x86_64" | "linux/x86-64" => Ok("linux/amd64".to_owned()),
+        _ => Err(format!("images for {text} do not run here, only those for linux/amd64")),
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cloche search nginx                                 # on docker.io
+  cloche search --tls-verify=false localhost:5000/app
+
+docker.io has a search of its own; other registries, if they have none, must let their repositories be listed.")]
+pub struct Search {
+    #[command(flatten)]
+    pub registry: Registry,
+    /// Show so many at most
+    #[arg(long, value_name = "NUMBER", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub limit: u32,
+    /// Do not cut long descriptions
+    #[arg(long)]
+    pub no_trunc: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Part of a name, after a registry's host if it is not docker.io's
+    #[arg(value_name = "[HOST/]TERM")]
+    pub term: String,
 }
 
 #[derive(Debug, Args)]

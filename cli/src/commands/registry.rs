@@ -1,4 +1,4 @@
-//! `cloche pull`, `push`, `login`, `logout`: what has to do with registries.
+//! `cloche pull`, `push`, `search`, `login`, `logout`: what has to do with registries.
 
 use std::{
     collections::HashMap,
@@ -10,25 +10,28 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use cloche_images::{
     Digest, NoProgress, Reference, Store,
-    registry::{CredentialStore, Pulled, Pushed, RegistryOptions, Repository, Step, Transfer},
+    registry::{self, CredentialStore, Proxies, Pulled, Pushed, RegistryOptions, Repository, Step, Transfer},
 };
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use super::{each, image::store};
+use super::{each, image::store, print_json};
 use crate::{
-    arguments::{Global, Login, Logout, Pull, Push, Registry},
-    terminal,
+    arguments::{Global, Login, Logout, Pull, Push, Registry, Search},
+    render, terminal,
 };
 
 /// A repository that no registry has, to ask a registry by who we are.
 const NOWHERE: &str = "cloche/login";
 const MAX_PASSWORD_BYTES: u64 = 64 << 10;
+/// Letters of a description in a table, as Docker has it.
+const DESCRIPTION: usize = 45;
 
 /// How to speak with registries, as the user wants it.
 pub fn options(registry: &Registry) -> anyhow::Result<RegistryOptions> {
     Ok(RegistryOptions {
         trust_loopback: !registry.tls_verify,
         credentials: CredentialStore::of_user().ok(),
+        proxies: Proxies::of_environment()?,
         ..RegistryOptions::default()
     })
 }
@@ -37,7 +40,11 @@ pub fn options(registry: &Registry) -> anyhow::Result<RegistryOptions> {
 pub fn pull(global: &Global, arguments: &Pull) -> anyhow::Result<ExitCode> {
     let store = store(global)?;
     let options = options(&arguments.registry)?;
-    each(&arguments.images, |image| {
+    let names = match arguments.all_tags {
+        true => all_tags(&arguments.images, &options)?,
+        false => arguments.images.clone(),
+    };
+    each(&names, |image| {
         let reference: Reference = image.parse()?;
         let pulled = pull_one(&store, &reference, &options, arguments.quiet)?;
         if arguments.quiet {
@@ -48,6 +55,48 @@ pub fn pull(global: &Global, arguments: &Pull) -> anyhow::Result<ExitCode> {
         println!("{}: {}", if pulled.up_to_date { "Up to date" } else { "Pulled" }, reference.short());
         Ok(())
     })
+}
+
+/// Each of these repositories under each of its tags.
+fn all_tags(repositories: &[String], options: &RegistryOptions) -> anyhow::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for given in repositories {
+        let has_tag = given.rsplit('/').next().is_some_and(|last| last.contains([':', '@']));
+        ensure!(!has_tag, "{given} has a tag or a digest; with --all-tags, give a repository alone");
+        let reference: Reference = given.parse()?;
+        let tags = Repository::open(&reference, false, options).and_then(|repository| repository.tags());
+        let tags = tags.with_context(|| format!("cannot list the tags of {given}"))?;
+        ensure!(!tags.is_empty(), "{given} has no tags");
+        for tag in tags {
+            names.push(reference.with_tag(&tag)?.to_string());
+        }
+    }
+    Ok(names)
+}
+
+/// Looks for images.
+pub fn search(arguments: &Search) -> anyhow::Result<ExitCode> {
+    let options = options(&arguments.registry)?;
+    let found = registry::search(&arguments.term, arguments.limit as usize, &options)
+        .with_context(|| format!("cannot search for {:?}", arguments.term))?;
+    if arguments.json {
+        print_json(&found)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut rows = vec![["NAME", "DESCRIPTION", "STARS", "OFFICIAL"].map(String::from).to_vec()];
+    rows.extend(found.into_iter().map(|found| {
+        // Anybody can have written these.
+        let plain =
+            |text: &str| text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect::<String>();
+        let mut description = plain(&found.description);
+        if !arguments.no_trunc && description.chars().count() > DESCRIPTION {
+            description = description.chars().take(DESCRIPTION - 1).chain(['…']).collect();
+        }
+        let official = if found.official { "yes" } else { "" };
+        vec![plain(&found.name), description, found.stars.to_string(), official.to_owned()]
+    }));
+    print!("{}", render::table(&rows, &[2]));
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Pushes images.
