@@ -65,7 +65,8 @@ impl Store {
         if kind.is_char_device() || kind.is_block_device() {
             return Err(read(io::Error::other("it is a device, which has no end")).into());
         }
-        let file = unpack_file(archive, file, self)?;
+        let mut file = unpack_file(archive, file, self)?;
+        io::Seek::rewind(&mut file).map_err(read)?;
         let layer = self.add_archive(file)?;
         let config = config(changes, layer.diff_id, message).to_string();
         let id = self.put_blob(config.as_bytes())?;
