@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 
 use super::http::{Http, HttpError, Request};
+use super::proxy::{Proxies, ProxyError};
 use super::url::Url;
 use super::wire::Patience;
 
@@ -13,6 +14,9 @@ pub enum FetchError {
     /// It is no URL.
     #[error("{0:?} is no URL of http or https")]
     Url(String),
+    /// The environment names a proxy that cannot be used.
+    #[error(transparent)]
+    Proxy(#[from] ProxyError),
     /// The server cannot be spoken with.
     #[error(transparent)]
     Http(#[from] HttpError),
@@ -39,7 +43,7 @@ pub enum FetchError {
 /// without encryption, others never.
 pub fn fetch(url: &str, output: &mut impl Write) -> Result<Option<String>, FetchError> {
     let parsed = Url::parse(url).ok_or_else(|| FetchError::Url(url.chars().take(200).collect()))?;
-    let http = Http::new(Patience::default(), true);
+    let http = Http::new(Patience::default(), true, Proxies::of_environment()?);
     let mut response = http.send(Request::new("GET", parsed))?;
     let whence = response.url.to_string();
     if response.status != 200 {
