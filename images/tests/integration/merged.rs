@@ -123,7 +123,8 @@ fn many(bed: &Bed) -> Result<(), Failure> {
         ])
     });
     let image = load(bed, layers)?;
-    for shape in [Shape::Devices, Shape::OneDisk] {
+    // The names of so many devices do not fit the page of options that mount(2) takes.
+    for shape in [Shape::OneDisk] {
         let mounted = bed.mount_image(&image, &format!("{shape:?}"), shape)?;
         let names: Vec<_> = walk(&mounted.target)?.into_keys().collect();
         let expected: Vec<Vec<u8>> =
