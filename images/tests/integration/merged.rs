@@ -124,14 +124,12 @@ fn many(bed: &Bed) -> Result<(), Failure> {
     });
     let image = load(bed, layers)?;
     // The names of so many devices do not fit the page of options that mount(2) takes.
-    for shape in [Shape::OneDisk] {
-        let mounted = bed.mount_image(&image, &format!("{shape:?}"), shape)?;
-        let names: Vec<_> = walk(&mounted.target)?.into_keys().collect();
-        let expected: Vec<Vec<u8>> =
-            ["", "last", "of-125", "of-126"].map(|name| name.as_bytes().to_vec()).to_vec();
-        if names != expected || fs::read_to_string(mounted.target.join("last"))? != "126" {
-            return Err(format!("{shape:?}: {names:?}").into());
-        }
+    let mounted = bed.mount_image(&image, "disk", Shape::OneDisk)?;
+    let names: Vec<_> = walk(&mounted.target)?.into_keys().collect();
+    let expected: Vec<Vec<u8>> =
+        ["", "last", "of-125", "of-126"].map(|name| name.as_bytes().to_vec()).to_vec();
+    if names != expected || fs::read_to_string(mounted.target.join("last"))? != "126" {
+        return Err(format!("{names:?}").into());
     }
     Ok(())
 }
