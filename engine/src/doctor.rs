@@ -5,7 +5,7 @@
 
 use std::{fs, path::Path};
 
-use cloche_runtime::cgroup::Layout;
+use cloche_runtime::{as_root_of, cgroup::Layout, is_machine_root};
 use cloche_vmm::{
     config::{InitramfsPart, VmConfig},
     event::{Event, ExitReason, Mark},
@@ -13,7 +13,10 @@ use cloche_vmm::{
 use rustix::event::{PollFd, PollFlags};
 use serde::Serialize;
 
-use crate::isolation::vm::{self, kernel, kvm, process::Vmm};
+use crate::{
+    isolation::vm::{self, kernel, kvm, process::Vmm},
+    rootless::IdMaps,
+};
 
 /// How a finding is to be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -90,17 +93,32 @@ fn privileges() -> Finding {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let mask = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or_default();
-    if mask >> CAP_SYS_ADMIN & 1 == 1 {
-        Finding::good("privileges", "CAP_SYS_ADMIN is there")
-    } else {
-        Finding::bad(
+    if mask >> CAP_SYS_ADMIN & 1 == 1 && is_machine_root() {
+        return Finding::good("privileges", "CAP_SYS_ADMIN is there");
+    }
+    let users = IdMaps::of_caller();
+    match as_root_of(&users.uids, &users.gids, || Ok(String::new())) {
+        Ok(_) if users.is_single() => Finding::bad(
             "privileges",
-            Verdict::Missing,
-            "CAP_SYS_ADMIN is missing",
-            "run as root: `sudo cloche …`",
-        )
+            Verdict::Slow,
+            "a plain user's containers, with no user but their root: there are no further ids",
+            "add a line `NAME:100000:65536` with this user's name to /etc/subuid and /etc/subgid",
+        ),
+        Ok(_) => Finding::good(
+            "privileges",
+            "a plain user's containers, with users from /etc/subuid and /etc/subgid",
+        ),
+        Err(error) => {
+            let cause =
+                std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
+            Finding::bad("privileges", Verdict::Missing, format!("{error}{cause}"), USER_NAMESPACE_REMEDY)
+        }
     }
 }
+
+const USER_NAMESPACE_REMEDY: &str = "run as root; or see that user.max_user_namespaces is not 0, that \
+     kernel.apparmor_restrict_unprivileged_userns and kernel.unprivileged_userns_clone do not forbid it, and that \
+     newuidmap is installed (uidmap)";
 
 fn cgroups() -> Finding {
     let subject = "cgroups";

@@ -110,6 +110,11 @@ impl Home {
         self.root.join("volumes")
     }
 
+    /// The directory of a plain user's unpacked layers.
+    pub fn trees(&self) -> PathBuf {
+        self.root.join("trees")
+    }
+
     /// The directory that holds one directory per sandbox.
     pub fn sandboxes(&self) -> PathBuf {
         self.state.join("sandboxes")

@@ -18,6 +18,7 @@ mod monitor;
 pub mod mounts;
 pub mod record;
 pub mod request;
+pub mod rootless;
 pub mod run;
 pub mod sandboxes;
 pub mod signals;

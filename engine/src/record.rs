@@ -1,6 +1,6 @@
 //! What is written down about a sandbox, so that any later command can read it: see [`crate::sandboxes`] for where.
 
-use std::{fs, time::SystemTime};
+use std::{fs, path::PathBuf, time::SystemTime};
 
 use cloche_images::Settings;
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,9 @@ pub struct Record {
     /// The signal by which `stop` asks it to end: the image's, or SIGTERM.
     #[serde(default = "sigterm")]
     pub stop_signal: i32,
+    /// Path of its cgroup in the hierarchies.
+    #[serde(default)]
+    pub cgroup: PathBuf,
     /// The process that attends it.
     pub monitor: ProcessId,
     /// Where it is in its life.

@@ -4,11 +4,11 @@
 //!  validate ▸ resolve image ▸ spec ▸ record ▸ start ▸ observe ▸ attend ▸ tear down ▸ record
 //! ```
 
-use std::io::Read;
+use std::{io::Read, path::PathBuf};
 
 use cloche_images::{Image, MergeError, ResolveError, Settings, Store, StoreError};
 pub use cloche_protocol::message::Exit;
-use cloche_runtime::Lower;
+use cloche_runtime::{Lower, is_machine_root};
 use oci_spec::image::ImageConfiguration;
 
 use crate::{
@@ -18,10 +18,11 @@ use crate::{
     monitor::{self, MonitorError},
     record::{Ended, ProcessId, Record, State, unix_time},
     request::{Isolation, RequestError, RunRequest},
+    rootless::{IdMaps, RootlessError, Trees},
     sandboxes::{Owned, SandboxError, Sandboxes},
     signals::{self, Signals},
     sources::{Source, SourceError},
-    spec::{self, SpecError},
+    spec::{self, Place, SpecError},
     trace::{Mark, Trace},
     volumes::Volumes,
 };
@@ -32,12 +33,14 @@ pub enum RunError {
     /// The request cannot be carried out anywhere.
     #[error(transparent)]
     Request(#[from] RequestError),
-    /// Only root makes containers yet.
+    /// A bare process is root's.
     #[error(
-        "{0} isolation needs CAP_SYS_ADMIN, which this user lacks; run as root, or use --isolation vm, which any user \
-         with access to /dev/kvm can"
+        "process isolation needs CAP_SYS_ADMIN, which this user lacks; run as root, or use another isolation"
     )]
-    Unprivileged(Isolation),
+    Unprivileged,
+    /// A plain user cannot have the image's files.
+    #[error(transparent)]
+    Rootless(#[from] RootlessError),
     /// The image store is unusable.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -109,9 +112,15 @@ pub struct Outcome {
 pub type AtEnd<'a> =
     dyn FnMut(&Exit, &mut (dyn Read + Send)) -> Result<(), Box<dyn std::error::Error + Send + Sync>> + 'a;
 
-/// Runs a sandbox in the foreground: this process is its monitor, and its stdio is this process's.
-pub fn run(home: &Home, request: &RunRequest, trace: &mut Trace) -> Result<Outcome, RunError> {
-    run_to(home, request, trace, None)
+/// Runs a sandbox in the foreground: this process is its monitor, and its stdio is this process's. `warn` is told what is
+/// not as the image has it.
+pub fn run(
+    home: &Home,
+    request: &RunRequest,
+    trace: &mut Trace,
+    warn: &dyn Fn(&str),
+) -> Result<Outcome, RunError> {
+    run_to(home, request, trace, warn, None)
 }
 
 /// As [`run`], and hands what it has written to `at_end`, whatever its process's exit code.
@@ -119,9 +128,10 @@ pub fn run_to(
     home: &Home,
     request: &RunRequest,
     trace: &mut Trace,
+    warn: &dyn Fn(&str),
     at_end: Option<&mut AtEnd<'_>>,
 ) -> Result<Outcome, RunError> {
-    run_image_to(home, request, None, trace, at_end)
+    run_in(home, request, None, trace, warn, at_end)
 }
 
 /// As [`run_to`], on an image that need not be in the store's index; the request's is then only what it is called.
@@ -132,9 +142,28 @@ pub fn run_image_to(
     trace: &mut Trace,
     at_end: Option<&mut AtEnd<'_>>,
 ) -> Result<Outcome, RunError> {
+    run_in(home, request, image, trace, &|_| {}, at_end)
+}
+
+fn run_in(
+    home: &Home,
+    request: &RunRequest,
+    image: Option<&Image>,
+    trace: &mut Trace,
+    warn: &dyn Fn(&str),
+    at_end: Option<&mut AtEnd<'_>>,
+) -> Result<Outcome, RunError> {
     request.validate()?;
-    if request.isolation != Isolation::Vm && !has_sys_admin() {
-        return Err(RunError::Unprivileged(request.isolation));
+    let users = match request.isolation {
+        Isolation::Vm => None,
+        _ if has_sys_admin() && is_machine_root() => None,
+        Isolation::Container => Some(IdMaps::of_caller()),
+        Isolation::Process => return Err(RunError::Unprivileged),
+    };
+    if users.is_some() && at_end.is_some() {
+        return Err(RunError::Changes(
+            "a plain user cannot read from outside what its container has written; use --isolation vm".into(),
+        ));
     }
     let store = Store::open(home.images())?;
     // Until the layers are open, nobody may delete them.
@@ -143,11 +172,26 @@ pub fn run_image_to(
         Some(image) => image.clone(),
         None => store.resolve(&request.image)?,
     };
-    let root = store.root_fs(&image).map_err(|error| RunError::Layers(request.image.clone(), error))?;
+    // A plain user could not mount it.
+    let root = match &users {
+        Some(_) => None,
+        None => {
+            let root = store.root_fs(&image);
+            Some(root.map_err(|error| RunError::Layers(request.image.clone(), error))?)
+        }
+    };
     trace.mark(Mark::ImageReady);
     let sources: Vec<Source> = Source::find_all(&request.mounts, &Volumes::new(home.volumes()))?;
     if request.isolation == Isolation::Vm {
         sources.iter().try_for_each(Source::check_for_vm)?;
+    }
+    // Held until the sandbox has ended.
+    let trees = users.as_ref().map(|users| Trees::new(home.trees()).hold(&image, users)).transpose()?;
+    if let Some(devices) = trees.as_ref().map(|trees| trees.left_out.devices).filter(|devices| *devices > 0) {
+        warn(&format!(
+            "{devices} device nodes of image {} are left out: only root can make them, and a container opens none but its own",
+            request.image
+        ));
     }
     let signals = Signals::collect().map_err(RunError::Signals)?;
     let mut sandbox = Sandboxes::new(home.sandboxes()).create(Record {
@@ -167,13 +211,21 @@ pub fn run_image_to(
         created: unix_time(),
         remove: request.remove,
         stop_signal: stop_signal(&image.config),
+        cgroup: PathBuf::new(),
         monitor: ProcessId::own(),
         state: State::Starting,
     })?;
-    let layers = vec![Lower { path: root.metadata, devices: root.layers }];
-    let started = start(&mut sandbox, request, &image.config, layers, &sources, &signals, trace);
+    let layers = match &trees {
+        Some(trees) => {
+            trees.roots.iter().map(|root| Lower { path: root.clone(), devices: Vec::new() }).collect()
+        }
+        None => root.into_iter().map(|root| Lower { path: root.metadata, devices: root.layers }).collect(),
+    };
+    let what = What { config: &image.config, layers, sources: &sources, users: users.as_ref() };
+    let started = start(&mut sandbox, request, what, &signals, trace);
     drop(hold);
-    let result = started.and_then(|running| attend(&mut sandbox, running, &signals, trace, at_end));
+    let result =
+        started.and_then(|running| attend(&mut sandbox, running, users.is_none(), &signals, trace, at_end));
     let id = sandbox.record.id.clone();
     match result {
         Ok(exit) => {
@@ -223,23 +275,30 @@ fn stop_signal(config: &ImageConfiguration) -> i32 {
     named.unwrap_or(libc::SIGTERM)
 }
 
+/// What of image and host goes into a sandbox.
+struct What<'a> {
+    config: &'a ImageConfiguration,
+    layers: Vec<Lower>,
+    sources: &'a [Source],
+    users: Option<&'a IdMaps>,
+}
+
 fn start(
     sandbox: &mut Owned,
     request: &RunRequest,
-    config: &ImageConfiguration,
-    layers: Vec<Lower>,
-    sources: &[Source],
+    What { config, layers, sources, users }: What<'_>,
     signals: &Signals,
     trace: &mut Trace,
 ) -> Result<Box<dyn Running>, RunError> {
     let id = sandbox.record.id.clone();
-    let workload = spec::workload(&id, request, config, sources)?;
+    let cgroup = sandbox.record.cgroup.clone();
+    let workload = spec::workload(&id, request, config, sources, &Place { cgroup: &cgroup, users })?;
     sandbox.record.command.clone_from(&workload.args);
     trace.mark(Mark::RootfsReady);
     // The only network yet is the sandbox's own `lo`, which the runtime brings up: nothing to prepare.
     trace.mark(Mark::NetworkReady);
     Ok(match request.isolation {
-        Isolation::Vm => vm::start(&id, sandbox.dir(), &workload, layers, request, signals, trace)?,
+        Isolation::Vm => vm::start(sandbox, &workload, layers, request, signals, trace)?,
         Isolation::Container | Isolation::Process => {
             container::start(&id, &workload, layers, request, trace)?
         }
@@ -249,6 +308,7 @@ fn start(
 fn attend(
     sandbox: &mut Owned,
     mut running: Box<dyn Running>,
+    keeps_changes: bool,
     signals: &Signals,
     trace: &mut Trace,
     at_end: Option<&mut AtEnd<'_>>,
@@ -262,7 +322,8 @@ fn attend(
         (Ok(exit), Some(at_end)) => use_changes(running.as_mut(), exit, at_end),
         _ => Ok(()),
     };
-    if attended.is_ok() && !sandbox.record.remove {
+    // What a plain user's container has written, only its own processes can read.
+    if attended.is_ok() && !sandbox.record.remove && keeps_changes {
         keep_changes(sandbox, running.as_mut());
     }
     let removed = running.teardown();

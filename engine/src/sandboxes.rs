@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cloche_runtime::cgroup::Cgroup;
+use cloche_runtime::cgroup::{Cgroup, own_base};
 use rustix::{
     fs::{FlockOperation, flock},
     process::Signal,
@@ -120,6 +120,7 @@ impl Sandboxes {
         }
         loop {
             record.id = new_id();
+            record.cgroup = cgroup_path(&record.id);
             let staging = self.dir.join(format!(".{}-{}", record.id, std::process::id()));
             make_private_dir(&staging)?;
             let lock_path = staging.join("lock");
@@ -202,7 +203,7 @@ impl Sandboxes {
                 return Err(SandboxError::Running(id.into()));
             }
             if let State::Running(processes) = record.state {
-                thaw(id);
+                thaw(&record);
                 kill(processes.leader);
             }
             if attended && started.elapsed() > GRACE {
@@ -318,15 +319,16 @@ impl Owned {
     }
 }
 
-/// A sandbox's cgroup, below each hierarchy's mount point. Its parent stays: removing it would race with the next start,
-/// and making it costs one millisecond (`docs/decisions/0027-where-a-start-spends-instructions.md`).
-pub(crate) fn cgroup_path(id: &str) -> PathBuf {
-    ["/cloche", id].iter().collect()
+/// A new sandbox's cgroup, below each hierarchy's mount point, or below a plain user's own. Its parent stays: removing it
+/// would race with the next start, and making it costs one millisecond
+/// (`docs/decisions/0027-where-a-start-spends-instructions.md`).
+fn cgroup_path(id: &str) -> PathBuf {
+    own_base().join("cloche").join(id)
 }
 
 /// Lets a paused container go on, so that it can die: the v1 freezer holds even what is killed.
-fn thaw(id: &str) {
-    if let Ok(cgroup) = Cgroup::open(&cgroup_path(id))
+fn thaw(record: &Record) {
+    if let Ok(cgroup) = Cgroup::open(&record.cgroup)
         && cgroup.is_frozen()
     {
         // Whoever has to die is dead before it runs again, or is killed again after it.
@@ -337,10 +339,10 @@ fn thaw(id: &str) {
 /// Kills and removes what may be left of a sandbox; says what could not be removed.
 fn clean_up(record: &Record) -> Option<String> {
     if let State::Running(processes) = record.state {
-        thaw(&record.id);
+        thaw(record);
         kill(processes.leader);
     }
-    let cgroup = Cgroup::open(&cgroup_path(&record.id));
+    let cgroup = Cgroup::open(&record.cgroup);
     let result = cgroup.and_then(|cgroup| {
         cgroup.kill_all()?;
         cgroup.delete()
@@ -438,6 +440,7 @@ mod tests {
             created: 1,
             remove: false,
             stop_signal: libc::SIGTERM,
+            cgroup: PathBuf::new(),
             monitor: ProcessId::own(),
             state: State::Starting,
         }

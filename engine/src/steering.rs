@@ -27,7 +27,7 @@ use crate::{
     isolation::vm::dial,
     record::{Record, State},
     request::Isolation,
-    sandboxes::{Entry, SandboxError, Sandboxes, cgroup_path},
+    sandboxes::{Entry, SandboxError, Sandboxes},
     signals, syscalls,
 };
 
@@ -198,7 +198,7 @@ impl Steered {
     }
 
     fn cgroup(&self, action: &'static str) -> Result<Cgroup, SteeringError> {
-        Cgroup::open(&cgroup_path(&self.record.id)).map_err(self.cgroup_error(action))
+        Cgroup::open(&self.record.cgroup).map_err(self.cgroup_error(action))
     }
 
     fn cgroup_error(&self, action: &'static str) -> impl FnOnce(CgroupError) -> SteeringError {

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     mounts::volume_name,
     record::{ProcessId, unix_time},
+    rootless,
 };
 
 /// Why a volume cannot be had or removed.
@@ -163,7 +164,7 @@ impl Volumes {
         };
         let (dir, gone) = (self.dir.join(name), self.dir.join(format!(".{name}-{}", std::process::id())));
         fs::rename(&dir, &gone)
-            .and_then(|()| fs::remove_dir_all(&gone))
+            .and_then(|()| rootless::remove_all(&gone))
             .map_err(io_error("remove the volume", &dir))
     }
 
@@ -219,7 +220,7 @@ impl Volumes {
             let name = entry.file_name().to_string_lossy().into_owned();
             let maker = name.strip_prefix('.').and_then(|rest| rest.rsplit_once('-')?.1.parse().ok());
             if maker.is_some_and(|pid| ProcessId::of(pid).is_none()) {
-                let _ = fs::remove_dir_all(entry.path());
+                let _ = rootless::remove_all(&entry.path());
             }
         }
     }

@@ -41,6 +41,7 @@ mod store;
 mod tar;
 mod travel;
 mod tree;
+mod unpack;
 mod upkeep;
 mod view;
 
@@ -64,5 +65,6 @@ pub use save::SaveError;
 pub use store::{Hold, RemoveError, Removed, ResolveError, StepUsage, Store, StoreError};
 pub use tar::{TarError, TarProblem};
 pub use travel::TravelError;
+pub use unpack::{LeftOut, Owners, UnpackError, unpack};
 pub use upkeep::{Damage, Pruned, Usage};
 pub use view::{FileInfo, FileKind, Node, Resolved, View};

@@ -46,6 +46,19 @@ impl ProcessId {
         stat(self.pid).is_some_and(|stat| !stat.is_dead && stat.start_ticks == self.start_ticks)
     }
 
+    /// It and all others of its PID namespace, if that is not the caller's, too.
+    pub(crate) fn with_its_namespace(self) -> Vec<i32> {
+        let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        let own = namespace(&self.pid.to_string());
+        if own.is_none() || own == namespace("self") {
+            return vec![self.pid];
+        }
+        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        let pids = names.filter_map(|name| name.parse::<i32>().ok());
+        pids.filter(|pid| namespace(&pid.to_string()) == own).collect()
+    }
+
     /// Its pidfd, if it still runs.
     pub(crate) fn open(self) -> io::Result<Option<OwnedFd>> {
         let Some(pid) = Pid::from_raw(self.pid) else { return Ok(None) };

@@ -66,6 +66,9 @@ pub fn kill(home: &Home, id: &str, signo: i32, all: bool) -> Result<(), Error> {
     let cgroup = known.cgroup()?;
     if all {
         // Also where the first process is gone: others may be left, if they have no PID namespace to die with.
+        if cgroup.is_nowhere() {
+            cloche_runtime::cgroup::signal(&listed(&known, &cgroup)?, signo)?;
+        }
         return Ok(cgroup.signal_all(signo)?);
     }
     let pidfd = match known.record.process {
@@ -209,5 +212,15 @@ pub fn update(home: &Home, id: &str, resources: &LinuxResources) -> Result<(), E
 
 /// Ids of a container's processes.
 pub fn processes(home: &Home, id: &str) -> Result<Vec<i32>, Error> {
-    Ok(home.find(id)?.cgroup()?.processes()?)
+    let known = home.find(id)?;
+    let cgroup = known.cgroup()?;
+    listed(&known, &cgroup)
+}
+
+/// Those of its cgroup. A plain user's container has none where no cgroup is the user's; then, those of its PID namespace.
+fn listed(known: &Known, cgroup: &Cgroup) -> Result<Vec<i32>, Error> {
+    if !cgroup.is_nowhere() {
+        return Ok(cgroup.processes()?);
+    }
+    Ok(known.alive().map_or_else(Vec::new, |process| process.with_its_namespace()))
 }

@@ -69,6 +69,8 @@ pub(crate) struct Init<'a> {
     pub(crate) released_early: bool,
     /// What the parent has prepared, if the process cannot.
     pub(crate) prepared: Option<RefCell<Prepared>>,
+    /// Whether device nodes are the caller's own, shown in the container: in a user namespace none can be made.
+    pub(crate) binds_devices: bool,
     /// Gets the terminal.
     pub(crate) console_socket: Option<BorrowedFd<'a>>,
     /// Makes the state that hooks get.
@@ -213,8 +215,7 @@ impl Init<'_> {
             None => (mounts::clone_binds(self.mounts, false)?, None, None),
         };
         let sources = mounts::open_sources(self.mounts, binds, self.namespaces, self.cgroup)?;
-        let is_bound = self.namespaces.has_user();
-        let devices = if is_bound {
+        let devices = if self.binds_devices {
             devices::open(self.listed_devices(), made.as_ref().map(AsFd::as_fd))?
         } else {
             Vec::new()
@@ -234,7 +235,7 @@ impl Init<'_> {
         if !in_cgroups {
             self.enter_cgroups(pid).map_err(step("enter the cgroup"))?;
         }
-        if is_bound && self.makes_dev() {
+        if self.binds_devices && self.makes_dev() {
             devices::bind(root.as_fd(), &devices)?;
         }
         Ok(root)
@@ -269,7 +270,7 @@ impl Init<'_> {
 
     fn set_up_files(&self, root: BorrowedFd<'_>) -> Result<(), InitError> {
         let is_own_dev = self.makes_dev();
-        if is_own_dev && !self.namespaces.has_user() {
+        if is_own_dev && !self.binds_devices {
             devices::create(root, self.listed_devices())?;
         }
         if let Some(socket) = self.console_socket.filter(|_| cfg!(feature = "terminal")) {

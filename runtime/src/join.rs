@@ -28,7 +28,7 @@ use crate::{
     container::{ExitStatus, WaitError, wait_for},
     entry::{Entry, step},
     init::InitError,
-    launch::{LaunchError, Listener, Stdio, granted, process_failed},
+    launch::{LaunchError, Listener, Stdio, clone_by_go_between, granted, process_failed},
     process::{
         program::{self, OwnProgram},
         rlimits, scheduling,
@@ -36,6 +36,7 @@ use crate::{
     seccomp::Filter,
     spec_check::{self, Means},
     syscalls::{self, Cloned},
+    user_namespace,
     verdict::{self, Reporter},
 };
 
@@ -97,7 +98,7 @@ impl Joined {
 
 /// The namespaces of `linux/sched.h`, by their names in `/proc/PID/ns`.
 const KINDS: [(&str, u64); 8] = [
-    ("user", 0x1000_0000),
+    ("user", NEW_USER),
     ("mnt", 0x0002_0000),
     ("cgroup", 0x0200_0000),
     ("uts", 0x0400_0000),
@@ -106,6 +107,7 @@ const KINDS: [(&str, u64); 8] = [
     ("net", 0x4000_0000),
     ("time", 0x80),
 ];
+const NEW_USER: u64 = 0x1000_0000;
 const NEW_PID: u64 = 0x2000_0000;
 
 /// Those of `pid`'s namespaces that this process is not in.
@@ -138,10 +140,11 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
     };
     let (args, env) = (strings("process.args", process.args())?, strings("process.env", process.env())?);
     let keyring = CString::new(format!("cloche.{}", join.id)).map_err(|_| LaunchError::NulByte("the id"))?;
-    let capabilities = granted(process, join.warn)?;
     let own_program = OwnProgram::identify().map_err(process_failed("identify this program"))?;
     let foreign = foreign_namespaces(join.pid).map_err(process_failed("read the container's namespaces"))?;
     let entrances = join.cgroup.entrances()?;
+    // In a user namespace the process has all there are.
+    let capabilities = granted(process, join.warn.filter(|_| foreign & NEW_USER == 0))?;
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(process_failed("make a pipe"));
     let (verdict, verdict_writer) = pipe()?;
     let (released, released_writer) = pipe()?;
@@ -187,12 +190,17 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
                     is_filtered: Cell::new(false),
                 },
                 join: &join,
-                kinds: foreign & !NEW_PID,
+                kinds: foreign & !(NEW_PID | if joins_user_first(foreign) { NEW_USER } else { 0 }),
                 entrances: &entrances,
             };
             verdict::run_to_program(&child.entry, || child.run())
         }
     }
+}
+
+/// A plain user has rights over its container's namespaces in the container's user namespace only.
+fn joins_user_first(foreign: u64) -> bool {
+    foreign & NEW_USER != 0 && !user_namespace::is_machine_root()
 }
 
 fn clone_into(join: &Join<'_>, foreign: u64) -> Result<Cloned, LaunchError> {
@@ -210,6 +218,15 @@ fn clone_into(join: &Join<'_>, foreign: u64) -> Result<Cloned, LaunchError> {
         }
         .map_err(process_failed("clone this process"))
     };
+    if joins_user_first(foreign) {
+        let directory = directory.as_ref().map(AsFd::as_fd);
+        let first = foreign & (NEW_USER | NEW_PID);
+        let join = || {
+            let joined = syscalls::join_namespaces(join.pidfd, first);
+            joined.map_err(|error| format!("cannot join the container's user namespace: {error}"))
+        };
+        return clone_by_go_between(true, 0, directory, &join);
+    }
     if foreign & NEW_PID == 0 {
         return clone();
     }

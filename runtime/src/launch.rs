@@ -22,7 +22,7 @@ use rustix::{
 };
 
 use crate::{
-    cgroup::{Breadth, Cgroup, CgroupError, DeviceGuard},
+    cgroup::{self, Breadth, Cgroup, CgroupError, DeviceGuard},
     container::Container,
     devices::{self, DeviceError},
     entry::{self, Entry},
@@ -262,11 +262,16 @@ pub fn check(launch: &Launch<'_>) -> Result<(), LaunchError> {
     Ok(Cgroup::check(&cgroup_path(launch.spec, launch.id), plan.linux.resources().as_ref())?)
 }
 
-/// The path of a container's cgroup in its hierarchies: the spec's, below `/cloche` if that is relative, or made of the
-/// id.
+/// The path of a container's cgroup in its hierarchies: the spec's, or made of the id; if that is relative, below
+/// `/cloche`, or below a plain user's own cgroup.
 pub fn cgroup_path(spec: &Spec, id: &str) -> PathBuf {
     let listed = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
-    Path::new("/cloche").join(listed.filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new(id)))
+    let listed = listed.filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new(id));
+    if listed.is_absolute() {
+        return listed.to_owned();
+    }
+    let base = if user_namespace::is_machine_root() { PathBuf::from("/cloche") } else { cgroup::own_base() };
+    base.join(listed)
 }
 
 /// The spec, read as far as that is possible before anything is made.
@@ -366,7 +371,8 @@ fn start(
 /// files, and in a PID namespace it cannot map users for a mount.
 fn prepare(launch: &Launch<'_>, plan: &Plan<'_>) -> Result<Option<Prepared>, LaunchError> {
     let is_mapped = plan.mounts.iter().any(Mount::is_mapped);
-    let is_root = rustix::process::geteuid().is_root();
+    let is_root = user_namespace::is_machine_root();
+    // Another user has rights over its files in its own user namespace only, and that is the process's.
     if !is_root || !is_mapped && !plan.namespaces.has_user() {
         return Ok(None);
     }
@@ -452,6 +458,7 @@ fn spawn(
                 entrances: &entrances,
                 released_early,
                 prepared,
+                binds_devices: plan.namespaces.has_user() || !user_namespace::is_machine_root(),
                 console_socket: launch.oci.console_socket(),
                 hook_state: launch.oci.hook_state(),
             })
@@ -459,25 +466,26 @@ fn spawn(
     }
 }
 
-/// Makes the process by way of another one, which joins namespaces first, and ends.
-fn clone_by_go_between(
-    namespaces: &Namespaces,
+/// Makes the process by way of another one, which joins namespaces first, hidden from who is in them, and ends.
+pub(crate) fn clone_by_go_between(
+    hides: bool,
+    clone_flags: u64,
     cgroup: Option<BorrowedFd<'_>>,
+    join: &dyn Fn() -> Result<(), String>,
 ) -> Result<Cloned, LaunchError> {
     let (news, news_writer) = pipe_with(PipeFlags::CLOEXEC).map_err(process_failed("make a pipe"))?;
     match syscalls::clone3(0, None).map_err(process_failed("clone this process"))? {
         Cloned::Child => {
             drop(news);
             // Once it has joined, root of a namespace could look into it, and into its child. See `Init::run`.
-            let hidden = if namespaces.new_user {
-                Ok(())
-            } else {
+            let hidden = if hides {
                 set_dumpable_behavior(DumpableBehavior::NotDumpable)
                     .map_err(|errno| format!("cannot become undumpable: {errno}"))
+            } else {
+                Ok(())
             };
-            let joined = hidden.and_then(|()| namespaces.join_all().map_err(|error| verdict::chain(&error)));
-            let cloned = joined.and_then(|()| {
-                let cloned = syscalls::clone3_sibling(namespaces.clone_flags, cgroup);
+            let cloned = hidden.and_then(|()| join()).and_then(|()| {
+                let cloned = syscalls::clone3_sibling(clone_flags, cgroup);
                 cloned.map_err(|error| format!("cannot clone in the joined namespaces: {error}"))
             });
             let news = match cloned {
@@ -510,7 +518,8 @@ fn clone(namespaces: &Namespaces, cgroup: &Cgroup) -> Result<Cloned, LaunchError
     let directory = cgroup.clone_target()?;
     let directory = directory.as_ref().map(AsFd::as_fd);
     if namespaces.need_go_between() {
-        return clone_by_go_between(namespaces, directory);
+        let join = || namespaces.join_all().map_err(|error| verdict::chain(&error));
+        return clone_by_go_between(!namespaces.new_user, namespaces.clone_flags, directory, &join);
     }
     let clone =
         || syscalls::clone3(namespaces.clone_flags, directory).map_err(process_failed("clone this process"));

@@ -49,5 +49,5 @@ pub use seccomp::{ACTIONS as SECCOMP_ACTIONS, Filter, SeccompError};
 pub use spec_check::{SpecError, check as check_spec};
 pub use syscalls::{Cloned, clone3, pidfd_send_signal as send_signal, signal_descriptor};
 pub use sysctls::SysctlError;
-pub use user_namespace::UserNamespaceError;
+pub use user_namespace::{UserNamespaceError, WorkError, as_root_of, is_machine_root};
 pub use verdict::{listener_in, take_listener};

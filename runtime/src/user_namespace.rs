@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io,
     os::fd::{AsFd, OwnedFd},
+    panic::{AssertUnwindSafe, catch_unwind},
     process::Command,
 };
 
@@ -11,7 +12,7 @@ use oci_spec::runtime::LinuxIdMapping;
 use rustix::{
     io::Errno,
     pipe::{PipeFlags, pipe_with},
-    process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
+    process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, set_parent_process_death_signal, waitid},
     thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
 
@@ -46,14 +47,35 @@ fn step<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> UserNames
     move |source| UserNamespaceError::Step { action, source: source.into() }
 }
 
+/// Whether this process is root of the machine itself: only then can it make device nodes and cgroups wherever it likes.
+pub fn is_machine_root() -> bool {
+    if !cfg!(feature = "user-namespaces") {
+        return true;
+    }
+    // user_namespaces(7): the initial namespace maps every id to itself.
+    let is_initial = |map: String| map.split_whitespace().eq(["0", "0", "4294967295"]);
+    rustix::process::geteuid().is_root() && fs::read_to_string("/proc/self/uid_map").is_ok_and(is_initial)
+}
+
 /// Maps users and groups of the new user namespace that a process is in.
+///
+/// A plain user may write a map of itself alone, and the namespace then cannot change its groups (user_namespaces(7)).
+/// For any other map there are newuidmap and newgidmap, which keep to /etc/subuid and /etc/subgid.
 pub(crate) fn map_ids(
     pid: i32,
     uids: &[LinuxIdMapping],
     gids: &[LinuxIdMapping],
 ) -> Result<(), UserNamespaceError> {
     write_map("uid", pid, uids)?;
+    if is_self_alone(gids, rustix::process::getegid().as_raw()) && !rustix::process::geteuid().is_root() {
+        let file = format!("/proc/{pid}/setgroups");
+        fs::write(file, "deny").map_err(step("give up changing groups"))?;
+    }
     write_map("gid", pid, gids)
+}
+
+fn is_self_alone(maps: &[LinuxIdMapping], id: u32) -> bool {
+    matches!(maps, [map] if map.host_id() == id && map.size() == 1)
 }
 
 fn write_map(kind: &'static str, pid: i32, mappings: &[LinuxIdMapping]) -> Result<(), UserNamespaceError> {
@@ -93,12 +115,83 @@ pub(crate) fn become_root() -> Result<(), UserNamespaceError> {
     set_thread_res_uid(uid, uid, uid).map_err(step("become user 0, which the map lacks,"))
 }
 
+/// Why work in a user namespace was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkError {
+    /// There is no such namespace to be had.
+    #[error(transparent)]
+    Namespace(#[from] UserNamespaceError),
+    /// The work itself failed, with its whole chain of causes.
+    #[error("{0}")]
+    Work(String),
+}
+
+/// Has `work` done by a process that is root of a user namespace of these maps, with this process's mounts and all else,
+/// and waits for it; gives what `work` says, up to a page of it.
+///
+/// The caller must be single-threaded.
+pub fn as_root_of(
+    uids: &[LinuxIdMapping],
+    gids: &[LinuxIdMapping],
+    work: impl FnOnce() -> Result<String, Box<dyn std::error::Error>>,
+) -> Result<String, WorkError> {
+    let (gate, gate_writer) = pipe_with(PipeFlags::CLOEXEC).map_err(step("make a pipe"))?;
+    let (news, news_writer) = pipe_with(PipeFlags::CLOEXEC).map_err(step("make a pipe"))?;
+    match syscalls::clone3(NEW_USER, None).map_err(step("make a process"))? {
+        Cloned::Child => {
+            drop((gate_writer, news));
+            let _ = set_parent_process_death_signal(Some(Signal::KILL));
+            // Nothing comes if the map was refused, or its writer is gone.
+            if rustix::io::retry_on_intr(|| rustix::io::read(&gate, &mut [0])) != Ok(1) {
+                syscalls::exit_now(1);
+            }
+            let done = || -> Result<String, Box<dyn std::error::Error>> {
+                become_root()?;
+                work()
+            };
+            // A panic must not unwind into the caller's frames, which exist twice now.
+            let (code, text) = match catch_unwind(AssertUnwindSafe(done)) {
+                Ok(Ok(text)) => (0, text),
+                Ok(Err(error)) => (1, crate::verdict::chain(error.as_ref())),
+                Err(_) => (1, "it panicked; this is a defect in cloche".to_owned()),
+            };
+            // Shorter than a pipe's page, it is written whole.
+            let text = text.as_bytes();
+            let _ = rustix::io::write(&news_writer, text.get(..4096).unwrap_or(text));
+            syscalls::exit_now(code)
+        }
+        Cloned::Parent { pid, pidfd } => {
+            drop((gate, news_writer));
+            let mapped = map_ids(pid, uids, gids);
+            if mapped.is_ok() {
+                // If it is gone already, its status tells.
+                let _ = rustix::io::write(&gate_writer, &[1]);
+            }
+            drop(gate_writer);
+            let mut text = Vec::new();
+            let read = io::Read::read_to_end(&mut File::from(news), &mut text);
+            let status =
+                rustix::io::retry_on_intr(|| waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED));
+            mapped?;
+            read.map_err(step("hear from the process"))?;
+            let text = String::from_utf8_lossy(&text).into_owned();
+            match status.map_err(step("wait for the process"))?.and_then(|status| status.exit_status()) {
+                Some(0) => Ok(text),
+                Some(_) if !text.is_empty() => Err(WorkError::Work(text)),
+                _ => Err(WorkError::Work("its process was killed".into())),
+            }
+        }
+    }
+}
+
+/// `CLONE_NEWUSER`.
+const NEW_USER: u64 = 0x1000_0000;
+
 /// A user namespace of these maps that nobody is in, for a mount whose files belong to other users than they say.
 pub(crate) fn of_maps(
     uids: &[LinuxIdMapping],
     gids: &[LinuxIdMapping],
 ) -> Result<OwnedFd, UserNamespaceError> {
-    const NEW_USER: u64 = 0x1000_0000;
     let (waits, held) = pipe_with(PipeFlags::CLOEXEC).map_err(step("make a pipe"))?;
     match syscalls::clone3(NEW_USER, None).map_err(step("make a process"))? {
         Cloned::Child => {

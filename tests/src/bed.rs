@@ -4,7 +4,7 @@
 
 use std::cell::Cell;
 use std::fs;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -17,6 +17,7 @@ use tempfile::TempDir;
 use crate::finished::Finished;
 use crate::image::Image;
 use crate::leftovers::{self, Snapshot};
+use crate::plain_user::{self, Ids};
 use crate::process::{Input, Running};
 use crate::sandbox::Sandbox;
 use crate::world::{self, Isolation, World};
@@ -26,6 +27,8 @@ use crate::world::{self, Isolation, World};
 pub struct Bed<'a> {
     world: &'a World,
     isolation: Isolation,
+    /// Whose commands these are, if not root's.
+    user: Option<Ids>,
     root: PathBuf,
     state: PathBuf,
     deadline: Cell<Instant>,
@@ -43,6 +46,7 @@ impl<'a> Bed<'a> {
         Ok(Self {
             world,
             isolation,
+            user: None,
             root: world.root.clone(),
             state: scratch.path().join("state"),
             deadline: Cell::new(Instant::now() + world.time_out),
@@ -50,6 +54,14 @@ impl<'a> Bed<'a> {
             keeps_records: Cell::new(false),
             scratch,
         })
+    }
+
+    /// A bed whose commands are a plain user's, with images of its own.
+    pub fn of_plain_user(world: &'a World, isolation: Isolation, ids: Ids) -> Result<Self> {
+        let user = world.plain_user()?;
+        let bed = Self { user: Some(ids), root: user.root.clone(), ..Self::new(world, isolation)? };
+        chown(bed.scratch(), Some(plain_user::ID), Some(plain_user::ID))?;
+        Ok(bed)
     }
 
     /// The isolation under test.
@@ -79,7 +91,10 @@ impl<'a> Bed<'a> {
 
     /// The same bed under the other isolation, for comparing the two.
     pub fn under(&self, isolation: Isolation) -> Result<Bed<'a>> {
-        let bed = Bed::new(self.world, isolation)?;
+        let bed = match self.user {
+            Some(ids) => Bed::of_plain_user(self.world, isolation, ids)?,
+            None => Bed::new(self.world, isolation)?,
+        };
         bed.deadline.set(self.deadline());
         Ok(bed)
     }
@@ -106,6 +121,11 @@ impl<'a> Bed<'a> {
     /// `cloche` with this bed's directories, ready for a subcommand.
     pub fn cloche(&self) -> Command {
         let mut command = Command::new(&self.world.cloche);
+        // The user's are there since the bed was made.
+        if let Some(user) = self.user.and_then(|ids| self.world.plain_user().ok()?.command(ids).ok()) {
+            command = user;
+            command.env("HOME", self.scratch());
+        }
         command.arg("--root").arg(&self.root).arg("--state").arg(&self.state);
         // A misspelt name is no reason to ask anybody outside.
         command.env("CLOCHE_PULL", "never");

@@ -10,6 +10,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use crate::bed::Bed;
 use crate::bodies;
 use crate::leftovers;
+use crate::plain_user::Ids;
 use crate::world::{Isolation, Need, World};
 
 /// What a body returns: it ends at the first thing that does not hold.
@@ -34,18 +35,26 @@ pub struct Body {
     name: &'static str,
     story: fn(&Bed) -> Story,
     runs: Runs,
+    /// Whether a plain user tells it, too: `rootless::name`.
+    rootless: bool,
     needs: &'static [Need],
 }
 
 impl Body {
     /// A body that runs under each isolation.
     pub const fn new(name: &'static str, story: fn(&Bed) -> Story) -> Self {
-        Self { name, story, runs: Runs::UnderEach, needs: &[] }
+        Self { name, story, runs: Runs::UnderEach, rootless: false, needs: &[] }
     }
 
     /// Runs under this isolation only.
     pub const fn only(mut self, isolation: Isolation) -> Self {
         self.runs = Runs::Under(isolation);
+        self
+    }
+
+    /// Also runs as a plain user whose containers have users of their own.
+    pub const fn rootless(mut self) -> Self {
+        self.rootless = true;
         self
     }
 
@@ -72,10 +81,12 @@ impl Body {
         let mut add = |prefix: &str, isolation, needs_kvm: bool| {
             let mut needs = vec![Need::Root];
             needs.extend(needs_kvm.then_some(Need::UsableKvm));
+            let user = (prefix == ROOTLESS).then_some(Ids::Many);
+            needs.extend(user.map(|_| Need::NewIdMap));
             needs.extend(self.needs);
             let name = format!("{prefix}::{}", self.name);
             let run = Arc::clone(run);
-            trials.push(Trial::ignorable_test(name, move || run.try_body(self, isolation, &needs)));
+            trials.push(Trial::ignorable_test(name, move || run.try_body(self, isolation, user, &needs)));
         };
         for (isolation, chosen) in
             [(Isolation::Container, selection.container), (Isolation::Vm, selection.vm)]
@@ -84,6 +95,9 @@ impl Body {
             if chosen && runs_here {
                 add(isolation.as_str(), isolation, isolation == Isolation::Vm);
             }
+        }
+        if self.rootless && selection.container {
+            add(ROOTLESS, Isolation::Container, false);
         }
         match self.runs {
             Runs::Once if selection.container => add("host", Isolation::Container, false),
@@ -95,6 +109,9 @@ impl Body {
         trials
     }
 }
+
+/// Prefix of stories that a plain user tells.
+const ROOTLESS: &str = "rootless";
 
 /// Registers a function under its own name.
 macro_rules! body {
@@ -160,7 +177,13 @@ struct Run {
 }
 
 impl Run {
-    fn try_body(&self, body: Body, isolation: Isolation, needs: &[Need]) -> Result<Completion, Failed> {
+    fn try_body(
+        &self,
+        body: Body,
+        isolation: Isolation,
+        user: Option<Ids>,
+        needs: &[Need],
+    ) -> Result<Completion, Failed> {
         let Some(world) = &self.world else { return Ok(Completion::ignored_with("listing only")) };
         if let Some(missing) = needs.iter().find(|need| world.lacks(**need)) {
             let name = missing.as_str();
@@ -171,7 +194,7 @@ impl Run {
             *skipped.entry(name).or_default() += 1;
             return Ok(Completion::ignored_with(format!("needs {name}")));
         }
-        match tell(body, world, isolation) {
+        match tell(body, world, isolation, user) {
             Ok(()) => Ok(Completion::Completed),
             Err(error) => {
                 // At once, since the list at the end does not come if the run is cut short.
@@ -189,8 +212,11 @@ impl Run {
     }
 }
 
-fn tell(body: Body, world: &World, isolation: Isolation) -> Story {
-    let bed = Bed::new(world, isolation)?;
+fn tell(body: Body, world: &World, isolation: Isolation, user: Option<Ids>) -> Story {
+    let bed = match user {
+        Some(ids) => Bed::of_plain_user(world, isolation, ids)?,
+        None => Bed::new(world, isolation)?,
+    };
     let story = (body.story)(&bed);
     let left = bed.check_out();
     if left.is_err() || story.is_err() {

@@ -13,14 +13,17 @@
 
 use std::env;
 use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::plain_user::{self, Ids};
 use crate::process::{Input, Running};
 
 /// Where `cloche` keeps images by default.
@@ -62,6 +65,8 @@ pub enum Need {
     CloudKernel,
     /// The program `passt`.
     Passt,
+    /// The programs `newuidmap` and `newgidmap`.
+    NewIdMap,
     /// A machine whose processor is real, for work that takes minutes on an emulated one.
     RealProcessor,
 }
@@ -77,6 +82,7 @@ impl Need {
             Self::WorkloadsImage => "the workloads image (scripts/images --workloads)",
             Self::CloudKernel => "Debian's cloud kernel (CLOCHE_TEST_CLOUD_KERNEL)",
             Self::Passt => "passt on PATH",
+            Self::NewIdMap => "newuidmap and newgidmap on PATH (uidmap)",
             Self::RealProcessor => "a processor that is not emulated",
         }
     }
@@ -98,6 +104,7 @@ pub struct World {
     images: Vec<String>,
     usable_kvm: bool,
     vm_required: bool,
+    plain_user: OnceLock<PlainUser>,
     // Last, so that it outlives nothing that lies in it.
     scratch: TempDir,
 }
@@ -130,6 +137,7 @@ impl World {
             images: Vec::new(),
             usable_kvm: kvm_is_usable(&processor),
             vm_required: env::var_os("CLOCHE_TESTS_REQUIRE_VM").is_some_and(|value| value == "1"),
+            plain_user: OnceLock::new(),
             scratch,
         };
         world.images = world.loaded_images()?;
@@ -149,6 +157,37 @@ impl World {
         self.scratch.path()
     }
 
+    /// What a plain user needs: a copy of `cloche` and an image store with `busybox`, its own, made on first use.
+    pub fn plain_user(&self) -> Result<&PlainUser> {
+        if let Some(user) = self.plain_user.get() {
+            return Ok(user);
+        }
+        let place = self.scratch.path().join("plain-user");
+        let user = PlainUser {
+            cloche: place.join("cloche"),
+            root: place.join("store"),
+            device: place.join("device"),
+        };
+        // Whoever may pass need not be able to list.
+        for (directory, mode) in
+            [(self.scratch.path(), 0o711), (&place, 0o755), (&user.root, 0o700), (&user.device, 0o755)]
+        {
+            fs::create_dir_all(directory)?;
+            fs::set_permissions(directory, fs::Permissions::from_mode(mode))?;
+        }
+        chown(&user.root, Some(plain_user::ID), Some(plain_user::ID))?;
+        let program = Command::new("sh").args(["-c", "command -v \"$0\""]).arg(&self.cloche).output()?;
+        let program = String::from_utf8_lossy(&program.stdout).trim().to_owned();
+        fs::copy(&program, &user.cloche).with_context(|| format!("copy {program}"))?;
+        let archive = place.join("busybox.tar");
+        self.cloche(&["image", "save", "-o", &archive.to_string_lossy(), "busybox"])?;
+        let mut load = user.command(Ids::Alone)?;
+        load.arg("--root").arg(&user.root).args(["image", "load", "--name", "busybox"]).arg(&archive);
+        Running::start(load, &Input::Null, Instant::now() + self.time_out)?.wait()?.succeeds()?;
+        fs::remove_file(archive)?;
+        Ok(self.plain_user.get_or_init(|| user))
+    }
+
     /// Whether the host lacks this.
     pub fn lacks(&self, need: Need) -> bool {
         match need {
@@ -160,6 +199,13 @@ impl World {
             Need::CloudKernel => self.cloud_kernel.is_none(),
             Need::Passt => {
                 !Command::new("passt").arg("--version").output().is_ok_and(|ran| ran.status.success())
+            }
+            Need::NewIdMap => {
+                let found = |name: &str| {
+                    let path = env::var_os("PATH").unwrap_or_default();
+                    env::split_paths(&path).any(|directory| directory.join(name).is_file())
+                };
+                !["newuidmap", "newgidmap"].into_iter().all(found)
             }
             Need::RealProcessor => self.slowness > 1,
         }
@@ -200,6 +246,24 @@ impl World {
             .args(arguments);
         let deadline = Instant::now() + self.time_out * 5;
         Ok(Running::start(command, &Input::Null, deadline)?.wait()?.succeeds()?.out())
+    }
+}
+
+/// A plain user's `cloche` and images.
+#[derive(Debug)]
+pub struct PlainUser {
+    cloche: PathBuf,
+    /// Its image store.
+    pub root: PathBuf,
+    device: PathBuf,
+}
+
+impl PlainUser {
+    /// The user's `cloche`, ready for options.
+    pub fn command(&self, ids: Ids) -> Result<Command> {
+        let mut command = Command::new(env::current_exe()?);
+        command.args(plain_user::words(&self.device, ids, &self.cloche));
+        Ok(command)
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
+use cloche_engine::rootless::Trees;
 use cloche_images::{Image as StoredImage, LayerStart, LoadOptions, NoProgress, Progress, Reference, Store};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -55,12 +56,19 @@ pub fn store(global: &Global) -> anyhow::Result<Store> {
 /// Removes names, and with the last one the image.
 pub fn remove(global: &Global, arguments: &ImageNames) -> anyhow::Result<ExitCode> {
     let store = store(global)?;
-    each(&arguments.images, |image| {
+    let code = each(&arguments.images, |image| {
         let removed = store.remove(image)?;
         removed.untagged.iter().for_each(|name| println!("Untagged: {name}"));
         removed.deleted.iter().for_each(|id| println!("Deleted: {id}"));
         Ok(())
-    })
+    });
+    sweep_trees(global, &store)?;
+    code
+}
+
+/// Removes what a plain user has unpacked of images that are gone.
+pub fn sweep_trees(global: &Global, store: &Store) -> anyhow::Result<()> {
+    Ok(Trees::new(super::home(global)?.trees()).sweep(store)?)
 }
 
 /// Gives an image one more name.

@@ -35,11 +35,12 @@ pub fn run(global: &Global, arguments: Run, started_ns: u64) -> anyhow::Result<E
     if policy == PullPolicy::Always {
         pull_for_run(global, &request.image, &registry)?;
     }
-    let outcome = match run::run(&home, &request, &mut trace) {
+    let warn = |what: &str| eprintln!("cloche: {what}");
+    let outcome = match run::run(&home, &request, &mut trace, &warn) {
         // Looked for only where it was missed, so that a run of what is here pays nothing.
         Err(RunError::Image(ResolveError::NotFound(_))) if policy == PullPolicy::Missing => {
             pull_for_run(global, &request.image, &registry)?;
-            run::run(&home, &request, &mut trace)?
+            run::run(&home, &request, &mut trace, &warn)?
         }
         result => result?,
     };

@@ -5,7 +5,11 @@ use std::{collections::HashSet, process::ExitCode};
 use cloche_engine::{record::State, volumes::Volumes};
 use serde::Serialize;
 
-use super::{home, image::store, print_json, reconciled};
+use super::{
+    home,
+    image::{store, sweep_trees},
+    print_json, reconciled,
+};
 use crate::{
     arguments::{Global, System},
     render,
@@ -152,7 +156,9 @@ pub fn verify(global: &Global, images: &[String]) -> anyhow::Result<ExitCode> {
 /// Removes images that nobody needs.
 pub fn prune(global: &Global, all: bool) -> anyhow::Result<ExitCode> {
     let used = in_use(global)?;
-    let pruned = store(global)?.prune(all, |id| used.contains(&id.to_string()))?;
+    let store = store(global)?;
+    let pruned = store.prune(all, |id| used.contains(&id.to_string()))?;
+    sweep_trees(global, &store)?;
     pruned.images.iter().for_each(|id| println!("Deleted: {id}"));
     println!("Freed: {}", render::bytes(pruned.bytes));
     Ok(ExitCode::SUCCESS)

@@ -126,7 +126,9 @@ impl Running for RunningContainer {
     }
 
     fn changes(&mut self) -> Result<Box<dyn Read + Send>, Lost> {
-        let changes = self.container.changes().ok_or_else(|| Lost("it has no writable layer".into()))?;
+        let changes = self.container.changes().ok_or_else(|| {
+            Lost("a plain user cannot read the writable layer of its container from outside".into())
+        })?;
         changes.map(|changes| Box::new(changes) as _).map_err(|error| Lost(error.to_string()))
     }
 

@@ -5,6 +5,8 @@
 
 mod seccomp;
 
+use std::path::Path;
+
 use cloche_protocol::boot::share_path;
 use cloche_runtime::{Filter, SeccompError};
 use cloche_share::Shared;
@@ -14,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::{
     request::{Isolation, RunRequest},
-    sandboxes::cgroup_path,
+    rootless::IdMaps,
     sources::Source,
 };
 
@@ -75,12 +77,22 @@ pub struct Workload {
     pub shares: Vec<Shared>,
 }
 
+/// Where on the host, and whose, a sandbox is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The path of its cgroup. In a VM, which has nothing else in it, only the name counts.
+    pub cgroup: &'a Path,
+    /// Users of a plain user's container.
+    pub users: Option<&'a IdMaps>,
+}
+
 /// Makes the spec of sandbox `id`. `sources` are those of the request's mounts, in the same order.
 pub fn workload(
     id: &str,
     request: &RunRequest,
     image: &ImageConfiguration,
     sources: &[Source],
+    place: &Place<'_>,
 ) -> Result<Workload, SpecError> {
     let config = image.config().as_ref();
     let args = arguments(request, config);
@@ -98,16 +110,21 @@ pub fn workload(
     let image_env = config.and_then(|config| config.env().clone()).unwrap_or_default();
     let env = environment(hostname, &image_env, &request.env);
 
-    let spec = match request.isolation {
-        Isolation::Process => process_spec(id, &args, &env, &cwd),
-        Isolation::Container | Isolation::Vm => container_spec(
-            id,
-            hostname,
-            request,
-            process(&args, &env, &cwd),
-            mounts(request.isolation, sources),
-        ),
+    let mut spec = match request.isolation {
+        Isolation::Process => process_spec(&args, &env, &cwd),
+        Isolation::Container | Isolation::Vm => {
+            container_spec(hostname, request, process(&args, &env, &cwd), mounts(request.isolation, sources))
+        }
     };
+    spec["linux"]["cgroupsPath"] = match (request.isolation, place.cgroup.file_name()) {
+        (Isolation::Vm, Some(name)) => Path::new("/cloche").join(name),
+        _ => place.cgroup.to_owned(),
+    }
+    .to_string_lossy()
+    .into();
+    if let Some(users) = place.users {
+        add_user_namespace(&mut spec, users);
+    }
     let spec: Spec = serde_json::from_value(spec).map_err(SpecError::Invalid)?;
     let filter = match request.isolation {
         Isolation::Process => None,
@@ -164,23 +181,17 @@ fn process(args: &[String], env: &[String], cwd: &str) -> Value {
 }
 
 /// The baseline of `compare`: the image's files as root directory and nothing else but a cgroup to find it by.
-fn process_spec(id: &str, args: &[String], env: &[String], cwd: &str) -> Value {
+fn process_spec(args: &[String], env: &[String], cwd: &str) -> Value {
     json!({
         "ociVersion": "1.2.0",
         "process": process(args, env, cwd),
         "root": {"path": "rootfs"},
-        "linux": {"namespaces": [{"type": "mount"}], "cgroupsPath": cgroup_path(id)},
+        "linux": {"namespaces": [{"type": "mount"}]},
     })
 }
 
 /// All but the system-call policy.
-fn container_spec(
-    id: &str,
-    hostname: &str,
-    request: &RunRequest,
-    mut process: Value,
-    mounts: Vec<Value>,
-) -> Value {
+fn container_spec(hostname: &str, request: &RunRequest, mut process: Value, mounts: Vec<Value>) -> Value {
     process["noNewPrivileges"] = true.into();
     process["rlimits"] = rlimits();
     process["capabilities"] =
@@ -196,7 +207,6 @@ fn container_spec(
                 {"type": "pid"}, {"type": "mount"}, {"type": "uts"}, {"type": "ipc"}, {"type": "network"},
                 {"type": "cgroup"},
             ],
-            "cgroupsPath": cgroup_path(id),
             "resources": resources(request),
             "maskedPaths": [
                 "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys",
@@ -207,6 +217,29 @@ fn container_spec(
         },
     })
 }
+
+/// What makes a plain user root of its container, and of nothing else.
+fn add_user_namespace(spec: &mut Value, users: &IdMaps) {
+    if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+        namespaces.push(json!({"type": "user"}));
+    }
+    spec["linux"]["uidMappings"] = json!(users.uids);
+    spec["linux"]["gidMappings"] = json!(users.gids);
+    for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+        let is_bind = mount["type"] == "bind";
+        let Some(options) = mount["options"].as_array_mut() else { continue };
+        if is_bind {
+            // No cgroup of root's forbids what device nodes in it open.
+            options.push("nodev".into());
+        }
+        if !users.has_group(TTY_GROUP) {
+            options.retain(|option| option != "gid=5");
+        }
+    }
+}
+
+/// Whose terminals are, in `default_mounts`.
+const TTY_GROUP: u32 = 5;
 
 /// The caller's own limits. A container on the host would inherit them anyway; a guest's kernel would derive other ones
 /// from its own size.
@@ -323,19 +356,37 @@ mod tests {
         }
     }
 
+    fn place(users: Option<&IdMaps>) -> Place<'_> {
+        Place { cgroup: Path::new("/cloche/x"), users }
+    }
+
     #[test]
     fn workload_of_both_isolations_is_the_same_spec() {
         let image = ImageConfiguration::default();
-        let container = workload("0123456789ab", &request(Isolation::Container), &image, &[]).unwrap();
-        let vm = workload("0123456789ab", &request(Isolation::Vm), &image, &[]).unwrap();
+        let container =
+            workload("0123456789ab", &request(Isolation::Container), &image, &[], &place(None)).unwrap();
+        let vm = workload("0123456789ab", &request(Isolation::Vm), &image, &[], &place(None)).unwrap();
         assert_eq!(container.spec, vm.spec);
         let filters = [&container, &vm].map(|made| made.filter.as_ref().unwrap().to_bytes());
         assert_eq!(filters[0], filters[1]);
     }
 
     #[test]
+    fn plain_users_workload_has_users_of_its_own_and_no_group_that_they_lack() {
+        let one = serde_json::from_value(json!([{"containerID": 0, "hostID": 1000, "size": 1}])).unwrap();
+        let users = IdMaps { uids: Vec::clone(&one), gids: one };
+        let image = ImageConfiguration::default();
+        let made = workload("x", &request(Isolation::Container), &image, &[], &place(Some(&users))).unwrap();
+        let spec = serde_json::to_value(&made.spec).unwrap();
+        assert_eq!(spec["linux"]["uidMappings"][0]["hostID"], 1000);
+        assert!(!spec["mounts"].to_string().contains("gid=5"));
+        assert!(spec["linux"]["namespaces"].to_string().contains("user"));
+    }
+
+    #[test]
     fn workload_limits_reach_the_spec() {
-        let made = workload("x", &request(Isolation::Vm), &ImageConfiguration::default(), &[]).unwrap();
+        let made = workload("x", &request(Isolation::Vm), &ImageConfiguration::default(), &[], &place(None))
+            .unwrap();
         let spec = serde_json::to_value(&made.spec).unwrap();
         let resources = &spec["linux"]["resources"];
         assert_eq!(resources["memory"]["limit"], 64 << 20);

@@ -293,6 +293,25 @@ impl<'a> Reader<'a> {
     }
 }
 
+impl FileData {
+    /// Runs of bytes of a file of `size`, which are somewhere: place in the file, place in the blob, and how many. What no
+    /// run has is zeros.
+    pub(crate) fn pieces(&self, size: u64) -> Vec<(u64, u64, u64)> {
+        let place = |block: u32| u64::from(block) << BLOCK_BITS;
+        match self {
+            FileData::Plain { block } => vec![(0, place(*block), size)],
+            FileData::Chunks { chunk_bits, runs } => {
+                let chunk = BLOCK << chunk_bits;
+                let piece = |run: &Run| {
+                    let start = u64::from(run.chunk) * chunk;
+                    (start, place(run.block), (u64::from(run.count) * chunk).min(size.saturating_sub(start)))
+                };
+                runs.iter().map(piece).collect()
+            }
+        }
+    }
+}
+
 impl ReadInode {
     /// Of a device node, its number as it is stored.
     pub(crate) fn device_number(&self) -> u32 {

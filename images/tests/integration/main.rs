@@ -22,6 +22,7 @@ mod saving;
 mod server;
 mod tarball;
 mod tree;
+mod unpacked;
 
 fn main() -> std::process::ExitCode {
     if let Some(code) = child::run() {
@@ -40,6 +41,7 @@ fn main() -> std::process::ExitCode {
         hostile::tests(),
         saving::tests(),
         engines::tests(),
+        unpacked::tests(),
     ];
     libtest_mimic::run(&arguments, tests.into_iter().flatten().collect()).exit_code()
 }

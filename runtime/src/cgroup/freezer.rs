@@ -52,6 +52,9 @@ pub fn thaw_process(pid: i32) {
 
 /// Freezes or thaws, and waits until that is so. What cannot be frozen is thawed again.
 pub(super) fn set(cgroup: &Cgroup, frozen: bool) -> Result<(), CgroupError> {
+    if cgroup.is_nowhere() {
+        return Err(CgroupError::Nowhere("stop it for a while"));
+    }
     let path = cgroup.paths().next().unwrap_or(Path::new(super::ROOT)).to_owned();
     let result = match of(cgroup) {
         Some(Freezer::V2(unified)) => {

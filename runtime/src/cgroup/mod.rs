@@ -32,7 +32,10 @@ pub use device_policy::DeviceRuleError;
 pub use freezer::thaw_process;
 use limits::Limits;
 pub use oom::OomWatch;
+pub use removal::signal;
 pub use usage::Usage;
+
+use crate::user_namespace;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -76,6 +79,20 @@ pub enum CgroupError {
         /// Why.
         reason: &'static str,
     },
+    /// This user may make no cgroup.
+    #[error(
+        "the limit {limit} needs a cgroup, and this user may make none{reason}; on a machine with cgroup v2 and \
+         systemd, start it by `systemd-run --user --scope -p Delegate=yes …`"
+    )]
+    NotDelegated {
+        /// The spec's field.
+        limit: &'static str,
+        /// Where one was to be made, and what the kernel said, starting with `: `.
+        reason: String,
+    },
+    /// This user's container has no cgroup.
+    #[error("there is no cgroup, since the user who started it may make none: nothing can {0}")]
+    Nowhere(&'static str),
     /// A device rule cannot be enforced.
     #[error(transparent)]
     DeviceRule(#[from] DeviceRuleError),
@@ -139,6 +156,17 @@ impl Layout {
     }
 }
 
+/// Below which path the caller may make cgroups: the machine's root at the top, a plain user below the cgroup that it is
+/// in, if there is one hierarchy only and somebody has given that cgroup to it.
+pub fn own_base() -> PathBuf {
+    let top = PathBuf::from("/");
+    if user_namespace::is_machine_root() || !matches!(Layout::detect(), Ok(Layout::V2)) {
+        return top;
+    }
+    let listed = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    listed.lines().find_map(|line| line.strip_prefix("0::")).map_or(top, PathBuf::from)
+}
+
 /// One container's cgroup, in every hierarchy where it has one.
 #[derive(Debug)]
 pub struct Cgroup {
@@ -194,6 +222,9 @@ impl DeviceGuard {
 impl Cgroup {
     /// Makes the cgroup of this path (absolute within the hierarchies), its parents included, and sets the
     /// limits, device rules excepted. If that fails, nothing but possibly parents is left.
+    ///
+    /// A plain user who may make none there gets one without any directory, unless there are limits. Device rules do not
+    /// count: such a user's container has its user namespace's devices only, which are those that are mounted in it.
     pub fn create(
         path: &Path,
         resources: Option<&LinuxResources>,
@@ -208,7 +239,18 @@ impl Cgroup {
             // The first failure is what the caller has to know.
             let _ = removal::remove(made.paths());
         }
-        result.map(|()| made)
+        match result {
+            Err(error) if is_refusal(&error) && !user_namespace::is_machine_root() => {
+                let wanted = limits.controllers();
+                let Some((_, limit)) = wanted.first() else {
+                    return Ok(Self { unified: None, v1: Vec::new(), layout });
+                };
+                let cause =
+                    std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
+                Err(CgroupError::NotDelegated { limit, reason: format!(": {error}{cause}") })
+            }
+            result => result.map(|()| made),
+        }
     }
 
     /// Whether such a cgroup could be made, as far as path and limits tell.
@@ -312,6 +354,11 @@ impl Cgroup {
         Ok(opened)
     }
 
+    /// Whether it has no directory in any hierarchy: a plain user may make none.
+    pub fn is_nowhere(&self) -> bool {
+        self.paths().next().is_none()
+    }
+
     /// A cgroup below this one, which must be there already.
     pub fn below(&self, path: &str) -> Result<Self, CgroupError> {
         let is_inside = Path::new(path)
@@ -349,6 +396,10 @@ impl Cgroup {
         resources: Option<&LinuxResources>,
     ) -> Result<Option<DeviceGuard>, CgroupError> {
         let Some(policy) = Limits::from_spec(resources)?.devices else { return Ok(None) };
+        if self.layout == Layout::V2 && !user_namespace::is_machine_root() {
+            // Only the machine's root may load programs of this kind; see `create`.
+            return Ok(None);
+        }
         Ok(match (self.layout, &self.unified, v1::of(&self.v1, "devices")) {
             (Layout::V2, Some(unified), _) => Some(DeviceGuard::V2 {
                 cgroup: files::open_directory(unified)?,
@@ -479,6 +530,12 @@ impl Cgroup {
     pub fn delete_unused(self) {
         self.paths().for_each(removal::remove_unused);
     }
+}
+
+/// Whether it is for want of rights.
+fn is_refusal(error: &CgroupError) -> bool {
+    let CgroupError::Io { source, .. } = error else { return false };
+    matches!(source.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS))
 }
 
 fn directory_identity(directory: &Path) -> Option<(u64, u64)> {

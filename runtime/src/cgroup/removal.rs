@@ -62,7 +62,7 @@ pub(super) fn listed(directory: &Path) -> Vec<i32> {
 }
 
 /// Sends a signal to processes; those that have ended meanwhile need none.
-pub(super) fn signal(processes: &[i32], signo: i32) -> Result<(), CgroupError> {
+pub fn signal(processes: &[i32], signo: i32) -> Result<(), CgroupError> {
     for pid in processes.iter().filter_map(|pid| Pid::from_raw(*pid)) {
         let Ok(pidfd) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) else {
             continue;

@@ -80,7 +80,16 @@ fn enable(directory: &Path, needed: &[(String, &'static str)]) -> Result<(), Cgr
         if !is_in(&available, controller) {
             return Err(refused(format!(": {}/cgroup.controllers lacks it", directory.display())));
         }
-        files::write(directory, "cgroup.subtree_control", &format!("+{controller}")).map_err(|error| {
+        let hand_down = || files::write(directory, "cgroup.subtree_control", &format!("+{controller}"));
+        let handed = match hand_down() {
+            Err(CgroupError::Io { source, .. })
+                if source.raw_os_error() == Some(libc::EBUSY) && step_aside(directory)? =>
+            {
+                hand_down()
+            }
+            result => result,
+        };
+        handed.map_err(|error| {
             match error {
                 // "No internal processes": only the real root may have both.
                 CgroupError::Io { source, .. } if source.raw_os_error() == Some(libc::EBUSY) => refused(
@@ -95,6 +104,19 @@ fn enable(directory: &Path, needed: &[(String, &'static str)]) -> Result<(), Cgr
         let _ = files::write(directory, "cgroup.subtree_control", &format!("+{controller}"));
     }
     Ok(())
+}
+
+/// Moves this process out of a cgroup that is to hand controllers down, if it alone is in there: a plain user's, whose
+/// containers' cgroups are below its own. Who has made that one removes it, with all below it.
+fn step_aside(directory: &Path) -> Result<bool, CgroupError> {
+    let own = std::process::id().to_string();
+    if files::read(directory, "cgroup.procs").unwrap_or_default().trim() != own {
+        return Ok(false);
+    }
+    let aside = directory.join(format!("cloche-monitor-{own}"));
+    make_parent(&aside)?;
+    files::write(&aside, "cgroup.procs", &own)?;
+    Ok(true)
 }
 
 /// Sets the limits of the container's directory.

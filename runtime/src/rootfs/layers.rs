@@ -1,4 +1,5 @@
-//! A root file system of EROFS layers under a writable overlay, whose upper layer is a tmpfs.
+//! A root file system of EROFS layers, or of layers unpacked as directories, under a writable overlay, whose upper layer
+//! is a tmpfs.
 
 use std::{
     ffi::CString,
@@ -8,7 +9,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, Mode, OFlags, mkdirat, openat},
+    fs::{CWD, Mode, OFlags, XattrFlags, mkdirat, openat, setxattr},
     io::Errno,
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
@@ -28,7 +29,7 @@ pub(super) const UPPER: &str = "upper";
 ///
 /// ```text
 ///  base: tmpfs, attached only while the overlay is made; reached later by its descriptor alone
-///   ├─ 0, 1, …     EROFS, read-only
+///   ├─ 0, 1, …     EROFS, or a clone of the directory's mount, read-only
 ///   ├─ upper, work
 ///   └─ root        overlay, which keeps the others alive by itself
 /// ```
@@ -52,7 +53,13 @@ pub(super) fn mount(lowers: &[Lower], base: BorrowedFd<'_>) -> Result<OwnedFd, R
         move_mount(layer, "", base, name.as_str(), flags).map_err(failed("attach a layer"))?;
     }
     [UPPER, "work", "root"].into_iter().try_for_each(directory)?;
-    let options = overlay_options(layers.len()).map_err(|_| failed("name the layers")(Errno::INVAL))?;
+    // In a user namespace there are no `trusted.*` attributes for overlayfs to note things in.
+    let user_attributes = lowers.iter().any(|lower| lower.path.is_dir());
+    if user_attributes {
+        check_user_attributes()?;
+    }
+    let options = overlay_options(layers.len(), user_attributes)
+        .map_err(|_| failed("name the layers")(Errno::INVAL))?;
     mount_classic("overlay", "root", "overlay", MountFlags::empty(), options.as_c_str())
         .map_err(failed("mount an overlay"))?;
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -63,13 +70,12 @@ pub(super) fn mount(lowers: &[Lower], base: BorrowedFd<'_>) -> Result<OwnedFd, R
 }
 
 /// overlayfs wants the top layer first.
-fn overlay_options(layers: usize) -> Result<CString, std::ffi::NulError> {
+fn overlay_options(layers: usize, user_attributes: bool) -> Result<CString, std::ffi::NulError> {
     let lowers: Vec<_> = (0..layers).rev().map(|number| number.to_string()).collect();
+    // With user attributes, it neither redirects nor leaves data below, and wants no word about it.
+    let whole = if user_attributes { "userxattr" } else { "redirect_dir=off,metacopy=off" };
     // What is moved or changed must be in the upper layer as a whole: layers of images know no references to lower ones.
-    CString::new(format!(
-        "lowerdir={},upperdir={UPPER},workdir=work,redirect_dir=off,metacopy=off",
-        lowers.join(":")
-    ))
+    CString::new(format!("lowerdir={},upperdir={UPPER},workdir=work,{whole}", lowers.join(":")))
 }
 
 /// Makes the base, unattached.
@@ -80,6 +86,19 @@ pub(super) fn base(lowers: &[Lower], upper_bytes: Option<u64>) -> Result<OwnedFd
 fn failed(action: &'static str, lowers: &[Lower]) -> impl FnOnce(Errno) -> RootfsError {
     let layers = lowers.len();
     move |errno| RootfsError::Overlay { action, layers, source: errno.into() }
+}
+
+/// In the tmpfs, where this process is. Without attributes in the upper layer, overlayfs could not hide what a directory
+/// made anew had in lower ones.
+fn check_user_attributes() -> Result<(), RootfsError> {
+    match setxattr(".", "user.overlay.cloche", b"y", XattrFlags::empty()) {
+        Err(Errno::OPNOTSUPP) => Err(RootfsError::NoUserAttributes),
+        result => result.map_err(|errno| RootfsError::Overlay {
+            action: "set an attribute in the tmpfs",
+            layers: 0,
+            source: errno.into(),
+        }),
+    }
 }
 
 fn tmpfs(size_bytes: Option<u64>) -> Result<OwnedFd, Errno> {
@@ -97,22 +116,38 @@ fn tmpfs(size_bytes: Option<u64>) -> Result<OwnedFd, Errno> {
 fn mount_layer(lower: &Lower) -> Result<OwnedFd, RootfsError> {
     let Lower { path, devices } = lower;
     let failed = |how, source| RootfsError::Layer { path: path.to_owned(), how, source };
+    if path.is_dir() {
+        return clone_directory(path).map_err(|source| failed("", source));
+    }
     match erofs(path, devices) {
         Ok(mount) => Ok(mount),
         Err(Errno::NOTBLK | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) if path.is_file() => {
-            let bind =
-                |path: &PathBuf| loop_device(path).map_err(|source| failed(" through loop devices", source));
+            let bind = |path: &PathBuf| {
+                loop_device(path).map_err(|source| failed(" as EROFS through loop devices", source))
+            };
             let (device, bound) = bind(path)?;
             let (devices, all_bound): (Vec<_>, Vec<_>) =
                 devices.iter().map(bind).collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
-            let mount =
-                erofs(&device, &devices).map_err(|errno| failed(" through loop devices", errno.into()))?;
+            let mount = erofs(&device, &devices)
+                .map_err(|errno| failed(" as EROFS through loop devices", errno.into()))?;
             // From here on the mount keeps them bound.
             drop((bound, all_bound));
             Ok(mount)
         }
-        Err(errno) => Err(failed("", errno.into())),
+        Err(errno) => Err(failed(" as EROFS", errno.into())),
     }
+}
+
+/// A directory as a mount of its own: nothing can be written through it.
+fn clone_directory(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = open_tree(CWD, path, flags)?;
+    syscalls::mount_setattr(
+        tree.as_fd(),
+        false,
+        syscalls::MountAttr::setting(MountAttrFlags::MOUNT_ATTR_RDONLY.bits().into()),
+    )?;
+    Ok(tree)
 }
 
 fn erofs(source: &Path, devices: &[PathBuf]) -> Result<OwnedFd, Errno> {
@@ -150,13 +185,14 @@ mod tests {
 
     #[test]
     fn overlay_options_of_three_layers_name_the_top_first() {
-        let options = overlay_options(3).unwrap();
+        let options = overlay_options(3, false).unwrap();
         let options = options.to_str().unwrap();
         assert!(options.starts_with("lowerdir=2:1:0,upperdir=upper,workdir=work,"), "{options}");
+        assert!(overlay_options(1, true).unwrap().to_str().unwrap().ends_with("work,userxattr"));
     }
 
     #[test]
     fn overlay_options_of_the_kernels_most_layers_fit_a_page() {
-        assert!(overlay_options(500).unwrap().as_bytes_with_nul().len() < 4096);
+        assert!(overlay_options(500, true).unwrap().as_bytes_with_nul().len() < 4096);
     }
 }

@@ -45,7 +45,7 @@ pub enum RootfsError {
     #[error("cannot make a root file system of no layers")]
     NoLayers,
     /// A layer could not be mounted.
-    #[error("cannot mount the layer {path} as EROFS{how}")]
+    #[error("cannot mount the layer {path}{how}")]
     Layer {
         /// Its block device or image file.
         path: PathBuf,
@@ -54,6 +54,12 @@ pub enum RootfsError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The kernel is too old for what a plain user needs.
+    #[error(
+        "this kernel's tmpfs keeps no user attributes, which a plain user's root file system needs; use Linux 6.6 or \
+         later, run as root, or use --isolation vm"
+    )]
+    NoUserAttributes,
     /// The overlay could not be mounted.
     #[error("cannot {action} for the overlay of {layers} layers")]
     Overlay {

@@ -12,11 +12,11 @@ use crate::suite::{Body, Story, body};
 use crate::world::Isolation;
 
 pub const BODIES: &[Body] = &[
-    body!(two_sandboxes_live_side_by_side),
-    body!(isolation_shown_is_the_one_observed),
-    body!(required_isolation_holds_or_nothing_runs),
-    body!(ended_sandbox_stays_listed_until_removed),
-    body!(running_sandbox_is_removed_by_force_only),
+    body!(two_sandboxes_live_side_by_side).rootless(),
+    body!(isolation_shown_is_the_one_observed).rootless(),
+    body!(required_isolation_holds_or_nothing_runs).rootless(),
+    body!(ended_sandbox_stays_listed_until_removed).rootless(),
+    body!(running_sandbox_is_removed_by_force_only).rootless(),
     body!(compare_measures_and_prints_json),
     body!(both_isolations_live_side_by_side).comparing_both(),
     body!(doctor_reports_json).once(),

@@ -10,14 +10,14 @@ use crate::suite::{Body, Story, body};
 use crate::world::Isolation;
 
 pub const BODIES: &[Body] = &[
-    body!(killed_command_line_is_reported_and_cleaned_up),
-    body!(killed_command_line_of_a_busy_sandbox_is_cleaned_up),
+    body!(killed_command_line_is_reported_and_cleaned_up).rootless(),
+    body!(killed_command_line_of_a_busy_sandbox_is_cleaned_up).rootless(),
     body!(killed_vmm_is_reported_and_cleaned_up).only(Isolation::Vm),
-    body!(killed_container_init_is_reported).only(Isolation::Container),
-    body!(everything_killed_at_once_is_cleaned_up),
+    body!(killed_container_init_is_reported).only(Isolation::Container).rootless(),
+    body!(everything_killed_at_once_is_cleaned_up).rootless(),
     body!(file_server_ends_with_whoever_is_killed).only(Isolation::Vm),
-    body!(next_run_cleans_up_by_itself),
-    body!(damaged_record_does_not_stop_other_commands),
+    body!(next_run_cleans_up_by_itself).rootless(),
+    body!(damaged_record_does_not_stop_other_commands).rootless(),
 ];
 
 /// Names and statuses are the user's to see, so they are the test's, too.

@@ -7,13 +7,13 @@ use crate::suite::{Body, Story, body};
 use crate::world::Isolation;
 
 pub const BODIES: &[Body] = &[
-    body!(exit_code_is_passed_on),
-    body!(missing_program_is_127),
-    body!(program_that_is_not_executable_is_126),
+    body!(exit_code_is_passed_on).rootless(),
+    body!(missing_program_is_127).rootless(),
+    body!(program_that_is_not_executable_is_126).rootless(),
     body!(script_without_interpreter_is_127),
-    body!(death_by_forced_signal_is_128_plus_signal),
+    body!(death_by_forced_signal_is_128_plus_signal).rootless(),
     body!(death_by_cpu_limit_is_137),
-    body!(orphans_die_with_the_first_process),
+    body!(orphans_die_with_the_first_process).rootless(),
     body!(start_errors_read_the_same_in_both).comparing_both(),
     body!(twenty_runs_leave_nothing_behind),
 ];

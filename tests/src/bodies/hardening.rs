@@ -8,14 +8,14 @@ use crate::suite::{Body, Story, body};
 use crate::world::Isolation;
 
 pub const BODIES: &[Body] = &[
-    body!(capabilities_are_dockers_default),
-    body!(other_user_has_no_effective_capability),
-    body!(blocked_system_calls_fail_with_eperm),
+    body!(capabilities_are_dockers_default).rootless(),
+    body!(other_user_has_no_effective_capability).rootless(),
+    body!(blocked_system_calls_fail_with_eperm).rootless(),
     body!(permitted_things_still_work),
-    body!(devices_are_limited_to_dockers_default),
-    body!(proc_and_sys_are_read_only_where_it_matters),
-    body!(sensitive_paths_are_masked),
-    body!(masks_cannot_be_lifted),
+    body!(devices_are_limited_to_dockers_default).rootless(),
+    body!(proc_and_sys_are_read_only_where_it_matters).rootless(),
+    body!(sensitive_paths_are_masked).rootless(),
+    body!(masks_cannot_be_lifted).rootless(),
     body!(status_is_equal_in_both).comparing_both(),
     body!(mounts_are_equal_in_both).comparing_both(),
     body!(surroundings_are_equal_in_both).comparing_both(),

@@ -12,19 +12,19 @@ use crate::tree::Tree;
 use crate::world::{Isolation, Need};
 
 pub const BODIES: &[Body] = &[
-    body!(environment_holds_image_values_and_given_ones),
-    body!(working_directory_is_set_and_made),
-    body!(user_is_taken_by_name_and_number),
-    body!(image_defaults_apply_and_yield),
-    body!(entrypoint_of_the_image_gets_the_command_as_arguments),
-    body!(process_is_pid_1_and_sees_only_its_own),
-    body!(host_name_is_set),
-    body!(network_holds_only_a_loopback_that_works),
-    body!(no_descriptor_of_the_host_leaks),
-    body!(kernel_is_the_hosts_or_not),
-    body!(arguments_arrive_as_given),
-    body!(clock_is_the_hosts),
-    body!(random_numbers_differ_between_sandboxes),
+    body!(environment_holds_image_values_and_given_ones).rootless(),
+    body!(working_directory_is_set_and_made).rootless(),
+    body!(user_is_taken_by_name_and_number).rootless(),
+    body!(image_defaults_apply_and_yield).rootless(),
+    body!(entrypoint_of_the_image_gets_the_command_as_arguments).rootless(),
+    body!(process_is_pid_1_and_sees_only_its_own).rootless(),
+    body!(host_name_is_set).rootless(),
+    body!(network_holds_only_a_loopback_that_works).rootless(),
+    body!(no_descriptor_of_the_host_leaks).rootless(),
+    body!(kernel_is_the_hosts_or_not).rootless(),
+    body!(arguments_arrive_as_given).rootless(),
+    body!(clock_is_the_hosts).rootless(),
+    body!(random_numbers_differ_between_sandboxes).rootless(),
     body!(debian_runs_as_well).needs(&[Need::DebianImage]),
 ];
 

@@ -12,13 +12,13 @@ use crate::tree::{LISTING_SCRIPT, Tree, What};
 
 pub const BODIES: &[Body] = &[
     body!(thousand_files_are_as_the_layer_says),
-    body!(whiteouts_and_opaque_directories_hide_lower_layers),
+    body!(whiteouts_and_opaque_directories_hide_lower_layers).rootless(),
     body!(hundred_layers_are_one_tree),
     body!(extended_attributes_come_through),
-    body!(root_is_writable_and_forgotten),
-    body!(read_only_root_refuses_writes),
-    body!(image_files_can_be_changed_in_place),
-    body!(absolute_and_escaping_symlinks_stay_inside),
+    body!(root_is_writable_and_forgotten).rootless(),
+    body!(read_only_root_refuses_writes).rootless(),
+    body!(image_files_can_be_changed_in_place).rootless(),
+    body!(absolute_and_escaping_symlinks_stay_inside).rootless(),
     body!(one_terabyte_sparse_file_is_read_quickly),
 ];
 

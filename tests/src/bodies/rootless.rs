@@ -1,4 +1,5 @@
-//! A user without any rights but to open `/dev/kvm`: from an image's archive to what runs in a VM.
+//! A user without any rights but to open `/dev/kvm`: from an image's archive to what runs in a VM or a container.
+//! (Many other bodies are told by such a user, too.)
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
@@ -15,16 +16,24 @@ use super::rootfs::base;
 use crate::bed::Bed;
 use crate::finished::Finished;
 use crate::image::Image;
-use crate::plain_user::{self, ID};
+use crate::plain_user::{self, FIRST_SUBORDINATE, ID, Ids};
 use crate::process::{Input, Running};
 use crate::suite::{Body, Story, body};
-use crate::world::Isolation;
+use crate::tree::{Tree, What};
+use crate::world::{Isolation, Need};
 
 pub const BODIES: &[Body] = &[
     body!(plain_user_runs_vms_from_directories_of_its_own).only(Isolation::Vm),
     body!(plain_user_s_sandbox_is_cleaned_up_after_a_kill).only(Isolation::Vm),
     body!(plain_user_s_files_are_shared_as_its_own).only(Isolation::Vm),
-    body!(plain_user_is_told_that_containers_need_root).only(Isolation::Vm),
+    body!(plain_user_without_further_ids_is_alone_in_its_container).only(Isolation::Container),
+    body!(plain_user_s_image_has_its_owners).only(Isolation::Container).needs(&[Need::NewIdMap]),
+    body!(plain_user_s_limits_need_a_cgroup).only(Isolation::Container),
+    body!(device_nodes_of_an_image_are_left_out_for_a_plain_user).only(Isolation::Container),
+    body!(plain_user_s_trees_go_with_their_image).only(Isolation::Container).needs(&[Need::NewIdMap]),
+    body!(plain_user_s_volume_is_removed_with_others_files)
+        .only(Isolation::Container)
+        .needs(&[Need::NewIdMap]),
 ];
 
 /// The user, with a home and a copy of `cloche` and its kernel.
@@ -67,7 +76,7 @@ impl<'a> User<'a> {
 
     fn start(&self, words: &[&str]) -> Result<Running> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(plain_user::words(&self.path("device"), &self.path("cloche"))).args(words);
+        command.args(plain_user::words(&self.path("device"), Ids::Alone, &self.path("cloche"))).args(words);
         command.env_clear().env("HOME", self.path("home"));
         if self.runtime_dir {
             command.env("XDG_RUNTIME_DIR", self.path("run"));
@@ -157,10 +166,120 @@ fn plain_user_s_files_are_shared_as_its_own(bed: &Bed) -> Story {
     Ok(())
 }
 
-fn plain_user_is_told_that_containers_need_root(bed: &Bed) -> Story {
-    let user = User::new(bed)?;
-    let finished = user.run(&["run", "--rm", "--isolation", "container", "busybox", "true"])?;
-    finished.refused_with(125)?.says("CAP_SYS_ADMIN")?.says("--isolation vm")?;
-    ensure!(user.records()? == Value::Array(vec![]), "something is left");
-    Ok(())
+/// A bed of a plain user's.
+fn plain<'a>(bed: &'a Bed<'_>, ids: Ids) -> Result<Bed<'a>> {
+    Bed::of_plain_user(bed.world(), Isolation::Container, ids)
+}
+
+fn plain_user_without_further_ids_is_alone_in_its_container(bed: &Bed) -> Story {
+    let bed = plain(bed, Ids::Alone)?;
+    let script = "id -u; id -g; tr -s ' ' < /proc/self/uid_map; touch /f && chown 1 /f || echo refused";
+    let finished = bed.busybox().sh(script).run()?.succeeds()?;
+    finished.prints(&format!("0\n0\n 0 {ID} 1\nrefused\n"))?;
+    let other = bed.busybox().with("-u", "1").command(&["true"]).run()?;
+    other.refused_with(125)?.says("user namespace")?;
+    bed.check_out()
+}
+
+/// The base image, and above it these.
+fn above_base(bed: &Bed, layers: &[Tree]) -> Result<Image> {
+    let base = base(bed)?.to_layer();
+    Ok(Image::new(std::iter::once(base).chain(layers.iter().map(Tree::to_layer)).collect()))
+}
+
+fn plain_user_s_image_has_its_owners(bed: &Bed) -> Story {
+    let mut owned = Tree::default();
+    owned.directory("made-in").mode = 0o1777;
+    owned.file("own", "").owner = (0, 0);
+    owned.file("daemons", "").owner = (1, 2);
+    owned.file("last", "").owner = (65_536, 65_536);
+    let mut beyond = owned.clone();
+    beyond.file("beyond", "").owner = (65_537, 0);
+    let (owned, beyond) = (above_base(bed, &[owned])?, above_base(bed, &[beyond])?);
+    let many = plain(bed, Ids::Many)?;
+    let script = "stat -c '%u %g' /own /daemons /last; id -u; touch /made-in/it; stat -c %u /made-in/it";
+    let image = many.generate("owned", &owned)?;
+    let finished = image.sandbox().with("-u", "7").sh(script).run()?.succeeds()?;
+    finished.prints("0 0\n1 2\n65536 65536\n7\n7\n")?;
+    drop(image);
+    let image = many.generate("beyond", &beyond)?;
+    image.sandbox().command(&["true"]).run()?.refused_with(125)?.says("/beyond")?.says("/etc/subuid")?;
+    drop(image);
+    many.check_out()?;
+    let alone = plain(bed, Ids::Alone)?;
+    let image = alone.generate("owned", &owned)?;
+    image.sandbox().sh("stat -c '%u %g' /own /daemons /last").run()?.succeeds()?.prints("0 0\n0 0\n0 0\n")?;
+    drop(image);
+    alone.check_out()
+}
+
+fn plain_user_s_limits_need_a_cgroup(bed: &Bed) -> Story {
+    let bed = plain(bed, Ids::Alone)?;
+    for (option, value) in [("--memory", "64m"), ("--cpus", "0.5"), ("--pids-limit", "10")] {
+        let finished = bed.busybox().with(option, value).command(&["true"]).run()?;
+        finished.refused_with(125)?.says("systemd-run --user")?;
+    }
+    bed.check_out()
+}
+
+fn device_nodes_of_an_image_are_left_out_for_a_plain_user(bed: &Bed) -> Story {
+    let (mut lower, mut upper) = (Tree::default(), Tree::default());
+    lower.directory("nodes");
+    lower.file("nodes/disk", "a file of the lower layer");
+    upper.directory("nodes");
+    upper.add("nodes/disk", 0o666, What::Character(1, 3));
+    upper.file("nodes/file", "");
+    let image = above_base(bed, &[lower, upper])?;
+    let bed = plain(bed, Ids::Alone)?;
+    let image = bed.generate("nodes", &image)?;
+    let finished = image.sandbox().sh("ls /nodes").run()?.succeeds()?;
+    finished.prints("file\n")?.says("1 device nodes")?;
+    // Unpacked already, there is nothing to tell.
+    image
+        .sandbox()
+        .sh("ls /nodes; mknod /nodes/disk c 1 3 || echo refused")
+        .run()?
+        .prints("file\nrefused\n")?;
+    drop(image);
+    bed.check_out()
+}
+
+/// Directories of unpacked layers.
+fn trees(bed: &Bed) -> Vec<PathBuf> {
+    let list = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let maps = list(&bed.store_root().join("trees")).filter(|path| path.is_dir());
+    maps.flat_map(|map| list(&map).collect::<Vec<_>>()).collect()
+}
+
+fn plain_user_s_trees_go_with_their_image(bed: &Bed) -> Story {
+    let mut files = Tree::default();
+    let private = files.directory("private");
+    (private.mode, private.owner) = (0o700, (33, 33));
+    files.file("private/file", "").owner = (33, 33);
+    let image = above_base(bed, &[files])?;
+    let bed = plain(bed, Ids::Many)?;
+    let before = trees(&bed);
+    let image = bed.generate("private", &image)?;
+    image.sandbox().with("-u", "33").sh("cat /private/file").run()?.succeeds()?;
+    ensure!(trees(&bed).len() > before.len(), "nothing was unpacked");
+    let running = image.sandbox().sh("echo up; sleep 100000").start()?;
+    running.wait_for_stdout("up\n")?;
+    bed.run(&["image", "rm", "private"])?.succeeds()?;
+    ensure!(trees(&bed).len() > before.len(), "a running container's root file system was removed");
+    running.signal(Signal::KILL)?;
+    running.wait()?;
+    bed.run(&["image", "prune"])?.succeeds()?;
+    ensure!(trees(&bed) == before, "left: {:?}", trees(&bed));
+    bed.check_out()
+}
+
+fn plain_user_s_volume_is_removed_with_others_files(bed: &Bed) -> Story {
+    let bed = plain(bed, Ids::Many)?;
+    let script = "mkdir /data/of && touch /data/of/seven && chown -R 7 /data/of && chmod 700 /data/of";
+    bed.busybox().with("-v", "plain-data:/data").sh(script).run()?.succeeds()?;
+    let file = bed.store_root().join("volumes/plain-data/data/of");
+    ensure!(owner(&file)?.0 == FIRST_SUBORDINATE + 6, "the directory is {}'s", owner(&file)?.0);
+    bed.run(&["volume", "rm", "plain-data"])?.succeeds()?;
+    ensure!(!file.exists(), "it is left");
+    bed.check_out()
 }

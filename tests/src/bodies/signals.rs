@@ -6,12 +6,12 @@ use crate::bed::Bed;
 use crate::suite::{Body, Story, body};
 
 pub const BODIES: &[Body] = &[
-    body!(sigterm_is_forwarded),
+    body!(sigterm_is_forwarded).rootless(),
     body!(sigint_is_forwarded),
     body!(other_signals_are_forwarded),
     body!(unhandled_sigterm_leaves_pid_1_alone),
-    body!(every_one_of_many_signals_arrives_until_the_last),
-    body!(signal_during_the_start_ends_it_cleanly),
+    body!(every_one_of_many_signals_arrives_until_the_last).rootless(),
+    body!(signal_during_the_start_ends_it_cleanly).rootless(),
 ];
 
 /// Waits in the background so that the trap runs at once.

@@ -11,14 +11,14 @@ use crate::suite::{Body, Story, body};
 const LARGE: usize = 20 << 20;
 
 pub const BODIES: &[Body] = &[
-    body!(stderr_stays_apart_from_stdout),
+    body!(stderr_stays_apart_from_stdout).rootless(),
     body!(twenty_mib_come_through_stdout_unchanged),
     body!(twenty_mib_go_through_stdin_unchanged),
-    body!(twenty_mib_make_the_round_trip),
+    body!(twenty_mib_make_the_round_trip).rootless(),
     body!(both_outputs_carry_much_at_once),
     body!(every_byte_value_survives),
     body!(end_of_input_reaches_the_process),
-    body!(input_arrives_while_the_process_runs),
+    body!(input_arrives_while_the_process_runs).rootless(),
     body!(without_i_the_input_is_empty),
     body!(unread_input_does_not_hold_up_the_end),
     body!(closed_output_does_not_hold_up_the_end),

@@ -12,9 +12,9 @@ use crate::suite::{Body, Story, body};
 use crate::tree::What;
 
 pub const BODIES: &[Body] = &[
-    body!(volume_outlives_its_sandboxes),
+    body!(volume_outlives_its_sandboxes).rootless(),
     body!(empty_volume_is_filled_from_the_image),
-    body!(volume_in_use_is_not_removed),
+    body!(volume_in_use_is_not_removed).rootless(),
     body!(volume_commands_tell_what_there_is).once(),
 ];
 

@@ -5,14 +5,12 @@
 //! taken the VMM over. Where this user may make no cgroups, a plain user without a delegated one above all, there is
 //! none; the guest is bounded by its own size then.
 
-use std::{collections::HashSet, io, os::fd::OwnedFd};
+use std::{collections::HashSet, io, os::fd::OwnedFd, path::Path};
 
 use cloche_runtime::cgroup::{Breadth, Cgroup, CgroupError};
 use cloche_share::Shared;
 use cloche_vmm::VmConfig;
 use oci_spec::runtime::{LinuxMemory, LinuxPids, LinuxResources};
-
-use crate::sandboxes::cgroup_path;
 
 /// What the VMM takes besides guest memory: itself, its threads' stacks, KVM's structures, 32 MiB that may wait for slow
 /// readers of streams, in up to twice the memory, and some room for the cached content of the files it reads, which
@@ -52,8 +50,9 @@ impl VmCgroup {
     }
 
     /// Makes it, if this user may.
-    pub(super) fn create(id: &str, config: &VmConfig, shares: &[Shared]) -> Result<Self, CgroupError> {
-        match Cgroup::create(&cgroup_path(id), None, Breadth::Needed) {
+    pub(super) fn create(path: &Path, config: &VmConfig, shares: &[Shared]) -> Result<Self, CgroupError> {
+        match Cgroup::create(path, None, Breadth::Needed) {
+            Ok(cgroup) if cgroup.is_nowhere() => Ok(Self::none()),
             Ok(cgroup) => {
                 let limits = Some(Limits::of(config, tmpfs_bytes(shares)));
                 Ok(Self { cgroup: Some(cgroup), limits, limited: false })

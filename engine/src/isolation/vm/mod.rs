@@ -40,7 +40,10 @@ use cloche_protocol::{
     machine::{GUEST_CID, vsock_port},
     message::{Exit, FromGuest, ToGuest},
 };
-use cloche_runtime::{Lower, cgroup::CgroupError};
+use cloche_runtime::{
+    Lower,
+    cgroup::{CgroupError, own_base},
+};
 use cloche_vmm::{
     config::{ConfigError, DiskConfig, InitramfsPart, ShareConfig, VmConfig, VsockConfig, VsockPort},
     event::Event,
@@ -55,6 +58,7 @@ use super::{Lost, Running, Streams, observed};
 use crate::{
     record::{ProcessId, Processes},
     request::{Isolation, RunRequest},
+    sandboxes::Owned,
     signals::Signals,
     spec::Workload,
     steering::CONTROL_SOCKET,
@@ -153,14 +157,14 @@ fn setup(action: &'static str) -> impl FnOnce(io::Error) -> VmError {
 /// Starts a VM with `workload` in it, on `layers` (EROFS, bottom first), and waits until the container's
 /// `execve` has succeeded. `dir` is the sandbox's own directory.
 pub fn start(
-    id: &str,
-    dir: &Path,
+    sandbox: &Owned,
     workload: &Workload,
     layers: Vec<Lower>,
     request: &RunRequest,
     signals: &Signals,
     trace: &mut Trace,
 ) -> Result<Box<dyn Running>, VmError> {
+    let (id, dir, cgroup) = (sandbox.record.id.as_str(), sandbox.dir(), sandbox.record.cgroup.as_path());
     kvm::check()?;
     let mut file_server = FileServer::new(&workload.shares).map_err(setup("start the file server"))?;
     let mut config = machine(dir, layers, request)?;
@@ -180,7 +184,8 @@ pub fn start(
     write_boot_archive(id, dir, workload, &config, request.interactive)?;
     // It gets ready while the VM boots.
     let companion = file_server.as_mut().and_then(FileServer::take_process);
-    let vmm = Vmm::spawn_in(VmCgroup::create(id, &config, &workload.shares)?, &config, &theirs, companion)?;
+    let vmm =
+        Vmm::spawn_in(VmCgroup::create(cgroup, &config, &workload.shares)?, &config, &theirs, companion)?;
     // Only then their end is seen.
     drop(theirs);
     trace.mark(Mark::VmmSpawned);
@@ -251,8 +256,8 @@ pub fn start(
 
 /// Whether a VM started now would have a cgroup with limits; makes one and removes it.
 pub(crate) fn probe_cgroup() -> Result<bool, CgroupError> {
-    let id = format!("doctor-{}", std::process::id());
-    let mut made = VmCgroup::create(&id, &VmConfig::new(1, 128, ""), &[])?;
+    let path = own_base().join(format!("cloche-doctor-{}", std::process::id()));
+    let mut made = VmCgroup::create(&path, &VmConfig::new(1, 128, ""), &[])?;
     made.limit()?;
     let limited = made.is_limited();
     made.remove().map(|()| limited)
