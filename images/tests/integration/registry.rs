@@ -371,10 +371,13 @@ fn certificates(bed: &Bed) -> Result<(), Failure> {
     trusted
 }
 
+/// What a proxy was asked for.
+type Asked = Arc<Mutex<Vec<String>>>;
+
 /// Makes tunnels to this machine, whichever is asked for; returns where it is, and what it was asked.
-fn proxy() -> Result<(String, Arc<Mutex<Vec<String>>>), Failure> {
+fn proxy() -> Result<(String, Asked), Failure> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    let (address, asked) = (listener.local_addr()?.to_string(), Arc::<Mutex<Vec<String>>>::default());
+    let (address, asked) = (listener.local_addr()?.to_string(), Asked::default());
     let heard = Arc::clone(&asked);
     let serve = move |mut client: TcpStream| -> std::io::Result<()> {
         let mut reader = BufReader::new(client.try_clone()?);
