@@ -115,7 +115,7 @@ fn merge_entry(what: u8, name: u8) -> Vec<u8> {
     }
 }
 
-fn layer_entry(kind: u8, name: &str, target: &str, content: &[u8]) -> Vec<u8> {
+pub(crate) fn layer_entry(kind: u8, name: &str, target: &str, content: &[u8]) -> Vec<u8> {
     let mut header = [0; BLOCK];
     header[..name.len()].copy_from_slice(name.as_bytes());
     header[100..107].copy_from_slice(b"0000644");
@@ -130,7 +130,7 @@ fn layer_entry(kind: u8, name: &str, target: &str, content: &[u8]) -> Vec<u8> {
     tar
 }
 
-fn memory(name: &str) -> File {
+pub(crate) fn memory(name: &str) -> File {
     File::from(memfd_create(name, MemfdFlags::CLOEXEC).unwrap())
 }
 

@@ -11,7 +11,7 @@ pub(crate) const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 /// Bytes of an image configuration. Real ones are a few KiB; labels and history may swell them.
 pub(crate) const MAX_CONFIG_BYTES: u64 = 8 << 20;
 
-/// Layers in an image: Docker's own limit, and below overlayfs' 500 lower directories.
+/// Layers in an image: Docker's own limit.
 pub(crate) const MAX_LAYERS: usize = 127;
 
 /// Images in one archive, and descriptors in one index.

@@ -18,10 +18,9 @@
 //! Layers are what [`crate::layer`] has made of archives, and so of bounded shape; what a disk may have done to them
 //! since is an error, too. Nothing here recurses, and the tree's memory is bounded.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::rc::Rc;
 
 use rustix::fs::FileType;
 
@@ -81,7 +80,7 @@ pub(crate) struct MergeLayer {
 
 /// Writes the metadata of all layers together into an empty file. The same layers give the same bytes.
 pub(crate) fn merge(layers: &[MergeLayer], output: &File, uuid: [u8; 16]) -> Result<(), MergeError> {
-    let mut merge = Merge { tree: Tree::new(IMPLIED_ATTRIBUTES), steps: 0, held: Vec::new() };
+    let mut merge = Merge { tree: Tree::new(IMPLIED_ATTRIBUTES), steps: 0, held: BTreeSet::new() };
     let mut devices: Vec<Device> = Vec::new();
     let mut bases: HashMap<Digest, u32> = HashMap::new();
     let mut next = 0_u32;
@@ -137,37 +136,8 @@ impl From<io::Error> for Problem {
     }
 }
 
-/// A directory on the way down from the root.
-struct Step {
-    node: NodeId,
-    parent: Option<Rc<Step>>,
-}
-
-impl Step {
-    /// The way to here from the root, without the root.
-    fn stack(&self) -> Vec<NodeId> {
-        let mut stack = Vec::new();
-        let mut step = self;
-        while let Some(parent) = &step.parent {
-            stack.push(step.node);
-            step = parent;
-        }
-        stack.reverse();
-        stack
-    }
-
-    fn along(stack: &[NodeId]) -> Rc<Step> {
-        let root = Rc::new(Step { node: Tree::ROOT, parent: None });
-        stack.iter().fold(root, |parent, &node| Step::below(&parent, node))
-    }
-
-    fn below(parent: &Rc<Step>, node: NodeId) -> Rc<Step> {
-        Rc::new(Step { node, parent: Some(parent.clone()) })
-    }
-}
-
 /// A directory of a layer, and where it goes.
-type Pending = VecDeque<(u64, Rc<Step>)>;
+type Pending = VecDeque<(u64, NodeId)>;
 
 /// What a layer's marks say of a file.
 #[derive(Default)]
@@ -193,8 +163,9 @@ struct Merge {
     tree: Tree,
     /// What following links has cost in this layer.
     steps: u64,
-    /// Nodes that are remembered until this layer is done, whatever it does to their names.
-    held: Vec<NodeId>,
+    /// Nodes that are remembered until this layer is done, whatever it does to their names. With a directory are those
+    /// that it is in, so that the way up from it stays.
+    held: BTreeSet<NodeId>,
 }
 
 impl Merge {
@@ -205,13 +176,14 @@ impl Merge {
         let lower = if marks.has_links { self.lower_files(reader)? } else { HashMap::new() };
         let mut layer = Applied { reader, base, lower, several: HashMap::new() };
         self.merge_directory(Tree::ROOT, attributes, &marks);
-        let mut pending = Pending::from([(reader.root(), Step::along(&[]))]);
+        let mut pending = Pending::from([(reader.root(), Tree::ROOT)]);
         while let Some((number, to)) = pending.pop_front() {
             for (name, child) in reader.entries(&reader.inode(number)?)? {
-                self.apply_entry(&mut layer, &to, &name, child, &mut pending)?;
-            }
-            if self.tree.bytes() > MAX_MERGED_BYTES {
-                return Err(Problem::TooLarge);
+                self.apply_entry(&mut layer, to, &name, child, &mut pending)?;
+                // Each time: one entry can be given thousands of directories by a link.
+                if self.tree.bytes() > MAX_MERGED_BYTES {
+                    return Err(Problem::TooLarge);
+                }
             }
         }
         std::mem::take(&mut self.held).into_iter().for_each(|node| self.tree.release(node));
@@ -219,32 +191,53 @@ impl Merge {
     }
 
     fn hold(&mut self, node: NodeId) {
-        self.tree.hold(node);
-        self.held.push(node);
+        if self.held.insert(node) {
+            self.tree.hold(node);
+        }
+    }
+
+    /// Holds a directory and the way to it.
+    fn hold_directory(&mut self, mut node: NodeId) {
+        while self.held.insert(node) {
+            self.tree.hold(node);
+            node = self.tree.parent(node);
+        }
+    }
+
+    /// The way to a directory from the root, without the root.
+    fn way(&mut self, mut node: NodeId) -> Vec<NodeId> {
+        let mut way = Vec::new();
+        while node != Tree::ROOT {
+            way.push(node);
+            node = self.tree.parent(node);
+        }
+        self.steps += way.len() as u64;
+        way.reverse();
+        way
     }
 
     fn apply_entry(
         &mut self,
         layer: &mut Applied<'_, '_>,
-        to: &Rc<Step>,
+        to: NodeId,
         name: &[u8],
         number: u64,
         pending: &mut Pending,
     ) -> Result<(), Problem> {
         if let Some(&node) = layer.several.get(&number) {
-            self.tree.replace(to.node, name, node);
+            self.tree.replace(to, name, node);
             return Ok(());
         }
         let inode = layer.reader.inode(number)?;
         let kind = FileType::from_raw_mode(inode.mode.into());
         if kind == FileType::CharacterDevice && inode.device_number() == 0 {
-            self.tree.remove(to.node, name);
+            self.tree.remove(to, name);
             return Ok(());
         }
         let (attributes, marks) = self.attributes(layer.reader, &inode)?;
         if kind == FileType::Directory {
-            let step = self.directory(to, name, attributes, &marks);
-            pending.push_back((number, step));
+            let goes_to = self.directory(to, name, attributes, &marks)?;
+            pending.push_back((number, goes_to));
             return Ok(());
         }
         let node = match marks.link {
@@ -259,7 +252,7 @@ impl Merge {
                 self.tree.add(Node { attributes, body })
             }
         };
-        self.tree.replace(to.node, name, node);
+        self.tree.replace(to, name, node);
         if inode.links > 1 {
             self.hold(node);
             layer.several.insert(number, node);
@@ -268,29 +261,43 @@ impl Merge {
     }
 
     /// Where the content of a layer's directory goes.
-    fn directory(&mut self, to: &Rc<Step>, name: &[u8], attributes: Attributes, marks: &Marks) -> Rc<Step> {
-        let existing = self.tree.child(to.node, name);
+    fn directory(
+        &mut self,
+        to: NodeId,
+        name: &[u8],
+        attributes: Attributes,
+        marks: &Marks,
+    ) -> Result<NodeId, Problem> {
+        let existing = self.tree.child(to, name);
         match existing.map(|node| (node, &self.tree[node].body)) {
             Some((node, Body::Directory(_))) => {
                 self.merge_directory(node, attributes, marks);
-                self.hold(node);
-                return Step::below(to, node);
+                self.hold_directory(node);
+                return Ok(node);
             }
             Some((_, Body::Symlink(_))) if marks.implied && !marks.opaque => {
                 let make =
                     |tree: &mut Tree, parent, name: &[u8]| Some(walk::make_directory(tree, parent, name));
-                let walked = walk::to_directory(&mut self.tree, to.stack(), name, &mut self.steps, make);
-                if let Ok(Some(stack)) = walked {
-                    stack.iter().for_each(|&node| self.hold(node));
-                    return Step::along(&stack);
+                let way = self.way(to);
+                match walk::to_directory(&mut self.tree, way, name, &mut self.steps, make) {
+                    Ok(way) => {
+                        let node = way.and_then(|way| way.last().copied()).unwrap_or(Tree::ROOT);
+                        self.hold_directory(node);
+                        return Ok(node);
+                    }
+                    Err(EntryProblem::LinkSteps) => {
+                        return Err(Problem::Layer(EntryProblem::LinkSteps.to_string()));
+                    }
+                    // It leads to no directory.
+                    Err(_) => {}
                 }
             }
             _ => {}
         }
         let node = self.tree.add(Node { attributes, body: Body::Directory(BTreeMap::new()) });
-        self.tree.replace(to.node, name, node);
-        self.hold(node);
-        Step::below(to, node)
+        self.tree.replace(to, name, node);
+        self.hold_directory(node);
+        Ok(node)
     }
 
     /// Puts a layer's directory upon one that is there.
@@ -383,4 +390,69 @@ fn body(layer: &Applied<'_, '_>, inode: &ReadInode, kind: FileType) -> io::Resul
         FileType::Fifo => Body::Fifo,
         _ => return Err(io::Error::other("it has a file of a kind that is never written")),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuzzing::{layer_entry, memory};
+    use crate::layer::{ExpectedLayer, convert};
+
+    fn layer(entries: impl IntoIterator<Item = Vec<u8>>) -> MergeLayer {
+        let mut archive = entries.into_iter().collect::<Vec<_>>().concat();
+        archive.resize(archive.len() + 1024, 0);
+        let diff_id = Digest::of(&archive);
+        let blob = memory("layer");
+        let expected = ExpectedLayer { blob: None, diff_id };
+        convert(archive.as_slice(), &expected, &blob, &memory("recipe"), |_| {}).unwrap();
+        MergeLayer { diff_id, blob }
+    }
+
+    fn link(name: &str, target: &str) -> Vec<u8> {
+        layer_entry(b'2', name, target, b"")
+    }
+
+    fn file(name: &str) -> Vec<u8> {
+        layer_entry(b'0', name, "", b"")
+    }
+
+    /// Ever more directories, of which the deepest is `top`, and links in it that lead to itself; then a layer with
+    /// something below each.
+    fn links_far_down(count: u32) -> Vec<MergeLayer> {
+        let deep = "d/".repeat(45);
+        let mut lower = Vec::new();
+        let mut top = ".".to_owned();
+        for level in 0..39 {
+            lower.push(file(&format!("{top}/{deep}x")));
+            let next = format!("l{level}");
+            lower.push(link(&next, &format!("{top}/{deep}")));
+            top = next;
+        }
+        lower.push(link("top", &top));
+        vec![
+            layer(lower),
+            layer((0..count).map(|number| link(&format!("top/s{number}"), "."))),
+            layer((0..count).map(|number| file(&format!("top/s{number}/y{number}")))),
+        ]
+    }
+
+    #[test]
+    fn way_to_a_link_far_down_is_counted() {
+        let layers = links_far_down(100);
+        let mut merged = Merge { tree: Tree::new(IMPLIED_ATTRIBUTES), steps: 0, held: BTreeSet::new() };
+        for layer in &layers {
+            merged.apply(&Reader::open(&layer.blob).unwrap(), 0).map_err(|_| "refused").unwrap();
+        }
+        let (depth, count) = (39 * 45, 100);
+        assert!((depth * count..(depth + 3) * (count + 2)).contains(&merged.steps), "{}", merged.steps);
+        assert!(merged.held.is_empty());
+        // Nothing was made at the links: all went to the one directory.
+        assert_eq!(merged.tree.len() as u64, 1 + depth + 39 + 40 + 2 * count);
+        let lower = walk::to_directory(&mut merged.tree, Vec::new(), b"top", &mut 0, |_, _, _| None);
+        let lower = *lower.unwrap().unwrap().last().unwrap();
+        assert!(merged.tree.child(lower, b"y99").is_some());
+
+        let refused = merge(&links_far_down(10_000), &memory("merged"), [0; 16]).unwrap_err();
+        assert!(refused.to_string().contains("symbolic links"), "{refused}");
+    }
 }

@@ -55,6 +55,8 @@ pub(crate) struct Tree {
     xattr_sets: HashMap<EncodedXattrs, XattrSet>,
     /// How many names each node has, and holds.
     holders: Vec<u32>,
+    /// Where each was last given a name. Of a directory, which has one name at most, it is where `..` leads.
+    parents: Vec<NodeId>,
     /// Places of nodes that were released.
     free: Vec<NodeId>,
     /// An estimate of the memory taken.
@@ -72,6 +74,7 @@ impl Tree {
             xattrs: Vec::new(),
             xattr_sets: HashMap::new(),
             holders: vec![1],
+            parents: vec![Tree::ROOT],
             free: Vec::new(),
             bytes: 0,
         }
@@ -89,6 +92,7 @@ impl Tree {
         let id = NodeId(self.nodes.len() as u32);
         self.nodes.push(node);
         self.holders.push(0);
+        self.parents.push(Tree::ROOT);
         id
     }
 
@@ -128,7 +132,15 @@ impl Tree {
             self.bytes += name_cost(name) + leaf;
         }
         self.hold(node);
+        if let Some(parent) = self.parents.get_mut(node.index()) {
+            *parent = directory;
+        }
         before
+    }
+
+    /// The directory in which a directory is or was; the root is in itself.
+    pub(crate) fn parent(&self, directory: NodeId) -> NodeId {
+        self.parents.get(directory.index()).copied().unwrap_or(Tree::ROOT)
     }
 
     /// As [`Self::name`], but whatever had the name is released.
