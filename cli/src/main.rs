@@ -3,7 +3,8 @@
 //!
 //! The binary is multi-call: `cloche vmm` is the process that one microVM lives in, `cloche share` the one that serves
 //! it files of the host, `cloche build-step` the monitor of one step of a build. They are started by the engine and the
-//! builder only and are looked for before arguments are parsed, to keep the start of a VM short. Called `cloche-container`, it is an OCI runtime.
+//! builder only and are looked for before arguments are parsed, to keep the start of a VM short. Called `cloche-container` or
+//! `cloche-vm`, it is an OCI runtime.
 
 #[macro_use]
 mod output;
@@ -19,8 +20,8 @@ use crate::arguments::{Arguments, Verb};
 
 fn main() -> ExitCode {
     let mut words = std::env::args_os();
-    if oci::is_called(words.next().as_ref()) {
-        return oci::main();
+    if let Some(isolation) = oci::called(words.next().as_ref()) {
+        return oci::main(isolation);
     }
     match words.next() {
         Some(word) if word == "vmm" => return commands::vmm::main(words),

@@ -30,4 +30,4 @@ pub mod syscalls;
 pub mod trace;
 pub mod volumes;
 
-pub use isolation::vm::INITRAMFS;
+pub use isolation::vm::{INITRAMFS, oci::OciVm};

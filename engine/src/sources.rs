@@ -153,7 +153,8 @@ impl Source {
     }
 }
 
-fn inherited_flags(path: &Path) -> io::Result<Vec<&'static str>> {
+/// Flags of the mount that a file lies on, as options: a bind keeps them, and a guest has to be told.
+pub(crate) fn inherited_flags(path: &Path) -> io::Result<Vec<&'static str>> {
     let flags = statvfs(path)?.f_flag;
     let known = [
         (StatVfsMountFlags::NOSUID, "nosuid"),

@@ -55,8 +55,8 @@ pub struct Boot {
     pub config: BootConfig,
     /// The container's.
     pub spec: Spec,
-    /// The container's.
-    pub filter: Filter,
+    /// The container's, if it has one.
+    pub filter: Option<Filter>,
 }
 
 /// Mounts, checks, reads; in this order, so that a foreign kernel is told apart from a broken one.
@@ -81,10 +81,19 @@ pub fn prepare() -> Result<Boot, BootError> {
         // The host's has a parent for all sandboxes, which costs some of a start. Here is but one.
         linux.set_cgroups_path(Some(Path::new("/").join(&config.id)));
     }
+    let filter = read_filter()?;
+    Ok(Boot { config, spec, filter })
+}
+
+/// A container without a policy comes without a filter.
+fn read_filter() -> Result<Option<Filter>, BootError> {
+    if !Path::new(FILTER_PATH).exists() {
+        return Ok(None);
+    }
     let filter = read(FILTER_PATH, |bytes| {
         Filter::from_bytes(bytes).ok_or_else(|| io::Error::other("it is no system-call filter"))
-    })?;
-    Ok(Boot { config, spec, filter })
+    });
+    filter.map(Some)
 }
 
 fn mount(kind: &'static str, target: &'static str, flags: MountFlags) -> Result<(), BootError> {

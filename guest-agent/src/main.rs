@@ -13,8 +13,10 @@
 mod boot;
 mod changes;
 mod disks;
+mod requests;
 mod serve;
 mod spec;
+mod stdio;
 mod syscalls;
 
 use std::{fs::File, io::Write};

@@ -1,22 +1,25 @@
-//! The agent's one poll loop: a container's stdio, the host's control messages, and the end of the container.
+//! The agent's one poll loop: what processes of the container read and write, what the host says and asks, and the end
+//! of the container.
 
 use std::{
     fs::File,
-    io::{self, Read},
-    os::fd::{AsFd, OwnedFd},
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
     path::PathBuf,
 };
 
 use cloche_protocol::{
     VERSION,
+    boot::{BootConfig, share_path},
     frame::{self, Decoder, FrameError},
     machine::{GuestMark, guest_port, vsock_port},
     message::{self, FromGuest, Status, ToGuest},
 };
-use cloche_runtime::{
-    Container, ExitStatus, Launch, LaunchError, Oci, Rootfs, Stdio, WaitError,
-    pump::{self, Pump, Target},
-};
+use cloche_runtime::{Container, Filter, Launch, LaunchError, Oci, Rootfs, WaitError, pump};
+use oci_spec::runtime::Spec;
 use rustix::{
     event::{PollFd, PollFlags},
     net::SocketFlags,
@@ -26,8 +29,15 @@ use crate::{
     boot::{self, Boot, BootError},
     chain,
     changes::Answer,
-    disks, say, syscalls,
+    disks,
+    requests::{Requests, exit_status},
+    say,
+    stdio::{HostStreams, Streams},
+    syscalls,
 };
+
+/// At which a container waits to be started.
+const GATE: &str = "/cloche/gate";
 
 /// Why the agent cannot serve. The host learns of it by the console.
 #[derive(Debug, thiserror::Error)]
@@ -57,33 +67,38 @@ pub enum ServeError {
 
 /// Boots, runs the container to its end and reports; returns when the host knows all.
 pub fn run() -> Result<(), ServeError> {
-    let boot = boot::prepare()?;
+    let Boot { config, spec, filter } = boot::prepare()?;
     let control = File::from(connect(vsock_port::CONTROL)?);
     frame::write(&control, &FromGuest::Ready { version: VERSION })?;
     syscalls::mark(GuestMark::AgentReady);
-    let mut streams = Streams::connect(boot.config.stdin)?;
-    match launch(boot, &mut streams) {
+    let mut streams = connect_streams(&config, &spec)?;
+    let gate = config.waits.then(|| UnixListener::bind(GATE)).transpose();
+    let gate = gate.map_err(|error| ServeError::System("make the container's gate", error))?;
+    match launch(&config, &spec, filter.as_ref(), &mut streams, gate.as_ref()) {
         Err(error) => {
             let report = FromGuest::Failed { exit_code: error.exit_code(), message: chain(&error) };
             frame::write(&control, &report)?;
         }
-        Ok(mut container) => {
-            frame::write(&control, &FromGuest::Started)?;
-            let mut questions = Questions::listen();
-            serve(&mut container, &mut streams, &control, &mut questions)?;
-            let exit = container.wait()?;
-            syscalls::mark(GuestMark::ProcessExit);
-            streams.drain()?;
-            let report = FromGuest::Exited(message::Exit {
-                status: match exit.status {
-                    ExitStatus::Code(code) => message::ExitStatus::Code(code),
-                    ExitStatus::Signal(signo) => message::ExitStatus::Signal(signo),
-                },
-                oom_killed: exit.oom_killed,
-                memory_peak_bytes: exit.memory_peak_bytes,
-            });
+        Ok(container) => {
+            // Or its end would not be seen.
+            drop(gate);
+            streams
+                .receive_terminal()
+                .map_err(|error| ServeError::System("receive the container's terminal", error))?;
+            frame::write(&control, &if config.waits { FromGuest::Created } else { FromGuest::Started })?;
+            let mut session = Session {
+                container,
+                spec: &spec,
+                filter: filter.as_ref(),
+                streams,
+                control: &control,
+                decoder: Decoder::default(),
+                starter: None,
+                questions: Questions::listen(),
+            };
+            let report = session.serve()?;
             frame::write(&control, &report)?;
-            questions.serve(&container)?;
+            session.questions.serve(&session.container)?;
         }
     }
     // The stream must outlive the report's delivery: closing it here could reset it under the host's hands.
@@ -95,64 +110,44 @@ fn connect(port: u32) -> Result<OwnedFd, ServeError> {
     syscalls::connect_host(port).map_err(|source| ServeError::Connect { port, source })
 }
 
-/// The container's three streams: the pumps that carry them, and the ends that the container gets.
-struct Streams {
-    pumps: Vec<Pump>,
-    container: Option<Stdio>,
+/// The container's streams.
+fn connect_streams(config: &BootConfig, spec: &Spec) -> Result<Streams, ServeError> {
+    let has_terminal = spec.process().as_ref().is_some_and(|process| process.terminal() == Some(true));
+    let streams = HostStreams {
+        stdin: config.stdin.then(|| connect(vsock_port::STDIN)).transpose()?,
+        stdout: connect(vsock_port::STDOUT)?,
+        stderr: (!has_terminal).then(|| connect(vsock_port::STDERR)).transpose()?,
+    };
+    Streams::new(streams, has_terminal).map_err(|error| ServeError::System("prepare stdio", error))
 }
 
-impl Streams {
-    fn connect(with_stdin: bool) -> Result<Self, ServeError> {
-        let pipe = |made: io::Result<_>| made.map_err(|error| ServeError::System("make a pipe", error));
-        let mut pumps = Vec::with_capacity(3);
-        let stdin = if with_stdin {
-            let (read, write) = pipe(pump::pipe_write_side())?;
-            pumps.push(Pump::new(connect(vsock_port::STDIN)?, write, Target::NonBlocking));
-            read
-        } else {
-            File::open("/dev/null").map_err(|error| ServeError::System("open /dev/null", error))?.into()
-        };
-        let mut output = |port| {
-            let (read, write) = pipe(pump::pipe_read_side())?;
-            let stream = connect(port)?;
-            rustix::io::ioctl_fionbio(&stream, true)
-                .map_err(|error| ServeError::System("make a stream non-blocking", error.into()))?;
-            pumps.push(Pump::new(read, stream, Target::NonBlocking));
-            Ok::<_, ServeError>(write)
-        };
-        let stdout = output(vsock_port::STDOUT)?;
-        let stderr = output(vsock_port::STDERR)?;
-        Ok(Self { pumps, container: Some(Stdio { stdin, stdout, stderr }) })
-    }
-
-    /// Moves what is left in the pipes of a container that has ended. Every process of it is dead (its PID
-    /// namespace died with its first process), so the pipes come to their end; stdin has nobody to go to.
-    fn drain(&mut self) -> Result<(), ServeError> {
-        let stdin_pumps = self.pumps.len() - 2;
-        self.pumps.drain(..stdin_pumps);
-        while !self.pumps.iter().all(Pump::is_done) {
-            pump::poll(&mut self.pumps, &[], None)
-                .map_err(|error| ServeError::System("carry stdio", error))?;
-        }
-        Ok(())
-    }
-}
-
-fn launch(boot: Boot, streams: &mut Streams) -> Result<Container, LaunchError> {
-    boot.config.layers.iter().for_each(|disk| disks::prepare(disk));
-    let layers = boot.config.layers.into_iter().map(|layer| PathBuf::from(layer).into()).collect();
-    let stdio = streams.container.take().unwrap_or_else(|| unreachable!("a boot launches once"));
+fn launch(
+    config: &BootConfig,
+    spec: &Spec,
+    filter: Option<&Filter>,
+    streams: &mut Streams,
+    gate: Option<&UnixListener>,
+) -> Result<Container, LaunchError> {
+    config.layers.iter().for_each(|disk| disks::prepare(disk));
+    let rootfs = match config.root_share {
+        Some(number) => Rootfs::Directory(share_path(number)),
+        None => Rootfs::Layers {
+            lowers: config.layers.iter().map(|layer| PathBuf::from(layer).into()).collect(),
+            upper_bytes: config.upper_bytes,
+        },
+    };
+    let stdio = streams.take_given().unwrap_or_else(|| unreachable!("a boot launches once"));
     syscalls::mark(GuestMark::ProcessStart);
     cloche_runtime::launch(Launch {
-        id: &boot.config.id,
-        spec: &boot.spec,
-        user: boot.config.user.as_deref(),
-        filter: Some(&boot.filter),
-        rootfs: Rootfs::Layers { lowers: layers, upper_bytes: boot.config.upper_bytes },
+        id: &config.id,
+        spec,
+        user: config.user.as_deref(),
+        filter,
+        rootfs,
         stdio,
         kill_on_parent_death: true,
         approve: None,
-        oci: Oci::default(),
+        oci: Oci { gate: gate.map(AsFd::as_fd), console_socket: streams.console_socket(), ..Oci::default() },
     })
 }
 
@@ -214,43 +209,159 @@ impl Questions {
     }
 }
 
-/// Serves until the container's first process has ended.
-fn serve(
-    container: &mut Container,
-    streams: &mut Streams,
-    mut control: &File,
-    questions: &mut Questions,
-) -> Result<(), ServeError> {
-    let mut decoder = Decoder::default();
-    loop {
-        let mut others = vec![
-            PollFd::from_borrowed_fd(container.pidfd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(control.as_fd(), PollFlags::IN),
-        ];
-        others.extend(questions.poll_fds());
-        let count = others.len();
-        let ready = pump::poll(&mut streams.pumps, &others, None)
-            .map_err(|error| ServeError::System("carry stdio", error))?;
-        drop(others);
-        let questioned = ready.iter().take(count).skip(2).any(|ready| *ready);
-        let [ended, commanded] = [ready.first(), ready.get(1)].map(|ready| ready == Some(&true));
-        if ended {
-            return Ok(());
-        }
-        if questioned {
-            questions.answer(container);
-        }
-        if commanded {
-            let mut bytes = [0; 4096];
-            match control.read(&mut bytes).map_err(FrameError::Io)? {
-                // The host is gone, and with it everybody who wants this container.
-                0 => return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()).into()),
-                count => decoder.push(&bytes[..count]),
+/// A container that runs, or waits to.
+struct Session<'a> {
+    container: Container,
+    spec: &'a Spec,
+    filter: Option<&'a Filter>,
+    streams: Streams,
+    control: &'a File,
+    decoder: Decoder,
+    /// Where the container, let through its gate, says what keeps it from running its program.
+    starter: Option<UnixStream>,
+    questions: Questions,
+}
+
+impl Session<'_> {
+    /// Serves until the container's first process has ended; how it did, or why it does not run.
+    fn serve(&mut self) -> Result<FromGuest, ServeError> {
+        // The container is served without it, too; the host then sees that nobody answers.
+        let requests = Requests::listen();
+        let mut requests = requests
+            .inspect_err(|error| say(&format!("cannot listen for requests of the host: {error}")))
+            .ok();
+        loop {
+            let round = self.wait(requests.as_mut())?;
+            if round.started
+                && let Some(failure) = self.read_start()?
+            {
+                return Ok(failure);
             }
-            while let Some(ToGuest::Signal { signo }) = decoder.take()? {
-                // The process may have ended meanwhile; then the signal has nobody to reach.
-                let _ = container.signal(signo);
+            if round.ended {
+                return self.finish();
+            }
+            if round.asked {
+                self.questions.answer(&self.container);
+            }
+            if let Some(requests) = &mut requests {
+                for (further, [commanded, ended]) in requests.further.iter_mut().zip(round.further) {
+                    let advanced = further.advance(commanded, ended);
+                    advanced.map_err(|error| ServeError::System("carry stdio", error))?;
+                }
+                requests.tidy();
+                if round.requested {
+                    requests.accept(&self.container, self.spec, self.filter);
+                }
+            }
+            if round.commanded {
+                self.obey()?;
             }
         }
     }
+
+    /// Waits until something happens, and lets what is carried move.
+    fn wait(&mut self, requests: Option<&mut Requests>) -> Result<Round, ServeError> {
+        let mut pumps: Vec<_> = self.streams.pumps.iter_mut().collect();
+        let mut others = vec![
+            PollFd::from_borrowed_fd(self.container.pidfd(), PollFlags::IN),
+            PollFd::new(self.control, PollFlags::IN),
+        ];
+        // Each of those that may be missing, by its place.
+        let started = place(
+            &mut others,
+            self.starter.as_ref().map(|starter| PollFd::from_borrowed_fd(starter.as_fd(), PollFlags::IN)),
+        );
+        let asked: Vec<_> =
+            self.questions.poll_fds().map(|question| place(&mut others, Some(question))).collect();
+        let mut requested = None;
+        let mut further = Vec::new();
+        if let Some(Requests { listener, further: each, .. }) = requests {
+            requested = place(&mut others, Some(PollFd::new(&*listener, PollFlags::IN)));
+            for one in each {
+                let (control, pidfd, carried) = one.parts();
+                pumps.extend(carried);
+                further.push([control, pidfd].map(|fd| place(&mut others, fd)));
+            }
+        }
+        let ready = pump::poll_each(pumps, &others, None)
+            .map_err(|error| ServeError::System("carry stdio", error))?;
+        let is_ready = |place: Option<usize>| place.is_some_and(|place| ready.get(place) == Some(&true));
+        Ok(Round {
+            ended: is_ready(Some(0)),
+            commanded: is_ready(Some(1)),
+            started: is_ready(started),
+            asked: asked.into_iter().any(is_ready),
+            requested: is_ready(requested),
+            further: further.into_iter().map(|places| places.map(is_ready)).collect(),
+        })
+    }
+
+    fn finish(&mut self) -> Result<FromGuest, ServeError> {
+        let exit = self.container.wait()?;
+        syscalls::mark(GuestMark::ProcessExit);
+        self.streams.drain().map_err(|error| ServeError::System("carry stdio", error))?;
+        Ok(FromGuest::Exited(message::Exit {
+            status: exit_status(exit.status),
+            oom_killed: exit.oom_killed,
+            memory_peak_bytes: exit.memory_peak_bytes,
+        }))
+    }
+
+    fn obey(&mut self) -> Result<(), ServeError> {
+        let mut bytes = [0; 4096];
+        let mut control = self.control;
+        match control.read(&mut bytes).map_err(FrameError::Io)? {
+            // The host is gone, and with it everybody who wants this container.
+            0 => return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()).into()),
+            count => self.decoder.push(bytes.get(..count).unwrap_or_default()),
+        }
+        while let Some(command) = self.decoder.take()? {
+            match command {
+                // The process may have ended meanwhile; then the signal has nobody to reach.
+                ToGuest::Signal { signo } => drop(self.container.signal(signo)),
+                ToGuest::Resize { rows, columns } => self.streams.resize(rows, columns),
+                ToGuest::Start => {
+                    // One that was killed at its gate has ended, which is seen.
+                    let starter = UnixStream::connect(GATE);
+                    self.starter = starter.and_then(|mut gate| gate.write_all(&[1]).map(|()| gate)).ok();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What a container that was let through its gate has to say: nothing, if it runs its program.
+    fn read_start(&mut self) -> Result<Option<FromGuest>, ServeError> {
+        let Some(mut starter) = self.starter.take() else { return Ok(None) };
+        let mut report = Vec::new();
+        // One that is killed now has ended, which is seen.
+        let _ = starter.read_to_end(&mut report);
+        Ok(match report.as_slice() {
+            [] => {
+                frame::write(self.control, &FromGuest::Started)?;
+                None
+            }
+            [exit_code, message @ ..] => Some(FromGuest::Failed {
+                exit_code: *exit_code,
+                message: String::from_utf8_lossy(message).into_owned(),
+            }),
+        })
+    }
+}
+
+/// Adds to what is waited for; where it stands there.
+fn place<'a>(others: &mut Vec<PollFd<'a>>, fd: Option<PollFd<'a>>) -> Option<usize> {
+    others.push(fd?);
+    Some(others.len() - 1)
+}
+
+/// What a round of waiting has brought.
+struct Round {
+    ended: bool,
+    commanded: bool,
+    started: bool,
+    asked: bool,
+    requested: bool,
+    /// Of each further process: whether its control stream has something, and whether it has ended.
+    further: Vec<[bool; 2]>,
 }

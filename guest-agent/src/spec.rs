@@ -6,7 +6,10 @@
 
 use std::{collections::HashMap, path::PathBuf};
 
-use oci_spec::runtime::{Linux, LinuxCapabilities, Mount, PosixRlimit, Process, Root, Spec, User};
+use oci_spec::runtime::{
+    Box as Cells, Linux, LinuxCapabilities, LinuxIOPriority, Mount, PosixRlimit, Process, Root, Scheduler,
+    Spec, User,
+};
 use serde::Deserialize;
 
 /// As in runtime-spec `config.md`.
@@ -28,6 +31,7 @@ struct Config {
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct ConfigProcess {
     terminal: Option<bool>,
+    console_size: Option<Cells>,
     user: User,
     args: Option<Vec<String>>,
     env: Option<Vec<String>>,
@@ -38,6 +42,8 @@ struct ConfigProcess {
     apparmor_profile: Option<String>,
     selinux_label: Option<String>,
     oom_score_adj: Option<i32>,
+    io_priority: Option<LinuxIOPriority>,
+    scheduler: Option<Scheduler>,
 }
 
 /// Reads `config.json`.
@@ -56,10 +62,16 @@ pub fn read(json: &[u8]) -> Result<Spec, serde_json::Error> {
     Ok(spec)
 }
 
+/// Reads a process of a running container.
+pub fn read_process(json: &str) -> Result<Process, serde_json::Error> {
+    serde_json::from_str(json).map(process)
+}
+
 fn process(config: ConfigProcess) -> Process {
     let mut process = Process::default();
     process
         .set_terminal(config.terminal)
+        .set_console_size(config.console_size)
         .set_user(config.user)
         .set_args(config.args)
         .set_env(config.env)
@@ -69,7 +81,9 @@ fn process(config: ConfigProcess) -> Process {
         .set_no_new_privileges(config.no_new_privileges)
         .set_apparmor_profile(config.apparmor_profile)
         .set_selinux_label(config.selinux_label)
-        .set_oom_score_adj(config.oom_score_adj);
+        .set_oom_score_adj(config.oom_score_adj)
+        .set_io_priority(config.io_priority)
+        .set_scheduler(config.scheduler);
     process
 }
 
@@ -100,6 +114,9 @@ mod tests {
                 "apparmorProfile": "",
                 "selinuxLabel": "",
                 "oomScoreAdj": 5,
+                "consoleSize": { "height": 25, "width": 80 },
+                "ioPriority": { "class": "IOPRIO_CLASS_IDLE", "priority": 0 },
+                "scheduler": { "policy": "SCHED_BATCH" },
             },
             "linux": { "namespaces": [{ "type": "mount" }], "maskedPaths": ["/proc/kcore"] },
         })

@@ -1,18 +1,13 @@
 //! Terminals: the socket that a container's terminal is sent to, and a user's own terminal carried to it.
 
 use std::{
-    io::{self, IoSliceMut},
-    mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
 use cloche_runtime::pump::{Pump, Target};
 use rustix::{
-    net::{
-        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketAddrUnix, SocketFlags,
-        SocketType, connect, recvmsg, socket_with, socketpair,
-    },
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, socketpair},
     stdio::{stdin, stdout},
     termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize},
 };
@@ -71,21 +66,12 @@ impl Console {
     pub(crate) fn terminal(self) -> Result<Option<Terminal>, Error> {
         let Self::Kept { here, there } = self else { return Ok(None) };
         drop(there);
-        Terminal::new(receive(&here).map_err(system("receive the container's terminal"))?).map(Some)
+        Terminal::new(
+            cloche_runtime::receive_terminal(here.as_fd())
+                .map_err(system("receive the container's terminal"))?,
+        )
+        .map(Some)
     }
-}
-
-fn receive(socket: &OwnedFd) -> io::Result<OwnedFd> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut name = [0; 64];
-    recvmsg(socket, &mut [IoSliceMut::new(&mut name)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    let mut fds = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-        _ => None,
-    });
-    let fd = fds.next().and_then(|mut fds| fds.next());
-    fd.ok_or_else(|| io::Error::other("no descriptor came"))
 }
 
 /// A container's terminal, carried to and from this process's own, which is in raw mode meanwhile.

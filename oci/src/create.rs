@@ -2,7 +2,7 @@
 
 use std::{cell::RefCell, fs, os::fd::AsFd, path::Path};
 
-use cloche_runtime::{Container, ExitStatus, Launch, Oci, Rootfs, cgroup::Cgroup, cgroup_path, hooks};
+use cloche_runtime::{ExitStatus, cgroup::Cgroup, cgroup_path, hooks};
 use oci_spec::runtime::{Hook, Spec};
 
 use crate::{
@@ -10,7 +10,9 @@ use crate::{
     console::{Console, own_stdio},
     error::{Error, of_file},
     foreground::{self, Signals},
-    gate, listener,
+    gate,
+    isolation::{Child, First, Isolation},
+    listener,
     process::ProcessId,
     state::{Home, Known, Record, Status},
     time,
@@ -56,13 +58,13 @@ impl Preserved {
 }
 
 /// Creates a container, which then waits to be started.
-pub fn create(home: &Home, creation: &Creation<'_>) -> Result<(), Error> {
+pub fn create(home: &Home<'_>, creation: &Creation<'_>) -> Result<(), Error> {
     make(home, creation, Style::Created).map(drop)
 }
 
 /// Creates and starts a container. In the foreground, waits for its end and removes it unless `keep`; returns the exit
 /// code of its process, 0 in the background.
-pub fn run(home: &Home, creation: &Creation<'_>, detach: bool, keep: bool) -> Result<u8, Error> {
+pub fn run(home: &Home<'_>, creation: &Creation<'_>, detach: bool, keep: bool) -> Result<u8, Error> {
     if detach {
         let (known, spec, _) = make(home, creation, Style::Detached)?;
         run_poststart_or_remove(&known, &spec)?;
@@ -74,11 +76,11 @@ pub fn run(home: &Home, creation: &Creation<'_>, detach: bool, keep: bool) -> Re
     let Made { mut container, console } = made;
     let terminal = console.terminal()?;
     foreground::attend(container.pidfd(), &signals, terminal)?;
-    let exit = container.wait()?;
+    let status = container.wait()?;
     if !keep {
         crate::verbs::remove(&known, &spec)?;
     }
-    Ok(exit_code(exit.status))
+    Ok(exit_code(status))
 }
 
 /// Nobody is told of a container whose `run` fails, so that nobody would delete it.
@@ -104,11 +106,11 @@ enum Style {
 }
 
 struct Made {
-    container: Container,
+    container: Box<dyn Child>,
     console: Console,
 }
 
-fn make(home: &Home, creation: &Creation<'_>, style: Style) -> Result<(Known, Spec, Made), Error> {
+fn make(home: &Home<'_>, creation: &Creation<'_>, style: Style) -> Result<(Known, Spec, Made), Error> {
     let Bundle { path, mut spec, rootfs } = Bundle::read(creation.bundle, creation.config, creation.warn)?;
     let terminal = spec.process().as_ref().is_some_and(|process| process.terminal() == Some(true));
     let console = Console::new(terminal, creation.console_socket, style != Style::Foreground)?;
@@ -138,7 +140,7 @@ fn make(home: &Home, creation: &Creation<'_>, style: Style) -> Result<(Known, Sp
         }
     };
     let known = RefCell::new(known);
-    let result = start(&known, creation, &spec, &console, style);
+    let result = start(home.isolation, &known, creation, &spec, &console, style);
     let known = known.into_inner();
     drop(lock);
     match result {
@@ -153,16 +155,17 @@ fn make(home: &Home, creation: &Creation<'_>, style: Style) -> Result<(Known, Sp
 }
 
 fn start(
+    isolation: &dyn Isolation,
     known: &RefCell<Known>,
     creation: &Creation<'_>,
     spec: &Spec,
     console: &Console,
     style: Style,
-) -> Result<Container, Error> {
+) -> Result<Box<dyn Child>, Error> {
+    let directory = known.borrow().directory.clone();
     let gate = match style {
         Style::Created => {
-            let directory = known.borrow().directory.clone();
-            Some(gate::make(&directory).map_err(of_file("make the start socket in", directory))?)
+            Some(gate::make(&directory).map_err(of_file("make the start socket in", &directory))?)
         }
         Style::Detached | Style::Foreground => None,
     };
@@ -177,34 +180,26 @@ fn start(
     let listener = |pid, listener| {
         listener::send(&record, listener::policy(spec), (pid, Status::Creating), pid, listener)
     };
-    let container = cloche_runtime::launch(Launch {
+    let container = isolation.launch(First {
         id: creation.id,
         spec,
-        user: None,
-        filter: None,
-        rootfs: Rootfs::Directory(record.rootfs.clone()),
+        rootfs: &record.rootfs,
+        directory: &directory,
+        gate: gate.as_ref().map(AsFd::as_fd),
         stdio: own_stdio()?,
-        kill_on_parent_death: false,
-        approve: None,
-        oci: Oci {
-            gate: gate.as_ref().map(AsFd::as_fd),
-            console_socket: console.socket(),
-            preserved_fds: creation.preserved.fds(),
-            keep_groups: record
-                .annotations
-                .get("run.oci.keep_original_groups")
-                .is_some_and(|keep| keep == "1"),
-            keep_keyring: creation.keep_keyring,
-            created: Some(&created),
-            hook_state: Some(&hook_state),
-            listener: Some(&listener),
-            warn: Some(creation.warn),
-        },
+        console_socket: console.socket(),
+        preserved_fds: creation.preserved.fds(),
+        keep_keyring: creation.keep_keyring,
+        keep_groups: record.annotations.get("run.oci.keep_original_groups").is_some_and(|keep| keep == "1"),
+        created: &created,
+        hook_state: &hook_state,
+        listener: &listener,
+        warn: creation.warn,
     })?;
     if let Some(path) = creation.pid_file
         && let Err(error) = write_pid_file(path, container.pid())
     {
-        let _ = container.delete();
+        container.discard();
         return Err(error);
     }
     Ok(container)

@@ -36,7 +36,7 @@ pub struct Event<'a> {
 }
 
 /// One report of what a container uses, in the form that other runtimes print, and with its pressure stalls.
-pub fn statistics<'a>(home: &Home, id: &'a str) -> Result<Event<'a>, Error> {
+pub fn statistics<'a>(home: &Home<'_>, id: &'a str) -> Result<Event<'a>, Error> {
     let known = home.find(id)?;
     if known.status() == Status::Stopped {
         return Err(Error::NotRunning(id.to_owned(), "stopped"));
@@ -47,7 +47,7 @@ pub fn statistics<'a>(home: &Home, id: &'a str) -> Result<Event<'a>, Error> {
 /// Reports statistics at every interval and out-of-memory events as they come, until the container ends or nobody
 /// listens any more.
 pub fn watch(
-    home: &Home,
+    home: &Home<'_>,
     id: &str,
     interval: Duration,
     tell: &mut dyn FnMut(&Event<'_>) -> bool,

@@ -2,7 +2,6 @@
 
 use std::{os::fd::AsFd, path::Path};
 
-use cloche_runtime::{Join, Joined, join};
 use oci_spec::runtime::Process;
 
 use crate::{
@@ -10,6 +9,7 @@ use crate::{
     create::{Preserved, exit_code, write_pid_file},
     error::{Error, system},
     foreground::{self, Signals},
+    isolation::Further,
     listener,
     state::{Home, Status},
 };
@@ -37,7 +37,7 @@ pub struct Execution<'a> {
 }
 
 /// Runs a process in a container; returns its exit code, 0 in the background.
-pub fn exec(home: &Home, execution: &Execution<'_>) -> Result<u8, Error> {
+pub fn exec(home: &Home<'_>, execution: &Execution<'_>) -> Result<u8, Error> {
     // Until it is created, its first process is still in the caller's root file system.
     home.find(execution.id)?.await_creation()?;
     let known = home.find(execution.id)?;
@@ -60,30 +60,22 @@ pub fn exec(home: &Home, execution: &Execution<'_>) -> Result<u8, Error> {
     let own = spec.process().as_ref();
     let process = (execution.process)(own.unwrap_or(&Process::default()))?;
     let console = Console::new(process.terminal() == Some(true), execution.console_socket, execution.detach)?;
-    let cgroup = match execution.cgroup {
-        Some(below) => known.cgroup()?.below(below)?,
-        None => known.cgroup()?,
-    };
     let signals = if execution.detach { None } else { Some(Signals::collect()?) };
-    let linux = spec.linux().as_ref();
     let listener = |pid, listener| {
         listener::send(&known.record, listener::policy(&spec), (first.pid, status), pid, listener)
     };
-    let joined: Joined = join(Join {
-        id: execution.id,
-        pid: first.pid,
+    let mut joined = home.isolation.join(Further {
+        known: &known,
+        spec: &spec,
+        first,
         pidfd: pidfd.as_fd(),
         process: &process,
-        seccomp: listener::policy(&spec),
-        filter: None,
-        listener: Some(&listener),
-        personality: linux.and_then(|linux| linux.personality().as_ref()),
-        cgroup: &cgroup,
+        cgroup: execution.cgroup,
+        listener: &listener,
         stdio: own_stdio()?,
         console_socket: console.socket(),
         preserved_fds: execution.preserved.fds(),
-        keep_keyring: false,
-        warn: Some(execution.warn),
+        warn: execution.warn,
     })?;
     if let Some(path) = execution.pid_file {
         write_pid_file(path, joined.pid())?;

@@ -22,6 +22,7 @@ mod exec;
 mod features;
 mod foreground;
 mod gate;
+mod isolation;
 mod listener;
 mod process;
 mod state;
@@ -35,6 +36,8 @@ pub use create::{Creation, Preserved, create, run};
 pub use error::Error;
 pub use exec::{Execution, exec};
 pub use features::features;
+pub use isolation::{Child, First, Further, Inside, Isolation, OnHost, Seen};
+pub use process::ProcessId;
 pub use state::{Home, Known, State, Status};
 pub use verbs::{delete, kill, list, pause, processes, resume, start, state, update};
 

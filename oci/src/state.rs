@@ -19,12 +19,16 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::{Error, of_file},
     gate,
+    isolation::Isolation,
     process::ProcessId,
 };
 
-/// The directory of all containers.
-#[derive(Debug, Clone)]
-pub struct Home(PathBuf);
+/// The directory of all containers of an isolation.
+#[derive(Debug, Clone, Copy)]
+pub struct Home<'a> {
+    path: &'a Path,
+    pub(crate) isolation: &'a dyn Isolation,
+}
 
 /// What is recorded of a container. Its status is not: that is seen.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -98,10 +102,15 @@ const LOCK: &str = "lock";
 const RECORD: &str = "state.json";
 const CONFIG: &str = "config.json";
 
-impl Home {
+impl<'a> Home<'a> {
     /// The directory of this path, which need not be there yet.
-    pub fn new(path: PathBuf) -> Self {
-        Self(path)
+    pub fn new(path: &'a Path, isolation: &'a dyn Isolation) -> Self {
+        Self { path, isolation }
+    }
+
+    /// Whether its isolation knows more of a container's processes than their ids, which mean nothing here.
+    pub fn shows_processes(&self) -> bool {
+        !self.isolation.enters_containers()
     }
 
     pub(crate) fn directory(&self, id: &str) -> Result<PathBuf, Error> {
@@ -110,7 +119,7 @@ impl Home {
         if id.is_empty() || id.len() > 1024 || id == "." || id == ".." || !id.bytes().all(is_valid) {
             return Err(Error::Id(id.to_owned()));
         }
-        Ok(self.0.join(id))
+        Ok(self.path.join(id))
     }
 
     /// Claims an id by making its directory.
@@ -119,7 +128,7 @@ impl Home {
         let make =
             // The environment of a process is nobody else's to read.
             |recursive, path: &Path| fs::DirBuilder::new().recursive(recursive).mode(0o700).create(path);
-        make(true, &self.0).map_err(of_file("create", &self.0))?;
+        make(true, self.path).map_err(of_file("create", self.path))?;
         match make(false, &directory) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists(id.to_owned())),
             result => result.map(|()| directory.clone()).map_err(of_file("create", directory)),
@@ -149,9 +158,9 @@ impl Home {
 
     /// All containers, by id.
     pub(crate) fn all(&self) -> Result<Vec<Known>, Error> {
-        let entries = match fs::read_dir(&self.0) {
+        let entries = match fs::read_dir(self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            result => result.map_err(of_file("read", &self.0))?,
+            result => result.map_err(of_file("read", self.path))?,
         };
         let mut all: Vec<_> = entries
             .flatten()
@@ -221,7 +230,7 @@ impl Known {
     }
 
     /// The configuration that it was created with.
-    pub(crate) fn spec(&self) -> Result<Spec, Error> {
+    pub fn spec(&self) -> Result<Spec, Error> {
         let path = self.directory.join(CONFIG);
         let text = fs::read(&path).map_err(of_file("read", &path))?;
         serde_json::from_slice(&text).map_err(|source| Error::Config { path, source: source.into() })
@@ -273,6 +282,16 @@ impl Known {
             return Status::Paused;
         }
         if gate::is_waited_at(&self.directory) { Status::Created } else { Status::Running }
+    }
+
+    /// Its directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The path of its cgroup in the hierarchies.
+    pub fn cgroup_path(&self) -> &Path {
+        &self.record.cgroup
     }
 
     /// Its id.

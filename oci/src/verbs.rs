@@ -13,12 +13,13 @@ use crate::{
     create::{run_hooks, run_poststart},
     error::{Error, of_file, system},
     gate::{self, Outcome},
+    isolation::Inside,
     listener,
     state::{Home, Known, Status},
 };
 
 /// Lets a created container run its program.
-pub fn start(home: &Home, id: &str) -> Result<(), Error> {
+pub fn start(home: &Home<'_>, id: &str) -> Result<(), Error> {
     home.find(id)?.await_creation()?;
     let known = home.find(id)?;
     let refused = |status: Status| {
@@ -50,26 +51,21 @@ pub fn start(home: &Home, id: &str) -> Result<(), Error> {
 }
 
 /// The state of a container, as JSON.
-pub fn state(home: &Home, id: &str) -> Result<String, Error> {
+pub fn state(home: &Home<'_>, id: &str) -> Result<String, Error> {
     let known = home.find(id)?;
     serde_json::to_string_pretty(&known.state()).map_err(|error| system("print the state")(error))
 }
 
 /// All containers.
-pub fn list(home: &Home) -> Result<Vec<Known>, Error> {
+pub fn list(home: &Home<'_>) -> Result<Vec<Known>, Error> {
     home.all()
 }
 
 /// Sends a signal to a container's first process, or to all of its processes.
-pub fn kill(home: &Home, id: &str, signo: i32, all: bool) -> Result<(), Error> {
+pub fn kill(home: &Home<'_>, id: &str, signo: i32, all: bool) -> Result<(), Error> {
     let known = home.find(id)?;
-    let cgroup = known.cgroup()?;
     if all {
-        // Also where the first process is gone: others may be left, if they have no PID namespace to die with.
-        if cgroup.is_nowhere() {
-            cloche_runtime::cgroup::signal(&listed(&known, &cgroup)?, signo)?;
-        }
-        return Ok(cgroup.signal_all(signo)?);
+        return home.isolation.signal_all(&known, signo);
     }
     let pidfd = match known.record.process {
         Some(process) => process.open().map_err(system("open the container's process"))?,
@@ -78,29 +74,12 @@ pub fn kill(home: &Home, id: &str, signo: i32, all: bool) -> Result<(), Error> {
     let Some(pidfd) = pidfd else {
         return Err(Error::NotRunning(id.to_owned(), "stopped"));
     };
-    if signo == libc::SIGKILL && shares_pids(&known.spec()?) {
-        return Ok(cgroup.kill_all()?);
-    }
-    match cloche_runtime::send_signal(pidfd.as_fd(), signo) {
-        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
-            Err(Error::NotRunning(id.to_owned(), "stopped"))
-        }
-        result => result.map_err(system("send the signal")),
-    }
-}
-
-/// Whether its processes do not die with the first one.
-fn shares_pids(spec: &Spec) -> bool {
-    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    let pid = namespaces.and_then(|namespaces| {
-        namespaces.iter().find(|one| one.typ() == oci_spec::runtime::LinuxNamespaceType::Pid)
-    });
-    pid.is_none_or(|pid| pid.path().is_some())
+    home.isolation.signal(&known, pidfd.as_fd(), signo)
 }
 
 /// Removes a container that has ended or was never started; with `force` whatever it is doing, and without complaint
 /// when there is none.
-pub fn delete(home: &Home, id: &str, force: bool) -> Result<(), Error> {
+pub fn delete(home: &Home<'_>, id: &str, force: bool) -> Result<(), Error> {
     let known = match home.find(id) {
         Ok(known) => known,
         Err(Error::NoContainer(_)) if force => return home.remove_claim(id).map(drop),
@@ -169,7 +148,7 @@ pub(crate) fn forget(known: &Known, spec: &Spec) -> Result<(), Error> {
 }
 
 /// Stops all processes of a container until they are resumed.
-pub fn pause(home: &Home, id: &str) -> Result<(), Error> {
+pub fn pause(home: &Home<'_>, id: &str) -> Result<(), Error> {
     let known = home.find(id)?;
     match known.status() {
         Status::Created | Status::Running => Ok(known.cgroup()?.freeze()?),
@@ -178,7 +157,7 @@ pub fn pause(home: &Home, id: &str) -> Result<(), Error> {
 }
 
 /// Lets a paused container go on.
-pub fn resume(home: &Home, id: &str) -> Result<(), Error> {
+pub fn resume(home: &Home<'_>, id: &str) -> Result<(), Error> {
     let known = home.find(id)?;
     match known.status() {
         Status::Paused => Ok(known.cgroup()?.thaw()?),
@@ -187,40 +166,20 @@ pub fn resume(home: &Home, id: &str) -> Result<(), Error> {
 }
 
 /// Changes the limits of a container that runs.
-pub fn update(home: &Home, id: &str, resources: &LinuxResources) -> Result<(), Error> {
+pub fn update(home: &Home<'_>, id: &str, resources: &LinuxResources) -> Result<(), Error> {
     let mut known = home.find(id)?;
     if known.status() == Status::Stopped {
         return Err(Error::NotRunning(id.to_owned(), "stopped"));
     }
     let mut cgroup = known.cgroup()?;
-    let mut resources = resources.clone();
-    // Memory and swap together mean nothing without memory, which stays what it is.
-    if let Some(mut memory) = *resources.memory()
-        && memory.swap().is_some()
-        && memory.limit().is_none()
-    {
-        let present = cgroup.usage().memory_limit_bytes.and_then(|bytes| i64::try_from(bytes).ok());
-        memory.set_limit(present);
-        resources.set_memory(Some(memory));
-    }
-    let updated = cgroup.update(&known.record.cgroup, &resources);
+    let updated = home.isolation.update(&known, &mut cgroup, resources);
     // It may have got directories in further hierarchies.
     known.record.cgroup_identity = cgroup.identity();
     known.save()?;
-    Ok(updated?)
+    updated
 }
 
-/// Ids of a container's processes.
-pub fn processes(home: &Home, id: &str) -> Result<Vec<i32>, Error> {
-    let known = home.find(id)?;
-    let cgroup = known.cgroup()?;
-    listed(&known, &cgroup)
-}
-
-/// Those of its cgroup. A plain user's container has none where no cgroup is the user's; then, those of its PID namespace.
-fn listed(known: &Known, cgroup: &Cgroup) -> Result<Vec<i32>, Error> {
-    if !cgroup.is_nowhere() {
-        return Ok(cgroup.processes()?);
-    }
-    Ok(known.alive().map_or_else(Vec::new, |process| process.with_its_namespace()))
+/// The processes of a container.
+pub fn processes(home: &Home<'_>, id: &str) -> Result<Vec<Inside>, Error> {
+    home.isolation.processes(&home.find(id)?)
 }

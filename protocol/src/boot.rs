@@ -32,6 +32,10 @@ pub struct BootConfig {
     pub id: String,
     /// Block devices that hold the image's layers as EROFS, bottom layer first, e.g. `/dev/vda`.
     pub layers: Vec<String>,
+    /// The share that is the root file system, in place of layers; see [`share_path`].
+    pub root_share: Option<usize>,
+    /// Whether the container waits, made but not started, for [`crate::message::ToGuest::Start`].
+    pub waits: bool,
     /// Docker's `user[:group]`, resolved in the container's own `/etc/passwd` and `/etc/group`; `None` keeps the
     /// spec's numbers.
     pub user: Option<String>,

@@ -12,6 +12,7 @@
 //!    vsock 1027  stderr  ◀─────────── raw bytes ─────────────────
 //!    vsock 1030  status  ─── a frame, when the host dials ────────▶
 //!    vsock 1031  changes ─── what the container has written, when the host dials and asks
+//!    vsock 1032  requests ── frames, when the host dials; then raw bytes, if the stream is one of a process ──
 //!  VMM: I/O port 0x5c0 ◀── marks;  0x5c4 ◀── exit code
 //! ```
 //!
@@ -25,4 +26,4 @@ pub mod message;
 
 /// Version of this contract. The agent refuses a [`boot::BootConfig`] of another version: host and guest are
 /// built from one source tree, so a mismatch means a stale agent.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;

@@ -13,7 +13,7 @@ pub mod vsock_port {
     pub const CONTROL: u32 = 1024;
     /// The process's stdin, raw; the host's half-close is end of file.
     pub const STDIN: u32 = 1025;
-    /// The process's stdout, raw; the guest's half-close is end of file.
+    /// The process's stdout, or its terminal's output, raw; the guest's half-close is end of file.
     pub const STDOUT: u32 = 1026;
     /// The process's stderr, raw; the guest's half-close is end of file.
     pub const STDERR: u32 = 1027;
@@ -25,6 +25,8 @@ pub mod guest_port {
     pub const STATUS: u32 = 1030;
     /// Whoever connects and asks gets the container's changes: see [`crate::changes`]. Also after the container's end.
     pub const CHANGES: u32 = 1031;
+    /// Whoever connects sends a [`crate::message::Request`], framed as in [`crate::frame`].
+    pub const REQUESTS: u32 = 1032;
 }
 
 /// x86 I/O ports of the VMM's own device.

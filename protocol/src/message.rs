@@ -1,4 +1,4 @@
-//! Control messages on [`crate::machine::vsock_port::CONTROL`].
+//! Control messages on [`crate::machine::vsock_port::CONTROL`], and requests on [`crate::machine::guest_port::REQUESTS`].
 
 use serde::{Deserialize, Serialize};
 
@@ -6,10 +6,19 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum ToGuest {
-    /// Send a signal to the container's first process.
+    /// Send a signal to the container's first process, or to the process that this stream is about.
     Signal {
         /// Linux x86_64 signal number.
         signo: i32,
+    },
+    /// Let a container that waits run its program. Answered by [`FromGuest::Started`] or [`FromGuest::Failed`].
+    Start,
+    /// Give the process's terminal this size, in characters.
+    Resize {
+        /// Lines.
+        rows: u16,
+        /// Characters of a line.
+        columns: u16,
     },
 }
 
@@ -22,6 +31,8 @@ pub enum FromGuest {
         /// The agent's [`crate::VERSION`].
         version: u32,
     },
+    /// The container is made, and waits for [`ToGuest::Start`].
+    Created,
     /// The container's process runs: its `execve` succeeded.
     Started,
     /// The container could not be started; nothing of it runs.
@@ -74,4 +85,87 @@ impl ExitStatus {
             Self::Signal(signo) => u8::try_from(signo.clamp(1, 64)).map_or(u8::MAX, |signo| 128 + signo),
         }
     }
+}
+
+/// What is asked of the agent about its container, on a stream that the host opens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Request {
+    /// Run a further process. Answered by [`Answer::Accepted`]; then, once its streams are there, as a container's start is
+    /// on the control stream, which this becomes one of: [`FromGuest`] and [`ToGuest`].
+    Exec {
+        /// The process, as runtime-spec `config.md#process`, in JSON.
+        process: String,
+        /// A cgroup below the container's to run in.
+        cgroup: Option<String>,
+    },
+    /// This stream carries what a further process reads or writes, from here on.
+    Stream {
+        /// From [`Answer::Accepted`].
+        number: u32,
+        /// What it is for the process.
+        stream: Stream,
+    },
+    /// Send a signal to the first process, or to all of them.
+    Signal {
+        /// Linux x86_64 signal number.
+        signo: i32,
+        /// To all.
+        all: bool,
+    },
+    /// Tell of all processes, by [`Answer::Processes`].
+    Processes,
+    /// Change limits.
+    Update {
+        /// As runtime-spec `config-linux.md#control-groups`, in JSON.
+        resources: String,
+    },
+}
+
+/// A stream of a further process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum Stream {
+    Stdin,
+    /// Or its terminal's output.
+    Stdout,
+    /// None with a terminal.
+    Stderr,
+}
+
+/// An answer to a [`Request`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Answer {
+    /// It is done.
+    Done,
+    /// It is not; why.
+    Failed {
+        /// The whole chain of causes, ready to print.
+        message: String,
+    },
+    /// A further process waits for its streams under this number.
+    Accepted {
+        /// It.
+        number: u32,
+    },
+    /// The container's processes.
+    Processes {
+        /// Each of them.
+        processes: Vec<Process>,
+    },
+}
+
+/// A process of the container, as its kernel tells.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Its id in the guest.
+    pub pid: i32,
+    /// That of its parent.
+    pub parent: i32,
+    /// Its user.
+    pub uid: u32,
+    /// Its command line, or its name if it has none; cut where it is long.
+    pub command: String,
 }

@@ -160,7 +160,7 @@ impl Container {
 }
 
 /// Waits until a child has ended, and reaps it.
-pub(crate) fn wait_for(pidfd: BorrowedFd<'_>, pid: i32) -> Result<ExitStatus, WaitError> {
+pub fn wait_for(pidfd: BorrowedFd<'_>, pid: i32) -> Result<ExitStatus, WaitError> {
     let failed = |source| WaitError { action: "wait for".into(), pid, source };
     let status = loop {
         match waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED) {

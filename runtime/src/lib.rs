@@ -36,7 +36,8 @@ mod user_namespace;
 mod verdict;
 
 pub use changes::Changes;
-pub use container::{Container, Exit, ExitStatus, WaitError};
+pub use console::{receive as receive_terminal, send as send_terminal};
+pub use container::{Container, Exit, ExitStatus, WaitError, wait_for};
 pub use join::{Join, Joined, join};
 pub use launch::{
     Created, HookState, Launch, LaunchError, Listener, Lower, Oci, Rootfs, Stdio, cgroup_path, check, launch,
@@ -47,7 +48,7 @@ pub use process::capabilities::names as capability_names;
 pub use rootfs::{RootfsError, open as open_root};
 pub use seccomp::{ACTIONS as SECCOMP_ACTIONS, Filter, SeccompError};
 pub use spec_check::{SpecError, check as check_spec};
-pub use syscalls::{Cloned, clone3, pidfd_send_signal as send_signal, signal_descriptor};
+pub use syscalls::{Cloned, clone3, close_all_but, pidfd_send_signal as send_signal, signal_descriptor};
 pub use sysctls::SysctlError;
 pub use user_namespace::{UserNamespaceError, WorkError, as_root_of, is_machine_root};
 pub use verdict::{listener_in, take_listener};

@@ -126,12 +126,21 @@ impl Pump {
 /// and lets the ready pumps move. Says which descriptors were ready: first those of `others`, then those of the pumps
 /// that were at work.
 pub fn poll(pumps: &mut [Pump], others: &[PollFd<'_>], timeout: Option<Duration>) -> io::Result<Vec<bool>> {
+    poll_each(pumps.iter_mut().collect(), others, timeout)
+}
+
+/// As [`poll`], for pumps that are kept in several places.
+pub fn poll_each(
+    mut pumps: Vec<&mut Pump>,
+    others: &[PollFd<'_>],
+    timeout: Option<Duration>,
+) -> io::Result<Vec<bool>> {
     let timeout = timeout.map(|timeout| Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: timeout.subsec_nanos().into(),
     });
     let mut fds = others.to_vec();
-    fds.extend(pumps.iter().filter_map(Pump::poll_fd));
+    fds.extend(pumps.iter().filter_map(|pump| pump.poll_fd()));
     match rustix::event::poll(&mut fds, timeout.as_ref()) {
         Ok(_) | Err(Errno::INTR) => {}
         Err(errno) => return Err(errno.into()),

@@ -155,7 +155,7 @@ pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
 
 /// Closes every descriptor from 3 up but `kept`. For a process that will become another program or exit, and never gives
 /// back what it owns.
-pub(crate) fn close_all_but(kept: &[c_int]) -> io::Result<()> {
+pub fn close_all_but(kept: &[c_int]) -> io::Result<()> {
     let mut kept: Vec<u32> =
         kept.iter().filter_map(|fd| u32::try_from(*fd).ok()).filter(|fd| *fd >= 3).collect();
     kept.sort_unstable();

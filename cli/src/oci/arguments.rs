@@ -4,10 +4,9 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// An OCI runtime: runs bundles as Linux containers, for engines and for people.
+/// An OCI runtime: runs bundles as Linux containers, or each in a virtual machine, for engines and for people.
 #[derive(Debug, Parser)]
-#[command(name = super::NAME, version = VERSION, max_term_width = 110, after_help = EXAMPLES,
-    arg_required_else_help = true)]
+#[command(version = VERSION, max_term_width = 110, arg_required_else_help = true)]
 pub struct Arguments {
     #[command(flatten)]
     pub global: Global,
@@ -16,6 +15,11 @@ pub struct Arguments {
 }
 
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0");
+
+/// Examples for the runtime of this name.
+pub fn examples(name: &str) -> String {
+    EXAMPLES.replace("cloche-container", name)
+}
 
 const EXAMPLES: &str = "\
 Examples:
@@ -30,7 +34,7 @@ It is `cloche` by another name: ln -s cloche cloche-container";
 
 #[derive(Debug, Args)]
 pub struct Global {
-    /// Directory of the containers' state (default: /run/cloche-container, or in $XDG_RUNTIME_DIR for a plain user)
+    /// Directory of the containers' state (default: /run and this runtime's name; in $XDG_RUNTIME_DIR for a plain user)
     #[arg(long, value_name = "DIR")]
     pub root: Option<PathBuf>,
     /// File to write log messages to, besides stderr

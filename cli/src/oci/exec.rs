@@ -7,7 +7,7 @@ use oci_spec::runtime::{Capability, Process};
 
 use super::arguments::Exec;
 
-pub fn exec(home: &Home, exec: &Exec, preserved: &Preserved, warn: &dyn Fn(&str)) -> Result<u8, Error> {
+pub fn exec(home: &Home<'_>, exec: &Exec, preserved: &Preserved, warn: &dyn Fn(&str)) -> Result<u8, Error> {
     let process = |own: &Process| match &exec.process {
         Some(path) => {
             let text = fs::read(path).map_err(|source| Error::File {

@@ -10,14 +10,12 @@ use std::{
 use cloche_oci::Error;
 use serde::Serialize;
 
-use super::{
-    NAME,
-    arguments::{Global, LogFormat},
-};
+use super::arguments::{Global, LogFormat};
 
 /// Where messages go.
-#[derive(Default)]
 pub struct Log {
+    /// Of this runtime.
+    name: &'static str,
     file: Option<RefCell<File>>,
     is_json: bool,
     is_debug: bool,
@@ -32,7 +30,12 @@ struct Line<'a> {
 }
 
 impl Log {
-    pub fn open(global: &Global) -> Result<Self, Error> {
+    /// For the runtime of this name, with no file.
+    pub fn of(name: &'static str) -> Self {
+        Self { name, file: None, is_json: false, is_debug: false }
+    }
+
+    pub fn open(name: &'static str, global: &Global) -> Result<Self, Error> {
         let file = match &global.log {
             None => None,
             Some(path) => {
@@ -45,6 +48,7 @@ impl Log {
             }
         };
         Ok(Self {
+            name,
             file: file.map(RefCell::new),
             is_json: global.log_format == LogFormat::Json,
             is_debug: global.debug,
@@ -54,13 +58,13 @@ impl Log {
     /// Says why the command failed; its exit code.
     pub fn fail(&self, error: &Error, code: u8) -> ExitCode {
         let message = chain(error);
-        eprintln!("{NAME}: {message}");
+        eprintln!("{}: {message}", self.name);
         self.write("error", &message);
         ExitCode::from(code)
     }
 
     pub fn warn(&self, message: &str) {
-        eprintln!("{NAME}: warning: {message}");
+        eprintln!("{}: warning: {message}", self.name);
         self.write("warning", message);
     }
 

@@ -1,5 +1,5 @@
-//! `cloche-container`: this binary under another name, as an OCI runtime for engines such as podman, containerd, CRI-O
-//! and Docker.
+//! `cloche-container` and `cloche-vm`: this binary under other names, as an OCI runtime for engines such as podman,
+//! containerd, CRI-O and Docker. The name says the isolation.
 
 mod arguments;
 mod exec;
@@ -13,31 +13,34 @@ use std::{
     process::ExitCode,
 };
 
-use clap::Parser;
-use cloche_oci::{Creation, Error, Home, Known, Preserved};
+use clap::{CommandFactory, FromArgMatches};
+use cloche_engine::OciVm;
+use cloche_oci::{Creation, Error, Home, Isolation, Known, OnHost, Preserved};
 use regex_lite::Regex;
 
 use arguments::{Arguments, Create, Verb};
 
-/// The name by which this binary is an OCI runtime for containers.
-pub const NAME: &str = "cloche-container";
-
-/// Whether this binary was called by the runtime's name.
-pub fn is_called(program: Option<&OsString>) -> bool {
-    program.and_then(|program| Path::new(program).file_name()) == Some(OsStr::new(NAME))
+/// The isolation by whose name this binary was called, if that is one of a runtime.
+pub fn called(program: Option<&OsString>) -> Option<&'static dyn Isolation> {
+    let name = program.and_then(|program| Path::new(program).file_name())?;
+    let known: [&'static dyn Isolation; 2] = [&OnHost, &OciVm];
+    known.into_iter().find(|isolation| name == OsStr::new(isolation.name()))
 }
 
 /// The whole command.
-pub fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+pub fn main(isolation: &dyn Isolation) -> ExitCode {
+    let name = isolation.name();
+    let command = Arguments::command().name(name).after_help(arguments::examples(name));
+    let matches = command.get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     // Before anything is opened: see `Preserved`.
     let preserved = preserve(&arguments.verb);
-    let log = match log::Log::open(&arguments.global) {
+    let log = match log::Log::open(name, &arguments.global) {
         Ok(log) => log,
-        Err(error) => return log::Log::default().fail(&error, 1),
+        Err(error) => return log::Log::of(name).fail(&error, 1),
     };
-    log.debug(|| format!("{NAME} {:?}", arguments.verb));
-    match carry_out(&arguments, &preserved, &log) {
+    log.debug(|| format!("{name} {:?}", arguments.verb));
+    match carry_out(isolation, &arguments, &preserved, &log) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             // What a process in the container would hardly say; engines tell by it that none ran.
@@ -62,14 +65,22 @@ fn preserve(verb: &Verb) -> Preserved {
     Preserved::find(asked.saturating_add(listening))
 }
 
-fn carry_out(arguments: &Arguments, preserved: &Preserved, log: &log::Log) -> Result<u8, Error> {
+fn carry_out(
+    isolation: &dyn Isolation,
+    arguments: &Arguments,
+    preserved: &Preserved,
+    log: &log::Log,
+) -> Result<u8, Error> {
     if arguments.global.systemd_cgroup {
         let what = "--systemd-cgroup is not supported: cgroups are made directly, in the cgroup file system; \
             configure your engine for the cgroupfs driver";
         return Err(Error::Request(what.into()));
     }
-    let home = Home::new(root(arguments.global.root.as_deref()));
-    if matches!(arguments.verb, Verb::Create(_) | Verb::Run(_) | Verb::Exec(_)) {
+    let root = root(isolation.name(), arguments.global.root.as_deref());
+    let home = Home::new(&root, isolation);
+    if isolation.enters_containers()
+        && matches!(arguments.verb, Verb::Create(_) | Verb::Run(_) | Verb::Exec(_))
+    {
         cloche_oci::protect_own_binary()?;
     }
     let warn = |message: &str| log.warn(message);
@@ -121,11 +132,11 @@ fn creation<'a>(create: &'a Create, preserved: &'a Preserved, warn: &'a dyn Fn(&
 }
 
 /// Where state is kept: as asked for, else one directory of the machine, or of the user who is not root.
-fn root(asked: Option<&Path>) -> PathBuf {
+fn root(name: &str, asked: Option<&Path>) -> PathBuf {
     let of_user = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !cloche_oci::is_root());
     match (asked, of_user) {
         (Some(root), _) => root.to_owned(),
-        (None, Some(directory)) => Path::new(&directory).join(NAME),
-        (None, None) => Path::new("/run").join(NAME),
+        (None, Some(directory)) => Path::new(&directory).join(name),
+        (None, None) => Path::new("/run").join(name),
     }
 }

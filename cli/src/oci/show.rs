@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use cloche_oci::{Error, Home};
+use cloche_oci::{Error, Home, Inside};
 
 use super::arguments::Format;
 
@@ -12,7 +12,7 @@ pub fn line(text: &str) -> u8 {
     0
 }
 
-pub fn list(home: &Home, format: Format, quiet: bool) -> Result<u8, Error> {
+pub fn list(home: &Home<'_>, format: Format, quiet: bool) -> Result<u8, Error> {
     let all = cloche_oci::list(home)?;
     if quiet {
         for known in &all {
@@ -54,11 +54,31 @@ pub fn json(value: &impl serde::Serialize) -> Result<String, Error> {
     serde_json::to_string(value).map_err(|error| Error::System("print JSON", error.into()))
 }
 
+/// What another kernel says of its processes: ps(1) of this machine cannot.
+fn processes_seen(inside: &[Inside], options: &[String]) -> Result<u8, Error> {
+    if !options.is_empty() {
+        return Err(Error::Request(
+            "options of ps(1) are for processes of this machine, and these are a virtual machine's".into(),
+        ));
+    }
+    line(&format!("{:<8} {:>7} {:>7} CMD", "UID", "PID", "PPID"));
+    for Inside { pid, seen } in inside {
+        if let Some(seen) = seen {
+            line(&format!("{:<8} {pid:>7} {:>7} {}", seen.uid, seen.parent, seen.command));
+        }
+    }
+    Ok(0)
+}
+
 /// Processes of a container: their ids, or the lines of ps(1) that are about them.
-pub fn processes(home: &Home, id: &str, format: Format, options: &[String]) -> Result<u8, Error> {
-    let pids = cloche_oci::processes(home, id)?;
+pub fn processes(home: &Home<'_>, id: &str, format: Format, options: &[String]) -> Result<u8, Error> {
+    let inside = cloche_oci::processes(home, id)?;
+    let pids: Vec<_> = inside.iter().map(|process| process.pid).collect();
     if format == Format::Json {
         return Ok(line(&json(&pids)?));
+    }
+    if home.shows_processes() {
+        return processes_seen(&inside, options);
     }
     let default = ["-ef".to_owned()];
     let output = Command::new("ps").args(if options.is_empty() { &default } else { options }).output();

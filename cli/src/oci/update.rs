@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::arguments::Update;
 
-pub fn update(home: &Home, update: &Update) -> Result<u8, Error> {
+pub fn update(home: &Home<'_>, update: &Update) -> Result<u8, Error> {
     let resources = match &update.resources {
         Some(path) => {
             let text = if path.as_os_str() == "-" {

@@ -286,7 +286,21 @@ impl Cgroup {
                 reason: "device rules are fixed when the container starts",
             });
         }
-        self.apply_limits(&Limits::from_spec(Some(resources))?)
+        self.apply_limits(&Limits::from_spec(Some(&self.with_present_memory(resources)))?)
+    }
+
+    /// Memory and swap together mean nothing without memory, which stays what it is.
+    fn with_present_memory(&self, resources: &LinuxResources) -> LinuxResources {
+        let mut resources = resources.clone();
+        if let Some(mut memory) = *resources.memory()
+            && memory.swap().is_some()
+            && memory.limit().is_none()
+        {
+            let present = self.usage().memory_limit_bytes.and_then(|bytes| i64::try_from(bytes).ok());
+            memory.set_limit(present);
+            resources.set_memory(Some(memory));
+        }
+        resources
     }
 
     /// As [`Cgroup::apply`], for a container whose cgroup is at `path`. On v2 it gets the controllers that it lacks. In v1

@@ -28,11 +28,15 @@ const FILE_SERVER_BYTES: u64 = 768 << 20;
 const STREAMS_BYTES: u64 = 512 * (208 << 10);
 /// Main thread, KVM's setup, the file server, and threads that the kernel adds.
 const OTHER_TASKS: u64 = 32;
+/// Where others put processes into it: one that attends the VM, and one for each that is run in it besides the first.
+const ATTENDING_TASKS: u64 = 1024;
 
-/// It, or none. Dropping it kills what is in it and removes it.
+/// It, or none. Dropping it kills what is in it and removes it, unless it is somebody else's.
 #[derive(Debug, Default)]
 pub struct VmCgroup {
     cgroup: Option<Cgroup>,
+    /// It was there before, and the caller is in it.
+    is_given: bool,
     limits: Option<Limits>,
     limited: bool,
 }
@@ -55,11 +59,18 @@ impl VmCgroup {
             Ok(cgroup) if cgroup.is_nowhere() => Ok(Self::none()),
             Ok(cgroup) => {
                 let limits = Some(Limits::of(config, tmpfs_bytes(shares)));
-                Ok(Self { cgroup: Some(cgroup), limits, limited: false })
+                Ok(Self { cgroup: Some(cgroup), is_given: false, limits, limited: false })
             }
             Err(error) if is_forbidden(&error) => Ok(Self::none()),
             Err(error) => Err(error),
         }
+    }
+
+    /// A VM in the cgroup that this process is in, which stays.
+    pub(super) fn around(cgroup: Cgroup, config: &VmConfig, shares: &[Shared]) -> Self {
+        let mut limits = Limits::of(config, tmpfs_bytes(shares));
+        limits.tasks += ATTENDING_TASKS;
+        Self { cgroup: Some(cgroup), is_given: true, limits: Some(limits), limited: false }
     }
 
     /// Sets its limits, as far as there are controllers for them: without, it still tells whose these processes are, and
@@ -83,13 +94,17 @@ impl VmCgroup {
 
     /// Where `clone3` is to put the VMM.
     pub(super) fn clone_target(&self) -> Result<Option<OwnedFd>, CgroupError> {
-        self.cgroup.as_ref().map_or(Ok(None), Cgroup::clone_target)
+        self.to_enter().map_or(Ok(None), Cgroup::clone_target)
     }
 
     /// Moves the calling process, which must have one thread, into v1 hierarchies.
     pub(super) fn enter(&self) -> io::Result<()> {
-        let Some(cgroup) = &self.cgroup else { return Ok(()) };
+        let Some(cgroup) = self.to_enter() else { return Ok(()) };
         cgroup.entrances().map_err(io::Error::other)?.enter()
+    }
+
+    fn to_enter(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref().filter(|_| !self.is_given)
     }
 
     /// Says that the memory limit has killed a process, if it has.
@@ -101,9 +116,13 @@ impl VmCgroup {
         ))
     }
 
+    fn take_own(&mut self) -> Option<Cgroup> {
+        self.cgroup.take().filter(|_| !self.is_given)
+    }
+
     /// Kills what is left in it and removes it.
     pub(super) fn remove(mut self) -> Result<(), CgroupError> {
-        self.cgroup.take().map_or(Ok(()), kill_and_delete)
+        self.take_own().map_or(Ok(()), kill_and_delete)
     }
 
     /// Leaves it and what is in it to the next command's `reconcile`.
@@ -115,7 +134,7 @@ impl VmCgroup {
 impl Drop for VmCgroup {
     fn drop(&mut self) {
         // What goes wrong here, the next command's `reconcile` meets again.
-        self.cgroup.take().map(kill_and_delete);
+        self.take_own().map(kill_and_delete);
     }
 }
 

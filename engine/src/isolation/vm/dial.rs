@@ -3,12 +3,16 @@
 
 use std::{
     io::{self, Read, Write},
-    os::unix::net::UnixStream,
-    path::Path,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use cloche_protocol::{frame, machine::guest_port, message::Status};
+use rustix::fs::{CWD, Mode, OFlags, openat};
 
 /// The socket's name in a VM's directory.
 pub(crate) const VSOCK_SOCKET: &str = "vsock.sock";
@@ -24,9 +28,18 @@ pub(crate) fn status(dir: &Path) -> io::Result<Status> {
     status.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
+/// A short name of a directory, since a socket's path is short (unix(7): 108 bytes), for as long as the descriptor lives.
+pub(super) fn short(dir: &Path) -> io::Result<(OwnedFd, PathBuf)> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let held = openat(CWD, dir, flags, Mode::empty())?;
+    let path = format!("/proc/self/fd/{}", held.as_raw_fd());
+    Ok((held, path.into()))
+}
+
 /// A stream to a port of the guest.
-pub(super) fn connect(dir: &Path, port: u32) -> io::Result<UnixStream> {
-    let mut stream = UnixStream::connect(dir.join(VSOCK_SOCKET))?;
+pub(crate) fn connect(dir: &Path, port: u32) -> io::Result<UnixStream> {
+    let (_held, short) = short(dir)?;
+    let mut stream = UnixStream::connect(short.join(VSOCK_SOCKET))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;

@@ -16,6 +16,7 @@ mod cpio;
 pub(crate) mod dial;
 pub mod kernel;
 pub mod kvm;
+pub mod oci;
 pub mod process;
 mod share;
 
@@ -41,14 +42,16 @@ use cloche_protocol::{
     message::{Exit, FromGuest, ToGuest},
 };
 use cloche_runtime::{
-    Lower,
+    Filter, Lower,
     cgroup::{CgroupError, own_base},
 };
+use cloche_share::Shared;
 use cloche_vmm::{
     config::{ConfigError, DiskConfig, InitramfsPart, ShareConfig, VmConfig, VsockConfig, VsockPort},
     event::Event,
     jail::ThreadKind,
 };
+use oci_spec::runtime::Spec;
 use rustix::event::{PollFd, PollFlags};
 
 use process::{FIRST_INHERITED_FD, SpawnError, Vmm};
@@ -165,41 +168,19 @@ pub fn start(
     trace: &mut Trace,
 ) -> Result<Box<dyn Running>, VmError> {
     let (id, dir, cgroup) = (sandbox.record.id.as_str(), sandbox.dir(), sandbox.record.cgroup.as_path());
-    kvm::check()?;
-    let mut file_server = FileServer::new(&workload.shares).map_err(setup("start the file server"))?;
-    let mut config = machine(dir, layers, request)?;
-    let control_socket = listen(dir, CONTROL_SOCKET).map_err(setup("make the VM's control socket"))?;
-    let programs = listen(dir, VSOCK_SOCKET).map_err(setup("listen for host programs"))?;
-    let (control, streams, mut theirs) = connect(&mut config, request.interactive)?;
-    let mut inherit = |fd: OwnedFd| {
-        theirs.push(fd);
-        FIRST_INHERITED_FD + theirs.len() as i32 - 1
+    let load = Load {
+        id,
+        spec: &workload.spec,
+        filter: workload.filter.as_ref(),
+        user: workload.user.as_deref(),
+        shares: &workload.shares,
+        root_share: None,
+        waits: false,
+        stdin: request.interactive,
     };
-    config.control_fd = Some(inherit(control_socket.into()));
-    let listen_fd = inherit(programs.into());
-    config.vsock.iter_mut().for_each(|vsock| vsock.listen_fd = Some(listen_fd));
-    let socket = file_server.as_mut().and_then(FileServer::take_socket);
-    config.share = socket.map(|socket| ShareConfig { tag: SHARE_TAG.into(), socket_fd: inherit(socket) });
-    config.validate()?;
-    write_boot_archive(id, dir, workload, &config, request.interactive)?;
-    // It gets ready while the VM boots.
-    let companion = file_server.as_mut().and_then(FileServer::take_process);
-    let vmm =
-        Vmm::spawn_in(VmCgroup::create(cgroup, &config, &workload.shares)?, &config, &theirs, companion)?;
-    // Only then their end is seen.
-    drop(theirs);
-    trace.mark(Mark::VmmSpawned);
-    let mut machine = Machine {
-        dir: dir.to_owned(),
-        most_changes_bytes: changes::most_bytes(config.memory_mib),
-        vmm,
-        file_server,
-        control: Some(control),
-        silent_since: None,
-        decoder: Decoder::default(),
-        streams: Some(streams),
-    };
-    machine.await_file_server(trace)?;
+    let config = machine(dir, layers, request)?;
+    let mut machine =
+        boot(dir, &load, config, trace, |config| VmCgroup::create(cgroup, config, &workload.shares))?;
     let mut held_back = Vec::new();
     let mut is_ready = false;
     let started = Instant::now();
@@ -246,12 +227,68 @@ pub fn start(
                     held_back.into_iter().for_each(|signo| machine.signal(signo));
                     return Ok(Box::new(machine));
                 }
-                FromGuest::Exited(_) => {
-                    return Err(VmError::Vmm("its agent reports the end of what it has not started".into()));
+                FromGuest::Exited(_) | FromGuest::Created => {
+                    return Err(VmError::Vmm("its agent reports what it was not asked for".into()));
                 }
             }
         }
     }
+}
+
+/// What is put into a VM.
+struct Load<'a> {
+    id: &'a str,
+    spec: &'a Spec,
+    filter: Option<&'a Filter>,
+    user: Option<&'a str>,
+    shares: &'a [Shared],
+    /// As [`BootConfig`] has them.
+    root_share: Option<usize>,
+    waits: bool,
+    stdin: bool,
+}
+
+/// Boots a machine with `load` in it. `dir` is for this VM only.
+fn boot(
+    dir: &Path,
+    load: &Load<'_>,
+    mut config: VmConfig,
+    trace: &mut Trace,
+    cgroup: impl FnOnce(&VmConfig) -> Result<VmCgroup, CgroupError>,
+) -> Result<Machine, VmError> {
+    let mut file_server = FileServer::new(load.shares).map_err(setup("start the file server"))?;
+    let control_socket = listen(dir, CONTROL_SOCKET).map_err(setup("make the VM's control socket"))?;
+    let programs = listen(dir, VSOCK_SOCKET).map_err(setup("listen for host programs"))?;
+    let (control, streams, mut theirs) = connect(&mut config, load.stdin)?;
+    let mut inherit = |fd: OwnedFd| {
+        theirs.push(fd);
+        FIRST_INHERITED_FD + theirs.len() as i32 - 1
+    };
+    config.control_fd = Some(inherit(control_socket.into()));
+    let listen_fd = inherit(programs.into());
+    config.vsock.iter_mut().for_each(|vsock| vsock.listen_fd = Some(listen_fd));
+    let socket = file_server.as_mut().and_then(FileServer::take_socket);
+    config.share = socket.map(|socket| ShareConfig { tag: SHARE_TAG.into(), socket_fd: inherit(socket) });
+    config.validate()?;
+    write_boot_archive(dir, load, &config)?;
+    // It gets ready while the VM boots.
+    let companion = file_server.as_mut().and_then(FileServer::take_process);
+    let vmm = Vmm::spawn_in(cgroup(&config)?, &config, &theirs, companion)?;
+    // Only then their end is seen.
+    drop(theirs);
+    trace.mark(Mark::VmmSpawned);
+    let mut machine = Machine {
+        dir: dir.to_owned(),
+        most_changes_bytes: changes::most_bytes(config.memory_mib),
+        vmm,
+        file_server,
+        control: Some(control),
+        silent_since: None,
+        decoder: Decoder::default(),
+        streams: Some(streams),
+    };
+    machine.await_file_server(trace)?;
+    Ok(machine)
 }
 
 /// Whether a VM started now would have a cgroup with limits; makes one and removes it.
@@ -266,7 +303,8 @@ pub(crate) fn probe_cgroup() -> Result<bool, CgroupError> {
 /// A socket for other programs of this user: to ask the VM (`cloche_vmm::control`), or to reach into it (`dial`). The
 /// sandbox's directory keeps everybody else out, too.
 fn listen(dir: &Path, name: &str) -> io::Result<UnixListener> {
-    let path = dir.join(name);
+    let (_held, short) = dial::short(dir)?;
+    let path = short.join(name);
     let listener = UnixListener::bind(&path)?;
     fs::set_permissions(&path, Permissions::from_mode(0o600))?;
     Ok(listener)
@@ -274,19 +312,8 @@ fn listen(dir: &Path, name: &str) -> io::Result<UnixListener> {
 
 /// The machine for this request.
 fn machine(dir: &Path, layers: Vec<Lower>, request: &RunRequest) -> Result<VmConfig, VmError> {
-    let memory_mib = match request.memory_bytes {
-        // The limit is the container's. On top come the agent and the kernel with its map of all pages (1/64).
-        Some(bytes) => bytes.div_ceil(1 << 20) * 33 / 32 + OVERHEAD_MIB,
-        None => DEFAULT_MEMORY_MIB,
-    };
     let vcpus = request.millicpus.unwrap_or(1000).div_ceil(1000);
-    let kernel = kernel::find(request.kernel.as_deref())?;
-    let mut config = VmConfig::new(
-        u8::try_from(vcpus).unwrap_or(u8::MAX),
-        u32::try_from(memory_mib).unwrap_or(u32::MAX),
-        kernel,
-    );
-    config.initramfs = vec![InitramfsPart::Embedded, InitramfsPart::File(dir.join("boot.cpio"))];
+    let mut config = machine_of(dir, request.memory_bytes, vcpus, request.kernel.as_deref())?;
     config.disks = layers
         .into_iter()
         .enumerate()
@@ -294,6 +321,29 @@ fn machine(dir: &Path, layers: Vec<Lower>, request: &RunRequest) -> Result<VmCon
             DiskConfig::new(path, format!("layer{index}")).followed_by(devices)
         })
         .collect();
+    Ok(config)
+}
+
+/// A machine for a container with this memory limit.
+fn machine_of(
+    dir: &Path,
+    memory_bytes: Option<u64>,
+    vcpus: u64,
+    kernel: Option<&Path>,
+) -> Result<VmConfig, VmError> {
+    let memory_mib = match memory_bytes {
+        // The limit is the container's. On top come the agent and the kernel with its map of all pages (1/64).
+        Some(bytes) => (bytes.div_ceil(1 << 20) * 33 / 32).saturating_add(OVERHEAD_MIB),
+        None => DEFAULT_MEMORY_MIB,
+    };
+    kvm::check()?;
+    let kernel = kernel::find(kernel)?;
+    let mut config = VmConfig::new(
+        u8::try_from(vcpus).unwrap_or(u8::MAX),
+        u32::try_from(memory_mib).unwrap_or(u32::MAX),
+        kernel,
+    );
+    config.initramfs = vec![InitramfsPart::Embedded, InitramfsPart::File(dir.join("boot.cpio"))];
     config.vsock = Some(VsockConfig { guest_cid: GUEST_CID, listen_fd: None, ports: Vec::new() });
     config.rng = true;
     config.start_timeout_ms = Some(START_TIMEOUT_MS);
@@ -333,22 +383,18 @@ fn disk_device(index: usize) -> String {
     }
 }
 
-fn write_boot_archive(
-    id: &str,
-    dir: &Path,
-    workload: &Workload,
-    config: &VmConfig,
-    stdin: bool,
-) -> Result<(), VmError> {
+fn write_boot_archive(dir: &Path, load: &Load<'_>, config: &VmConfig) -> Result<(), VmError> {
     let realtime = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
     let boot = BootConfig {
         version: VERSION,
-        id: id.into(),
+        id: load.id.into(),
         layers: (0..config.disks.len()).map(disk_device).collect(),
-        user: workload.user.clone(),
+        root_share: load.root_share,
+        waits: load.waits,
+        user: load.user.map(str::to_owned),
         upper_bytes: None,
         share: config.share.is_some(),
-        stdin,
+        stdin: load.stdin,
         realtime_ns: realtime.tv_sec as u64 * 1_000_000_000 + realtime.tv_nsec as u64,
     };
     let json = |value: Result<Vec<u8>, serde_json::Error>| {
@@ -357,8 +403,8 @@ fn write_boot_archive(
     let mut archive = cpio::Archive::default();
     archive.directory("cloche");
     archive.file(BOOT_CONFIG_PATH, 0o600, &json(serde_json::to_vec(&boot))?);
-    archive.file(SPEC_PATH, 0o600, &json(serde_json::to_vec(&workload.spec))?);
-    if let Some(filter) = &workload.filter {
+    archive.file(SPEC_PATH, 0o600, &json(serde_json::to_vec(load.spec))?);
+    if let Some(filter) = load.filter {
         archive.file(FILTER_PATH, 0o600, &filter.to_bytes());
     }
     fs::write(dir.join("boot.cpio"), archive.finish()).map_err(setup("write the guest's configuration"))

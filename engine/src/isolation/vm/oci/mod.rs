@@ -1,0 +1,248 @@
+//! Containers in virtual machines for an OCI runtime's verbs (`cloche_oci`): one VM for each.
+//!
+//! ```text
+//!  create ── clone3 ──▶ attendant: the process that engines know ── clone3 ──▶ cloche vmm ── KVM ── guest: agent
+//!                       carries stdio, waits at the gate,                                            │
+//!                       passes signals on, ends as the program does ◀──────────── vsock ─────────────┘
+//!  exec ──── clone3 ──▶ attendant of a further process ◀── vsock, by the VMM's socket ───────────────┘
+//!  kill, ps, update ──▶ the agent, by the same socket
+//! ```
+//!
+//! All of them are in the container's cgroup on the host. When the first attendant ends, so does the VM, and with it all
+//! else; a status is seen as that of a container is.
+
+mod attendant;
+mod first;
+mod further;
+mod spec;
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsRawFd, BorrowedFd},
+        unix::fs::DirBuilderExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use cloche_oci::{Child, Error, First, Further, Inside, Isolation, Known, Seen, Status};
+use cloche_protocol::{
+    frame,
+    machine::guest_port,
+    message::{Answer, Request},
+};
+use cloche_runtime::cgroup::{Breadth, Cgroup};
+use oci_spec::runtime::LinuxResources;
+
+use super::{dial, machine_of, printable};
+
+/// A virtual machine around each container.
+#[derive(Debug)]
+pub struct OciVm;
+
+/// The VM's directory in a container's.
+const DIRECTORY: &str = "vm";
+
+/// An error with all its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    error.source().map_or(error.to_string(), |cause| format!("{error}: {}", chain(cause)))
+}
+
+fn not_started(error: &dyn std::error::Error) -> Error {
+    Error::Start { exit_code: 125, message: chain(error) }
+}
+
+fn without_preserved(fds: &[i32]) -> Result<(), Error> {
+    if fds.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Request("--preserve-fds: open files of the host cannot be given to a virtual machine".into()))
+}
+
+impl Isolation for OciVm {
+    fn name(&self) -> &'static str {
+        "cloche-vm"
+    }
+
+    fn enters_containers(&self) -> bool {
+        false
+    }
+
+    fn launch(&self, first: First<'_>) -> Result<Box<dyn Child>, Error> {
+        without_preserved(first.preserved_fds)?;
+        if first.keep_groups {
+            return Err(Error::Request(
+                "annotation run.oci.keep_original_groups: a virtual machine does not know the caller's groups"
+                    .into(),
+            ));
+        }
+        let split = spec::split(first.spec, first.rootfs)?;
+        let failed = |action| {
+            let path = first.directory.to_owned();
+            move |source| Error::File { action, path, source }
+        };
+        let directory = first.directory.canonicalize().map_err(failed("find"))?.join(DIRECTORY);
+        fs::DirBuilder::new().mode(0o700).create(&directory).map_err(failed("make the VM's directory in"))?;
+        let machine = machine_of(&directory, split.memory_bytes, split.vcpus, None)
+            .map_err(|error| not_started(&error))?;
+        let path = cloche_runtime::cgroup_path(first.spec, first.id);
+        let cgroup = Cgroup::create(&path, Some(&split.host), Breadth::All)?;
+        let kept: Vec<_> =
+            [first.gate, first.console_socket].iter().flatten().map(AsRawFd::as_raw_fd).collect();
+        let plan = first::Plan {
+            id: first.id,
+            directory: &directory,
+            split: &split,
+            machine,
+            cgroup: &path,
+            gate: first.gate,
+            console_socket: first.console_socket,
+        };
+        let created = |pid: i32| (first.created)(pid, &cgroup);
+        let started = attendant::start(&cgroup, &kept, &created, split.network.is_none(), |report| {
+            first::attend(plan, report)
+        });
+        match started {
+            Ok(attendant) => Ok(Box::new(FirstInVm { attendant, cgroup })),
+            Err(error) => {
+                let _ = cgroup.kill_all();
+                let _ = cgroup.delete();
+                Err(error)
+            }
+        }
+    }
+
+    fn join(&self, further: Further<'_>) -> Result<Box<dyn Child>, Error> {
+        without_preserved(further.preserved_fds)?;
+        let directory = directory(further.known)?;
+        let cgroup = further.known.cgroup()?;
+        let kept: Vec<_> = further.console_socket.iter().map(AsRawFd::as_raw_fd).collect();
+        let plan = further::Plan {
+            directory: &directory,
+            process: further.process,
+            cgroup: further.cgroup,
+            console_socket: further.console_socket,
+        };
+        let attendant =
+            attendant::start(&cgroup, &kept, &|_| Ok(()), false, |report| further::attend(&plan, report))?;
+        Ok(Box::new(attendant))
+    }
+
+    fn signal(&self, known: &Known, pidfd: BorrowedFd<'_>, signo: i32) -> Result<(), Error> {
+        if signo == libc::SIGKILL {
+            // Without asking the guest, which may not want to.
+            let killed = cloche_runtime::send_signal(pidfd, signo);
+            return killed.map_err(|source| Error::System("kill the virtual machine", source));
+        }
+        ask(known, &Request::Signal { signo, all: false }).map(drop)
+    }
+
+    fn signal_all(&self, known: &Known, signo: i32) -> Result<(), Error> {
+        if signo == libc::SIGKILL {
+            return Ok(known.cgroup()?.kill_all()?);
+        }
+        if known.status() == Status::Stopped {
+            return Ok(());
+        }
+        ask(known, &Request::Signal { signo, all: true }).map(drop)
+    }
+
+    fn processes(&self, known: &Known) -> Result<Vec<Inside>, Error> {
+        if known.status() == Status::Stopped {
+            return Ok(Vec::new());
+        }
+        let Answer::Processes { processes } = ask(known, &Request::Processes)? else {
+            return Err(unexpected(known));
+        };
+        let inside = processes.into_iter().map(|process| Inside {
+            pid: process.pid,
+            seen: Some(Seen {
+                uid: process.uid,
+                parent: process.parent,
+                command: printable(&process.command).replace('\n', " "),
+            }),
+        });
+        Ok(inside.collect())
+    }
+
+    fn update(&self, known: &Known, cgroup: &mut Cgroup, resources: &LinuxResources) -> Result<(), Error> {
+        let (host, guest) = spec::divide_update(resources);
+        if let Some(guest) = guest {
+            let resources = serde_json::to_string(&guest)
+                .map_err(|error| Error::System("write the limits down", error.into()))?;
+            ask(known, &Request::Update { resources })?;
+        }
+        host.map_or(Ok(()), |host| Ok(cgroup.update(known.cgroup_path(), &host)?))
+    }
+}
+
+/// A container's first attendant, and what holds it and the VM.
+struct FirstInVm {
+    attendant: attendant::Attendant,
+    cgroup: Cgroup,
+}
+
+impl Child for FirstInVm {
+    fn pid(&self) -> i32 {
+        self.attendant.pid()
+    }
+
+    fn pidfd(&self) -> BorrowedFd<'_> {
+        self.attendant.pidfd()
+    }
+
+    fn wait(&mut self) -> Result<cloche_runtime::ExitStatus, Error> {
+        self.attendant.wait()
+    }
+
+    fn discard(self: Box<Self>) {
+        Box::new(self.attendant).discard();
+        let _ = self.cgroup.kill_all();
+        let _ = self.cgroup.delete();
+    }
+}
+
+fn directory(known: &Known) -> Result<PathBuf, Error> {
+    let path = known.directory();
+    path.canonicalize().map(|path| path.join(DIRECTORY)).map_err(|source| Error::File {
+        action: "find",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn unexpected(known: &Known) -> Error {
+    let source =
+        io::Error::other(format!("it gave an answer to something else; is {} still well?", known.id()));
+    Error::System("understand the guest's agent", source)
+}
+
+/// Asks a container's agent.
+fn ask(known: &Known, request: &Request) -> Result<Answer, Error> {
+    match known.status() {
+        Status::Stopped => return Err(Error::NotRunning(known.id().to_owned(), "stopped")),
+        Status::Paused => {
+            let id = known.id();
+            return Err(Error::Request(format!(
+                "container {id} is paused, and its virtual machine does not answer; resume it first"
+            )));
+        }
+        _ => {}
+    }
+    match ask_at(&directory(known)?, request) {
+        Ok(Answer::Failed { message }) => Err(Error::Request(printable(&message))),
+        Ok(answer) => Ok(answer),
+        // It has ended meanwhile.
+        Err(_) if known.status() == Status::Stopped => {
+            Err(Error::NotRunning(known.id().to_owned(), "stopped"))
+        }
+        Err(source) => Err(Error::System("ask the guest's agent", source)),
+    }
+}
+
+fn ask_at(directory: &Path, request: &Request) -> io::Result<Answer> {
+    let stream = dial::connect(directory, guest_port::REQUESTS)?;
+    frame::write(&stream, request).map_err(io::Error::other)?;
+    let answer = frame::read(&stream).map_err(io::Error::other)?;
+    answer.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}

@@ -1,0 +1,443 @@
+//! From a bundle's configuration to what a guest gets, what its machine is, and what is left to the host. What a virtual
+//! machine cannot do is refused by the field's name.
+//!
+//! | of the configuration | goes to |
+//! |---|---|
+//! | root file system, bind mounts of files and directories | the VM's file server, and as binds of its share to the guest |
+//! | `linux.resources.{cpu, blockIO, network}` | the container's cgroup on the host, where the VM's processes are |
+//! | all other resources | the container's cgroup in the guest; the machine is as large as they need |
+//! | a network namespace's path | the host: the VM's processes are in it |
+//! | hooks | the host, but for those that run inside of the container |
+//! | everything else | the guest, where the same runtime does it |
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use cloche_oci::Error;
+use cloche_protocol::boot::share_path;
+use cloche_runtime::Filter;
+use cloche_share::Shared;
+use oci_spec::runtime::{
+    Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    LinuxSeccompAction, Mount, Spec,
+};
+use rustix::fs::{StatFs, statfs};
+
+use crate::sources::inherited_flags;
+
+/// A configuration, taken apart.
+#[derive(Debug)]
+pub(super) struct Split {
+    /// For the guest.
+    pub(super) guest: Spec,
+    /// The guest's system-call filter, in place of its `linux.seccomp`.
+    pub(super) filter: Option<Filter>,
+    /// For the file server; the first is the root file system.
+    pub(super) shares: Vec<Shared>,
+    /// For the cgroup on the host.
+    pub(super) host: LinuxResources,
+    /// Of the container, in bytes.
+    pub(super) memory_bytes: Option<u64>,
+    /// Of the machine.
+    pub(super) vcpus: u64,
+    /// The network namespace to be in; `None` is one of its own.
+    pub(super) network: Option<PathBuf>,
+}
+
+/// The place of the root file system among the shares.
+pub(super) const ROOT_SHARE: usize = 0;
+
+/// By which engines say that a container is one of a pod, whose sandbox is another container (CRI).
+const POD_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
+/// File systems that need nothing of the host.
+const OF_A_KERNEL: [&str; 12] = [
+    "proc",
+    "sysfs",
+    "tmpfs",
+    "ramfs",
+    "devpts",
+    "mqueue",
+    "cgroup",
+    "cgroup2",
+    "debugfs",
+    "tracefs",
+    "securityfs",
+    "bpf",
+];
+
+fn refused<T>(what: impl Into<String>) -> Result<T, Error> {
+    Err(Error::Request(what.into()))
+}
+
+pub(super) fn split(spec: &Spec, rootfs: &Path) -> Result<Split, Error> {
+    for name in POD_ANNOTATIONS {
+        let kind = spec.annotations().as_ref().and_then(|annotations| annotations.get(name));
+        if kind.is_some_and(|kind| kind == "container") {
+            return refused(format!(
+                "annotation {name}=container: to join a pod's virtual machine is not supported yet; run the pod's \
+                 containers with cloche-container"
+            ));
+        }
+    }
+    let mut guest = spec.clone();
+    let mut shares = vec![Shared { path: rootfs.to_owned(), read_only: false }];
+    let mounts = spec.mounts().iter().flatten().map(|mount| self::mount(mount, &mut shares));
+    guest.set_mounts(Some(mounts.collect::<Result<_, _>>()?)).set_annotations(None);
+    if let Some(hooks) = spec.hooks() {
+        let inside =
+            [("createContainer", hooks.create_container()), ("startContainer", hooks.start_container())];
+        if let Some((name, _)) =
+            inside.iter().find(|(_, listed)| listed.as_ref().is_some_and(|listed| !listed.is_empty()))
+        {
+            return refused(format!(
+                "hooks.{name} is not supported: it would run inside of the virtual machine, where the host's programs \
+                 are not; use createRuntime or poststart"
+            ));
+        }
+        guest.set_hooks(None);
+    }
+    let mut split = Split {
+        guest,
+        filter: None,
+        shares,
+        host: LinuxResources::default(),
+        memory_bytes: None,
+        vcpus: 1,
+        network: None,
+    };
+    if let Some(linux) = spec.linux() {
+        let linux = split.linux(linux)?;
+        split.guest.set_linux(Some(linux));
+    }
+    Ok(split)
+}
+
+impl Split {
+    /// The guest's section; fills in the rest.
+    fn linux(&mut self, linux: &Linux) -> Result<Linux, Error> {
+        let mut guest = linux.clone();
+        guest.set_cgroups_path(None);
+        self.namespaces(&mut guest)?;
+        linux.devices().iter().flatten().try_for_each(device)?;
+        if let Some(policy) = linux.seccomp() {
+            self.filter = Some(filter(policy)?);
+            guest.set_seccomp(None);
+        }
+        if let Some(resources) = linux.resources() {
+            self.memory_bytes = resources
+                .memory()
+                .as_ref()
+                .and_then(|memory| memory.limit())
+                .and_then(|bytes| u64::try_from(bytes).ok())
+                .filter(|bytes| *bytes > 0);
+            let (host, inside) = divide(resources);
+            if let Some(cpu) = host.cpu()
+                && let (Some(quota @ 1..), Some(period @ 1..)) = (cpu.quota(), cpu.period())
+            {
+                self.vcpus = u64::try_from(quota).unwrap_or(1).div_ceil(period).min(host_cpus());
+            }
+            self.host = host;
+            guest.set_resources(Some(inside));
+        }
+        Ok(guest)
+    }
+
+    /// In the guest, all of them are new.
+    fn namespaces(&mut self, guest: &mut Linux) -> Result<(), Error> {
+        let mut namespaces = guest.namespaces().clone().unwrap_or_default();
+        for namespace in &mut namespaces {
+            match (namespace.typ(), namespace.path().clone()) {
+                (_, None) => {}
+                (LinuxNamespaceType::Network, Some(path)) => {
+                    self.network = Some(path);
+                    namespace.set_path(None);
+                }
+                (kind, Some(path)) => {
+                    return refused(format!(
+                        "linux.namespaces[{kind}].path {}: a container in a virtual machine cannot join a namespace \
+                         of the host; leave the path out",
+                        path.display()
+                    ));
+                }
+            }
+        }
+        use LinuxNamespaceType::{Ipc, Network, Pid, Uts};
+        for kind in [Pid, Network, Ipc, Uts] {
+            if !namespaces.iter().any(|namespace| namespace.typ() == kind) {
+                return refused(format!(
+                    "linux.namespaces has no {kind} namespace: a container in a virtual machine cannot share the \
+                     host's; add {{\"type\": \"{kind}\"}}"
+                ));
+            }
+        }
+        guest.set_namespaces(Some(namespaces));
+        Ok(())
+    }
+}
+
+/// What the host limits for the whole VM, and what the guest limits for the container.
+fn divide(resources: &LinuxResources) -> (LinuxResources, LinuxResources) {
+    let (mut host, mut guest) = (LinuxResources::default(), resources.clone());
+    host.set_cpu(resources.cpu().clone())
+        .set_block_io(resources.block_io().clone())
+        .set_network(resources.network().clone());
+    guest.set_cpu(None).set_block_io(None).set_network(None);
+    (host, guest)
+}
+
+/// Limits of a container that runs: for the host and for the guest, if they have anything for it.
+pub(super) fn divide_update(resources: &LinuxResources) -> (Option<LinuxResources>, Option<LinuxResources>) {
+    let (host, guest) = divide(resources);
+    let asks = |resources: &LinuxResources| *resources != LinuxResources::default();
+    let (asks_host, asks_guest) = (asks(&host), asks(&guest));
+    (asks_host.then_some(host), asks_guest.then_some(guest))
+}
+
+/// Compiled here, since the agent does not.
+fn filter(policy: &LinuxSeccomp) -> Result<Filter, Error> {
+    let actions = policy.syscalls().iter().flatten().map(|rule| rule.action());
+    let notifies =
+        actions.chain([policy.default_action()]).any(|action| action == LinuxSeccompAction::ScmpActNotify);
+    if notifies || policy.listener_path().is_some() {
+        return refused(
+            "linux.seccomp with a listener is not supported: nobody outside of the virtual machine could decide on its \
+             system calls",
+        );
+    }
+    Filter::compile(policy).map_err(|error| Error::Request(format!("linux.seccomp: {error}")))
+}
+
+fn host_cpus() -> u64 {
+    std::thread::available_parallelism().map_or(1, |count| count.get() as u64)
+}
+
+/// A device node of the guest's own, or none.
+fn device(device: &LinuxDevice) -> Result<(), Error> {
+    // Linux: Documentation/admin-guide/devices.txt. Memory devices, terminals, tun and FUSE are every kernel's.
+    let is_everywhere = matches!((device.major(), device.minor()), (1 | 5, _) | (10, 200 | 229));
+    if device.typ() == LinuxDeviceType::P || is_everywhere {
+        return Ok(());
+    }
+    refused(format!(
+        "linux.devices {} ({}:{}): a device of the host is not passed on to a virtual machine; run it with \
+         cloche-container",
+        device.path().display(),
+        device.major(),
+        device.minor()
+    ))
+}
+
+fn mount(mount: &Mount, shares: &mut Vec<Shared>) -> Result<Mount, Error> {
+    let options = mount.options().as_deref().unwrap_or_default();
+    let has = |names: &[&str]| options.iter().find(|option| names.contains(&option.as_str()));
+    let at = mount.destination().display();
+    let kind = mount.typ().as_deref();
+    if kind != Some("bind") && has(&["bind", "rbind"]).is_none() {
+        return match kind {
+            Some(name) if !OF_A_KERNEL.contains(&name) => refused(format!(
+                "cannot mount {at}: a file system of type {name} would be mounted from the host's devices; mount it \
+                 on the host, and bind it"
+            )),
+            _ => Ok(mount.clone()),
+        };
+    }
+    if let Some(option) = has(&["shared", "rshared", "slave", "rslave"]) {
+        return refused(format!(
+            "cannot bind {at} with the option {option}: mounts do not pass between the host and a virtual machine; \
+             use rprivate"
+        ));
+    }
+    let is_mapped = [mount.uid_mappings(), mount.gid_mappings()]
+        .iter()
+        .any(|maps| maps.as_ref().is_some_and(|maps| !maps.is_empty()));
+    if is_mapped || has(&["idmap", "ridmap"]).is_some() {
+        return refused(format!("cannot bind {at} with mapped users into a virtual machine"));
+    }
+    let source = mount.source().as_deref().unwrap_or(Path::new(""));
+    let failed = |action| {
+        let path = source.to_owned();
+        move |source: std::io::Error| Error::File { action, path, source }
+    };
+    let metadata = fs::metadata(source).map_err(failed("find the source of a bind,"))?;
+    let file_system = statfs(source).map_err(|errno| failed("look at")(errno.into()))?;
+    if is_kernels(&file_system) {
+        // The host's would tell of the host. The guest has its own at the same place.
+        return Ok(mount.clone());
+    }
+    if mount.destination() == Path::new("/dev/shm") && is_tmpfs(&file_system) {
+        return Ok(shared_memory(mount, &file_system));
+    }
+    if !metadata.is_file() && !metadata.is_dir() {
+        return refused(format!(
+            "cannot bind {} at {at}: it is neither a regular file nor a directory, and two kernels cannot share it; \
+             run it with cloche-container",
+            source.display()
+        ));
+    }
+    let mut bound = mount.clone();
+    let inherited = inherited_flags(source).map_err(failed("look at"))?;
+    bound
+        .set_source(Some(share_path(shares.len())))
+        .set_options(Some(options.iter().cloned().chain(inherited.into_iter().map(String::from)).collect()));
+    shares.push(Shared { path: source.to_owned(), read_only: has(&["ro", "rro"]).is_some() });
+    Ok(bound)
+}
+
+/// linux/magic.h.
+fn is_kernels(file_system: &StatFs) -> bool {
+    const PROC: i64 = 0x9fa0;
+    const SYSFS: i64 = 0x6265_6572;
+    const CGROUP: i64 = 0x27_e0eb;
+    const CGROUP2: i64 = 0x6367_7270;
+    [PROC, SYSFS, CGROUP, CGROUP2].contains(&file_system.f_type)
+}
+
+fn is_tmpfs(file_system: &StatFs) -> bool {
+    const TMPFS: i64 = 0x0102_1994;
+    file_system.f_type == TMPFS
+}
+
+/// Engines make a container's shared memory on the host, to have several containers share it. Only processes of one
+/// kernel can, so it is the guest's own, of the same size.
+fn shared_memory(mount: &Mount, file_system: &StatFs) -> Mount {
+    let bytes = file_system.f_blocks.saturating_mul(u64::try_from(file_system.f_bsize).unwrap_or(0));
+    let options = ["nosuid", "noexec", "nodev", "mode=1777", &format!("size={bytes}")];
+    let mut made = Mount::default();
+    made.set_destination(mount.destination().clone())
+        .set_typ(Some("tmpfs".into()))
+        .set_source(Some("shm".into()))
+        .set_options(Some(options.map(String::from).to_vec()));
+    made
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn config() -> Value {
+        json!({
+            "ociVersion": "1.2.0",
+            "process": { "user": { "uid": 0, "gid": 0 }, "cwd": "/", "args": ["x"] },
+            "root": { "path": "rootfs" },
+            "mounts": [],
+            "annotations": { "a": "b" },
+            "linux": {
+                "cgroupsPath": "/x/y",
+                "namespaces": [
+                    { "type": "pid" }, { "type": "network" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" },
+                ],
+            },
+        })
+    }
+
+    fn with(pointer: &str, value: Value) -> Result<Split, Error> {
+        let mut config = config();
+        let (parent, name) = pointer.rsplit_once('/').unwrap();
+        match config.pointer_mut(parent).unwrap() {
+            Value::Array(list) => list.push(value),
+            parent => parent[name] = value,
+        }
+        split(&serde_json::from_value(config).unwrap(), Path::new("/rootfs"))
+    }
+
+    fn refusal(pointer: &str, value: Value) -> String {
+        with(pointer, value).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn limits_go_to_whom_they_bind() {
+        let resources = json!({
+            "memory": { "limit": 64 << 20 }, "pids": { "limit": 7 },
+            "cpu": { "quota": 150_000, "period": 100_000, "shares": 512 },
+        });
+        let split = with("/linux/resources", resources).unwrap();
+        assert_eq!(split.memory_bytes, Some(64 << 20));
+        assert_eq!(split.vcpus, 2.min(host_cpus()));
+        assert!(split.host.cpu().is_some() && split.host.memory().is_none() && split.host.pids().is_none());
+        let inside = split.guest.linux().as_ref().unwrap().resources().as_ref().unwrap();
+        assert!(inside.cpu().is_none() && inside.memory().is_some() && inside.pids().is_some());
+    }
+
+    #[test]
+    fn update_that_asks_for_nothing_is_nobodys() {
+        assert_eq!(divide_update(&LinuxResources::default()), (None, None));
+        let cpu = serde_json::from_value(json!({ "cpu": { "shares": 5 } })).unwrap();
+        let (host, guest) = divide_update(&cpu);
+        assert!(host.is_some() && guest.is_none());
+    }
+
+    #[test]
+    fn binds_become_shares_and_the_rest_is_the_guests() {
+        let directory = tempfile::tempdir().unwrap();
+        let bind = json!({
+            "destination": "/data", "type": "bind", "source": directory.path(), "options": ["rbind", "ro"],
+        });
+        let split = with("/mounts/-", bind).unwrap();
+        let expected = Shared { path: directory.path().into(), read_only: true };
+        assert_eq!(split.shares[1], expected);
+        assert_eq!(split.shares[ROOT_SHARE], Shared { path: "/rootfs".into(), read_only: false });
+        let mounts = split.guest.mounts().as_ref().unwrap();
+        assert_eq!(mounts[0].source().as_deref(), Some(share_path(1).as_path()));
+        assert_eq!(split.guest.annotations(), &None);
+        assert_eq!(split.guest.linux().as_ref().unwrap().cgroups_path(), &None);
+        let proc = json!({ "destination": "/p", "type": "bind", "source": "/proc", "options": ["rbind"] });
+        let split = with("/mounts/-", proc).unwrap();
+        assert_eq!(split.shares.len(), 1);
+    }
+
+    #[test]
+    fn shared_memory_of_an_engine_becomes_the_guests() {
+        let bind =
+            json!({ "destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["bind"] });
+        let split = with("/mounts/-", bind).unwrap();
+        let mount = &split.guest.mounts().as_ref().unwrap()[0];
+        assert_eq!((mount.typ().as_deref(), split.shares.len()), (Some("tmpfs"), 1));
+        assert!(mount.options().as_ref().unwrap().iter().any(|option| option.starts_with("size=")));
+    }
+
+    #[test]
+    fn network_namespace_is_the_hosts_business() {
+        let split = with("/linux/namespaces/-", json!({ "type": "cgroup" })).unwrap();
+        assert_eq!(split.network, None);
+        let mut config = config();
+        config["linux"]["namespaces"][1]["path"] = "/run/netns/x".into();
+        let split = split_of(config);
+        assert_eq!(split.network.as_deref(), Some(Path::new("/run/netns/x")));
+        let namespaces = split.guest.linux().as_ref().unwrap().namespaces().as_ref().unwrap();
+        assert!(namespaces.iter().all(|namespace| namespace.path().is_none()));
+    }
+
+    fn split_of(config: Value) -> Split {
+        split(&serde_json::from_value(config).unwrap(), Path::new("/rootfs")).unwrap()
+    }
+
+    #[test]
+    fn what_a_virtual_machine_cannot_do_is_refused_by_name() {
+        let hook = json!({ "createContainer": [{ "path": "/bin/true" }] });
+        assert!(refusal("/hooks", hook).contains("hooks.createContainer"));
+        let pod = json!({ "io.kubernetes.cri.container-type": "container" });
+        assert!(refusal("/annotations", pod).contains("io.kubernetes.cri.container-type"));
+        let disk = json!({ "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 });
+        assert!(refusal("/linux/devices", json!([disk])).contains("/dev/sda (8:0)"));
+        let joined = json!({ "type": "ipc", "path": "/proc/1/ns/ipc" });
+        assert!(refusal("/linux/namespaces/-", joined).contains("/proc/1/ns/ipc"));
+        assert!(refusal("/linux/namespaces", json!([{ "type": "mount" }])).contains("no pid namespace"));
+        for (mount, word) in [
+            (json!({ "destination": "/a", "type": "ext4", "source": "/dev/sda" }), "type ext4"),
+            (json!({ "destination": "/a", "type": "bind", "source": "/", "options": ["rslave"] }), "rslave"),
+            (
+                json!({ "destination": "/a", "type": "bind", "source": "/", "options": ["idmap"] }),
+                "mapped users",
+            ),
+            (json!({ "destination": "/a", "type": "bind", "source": "/dev/null" }), "neither a regular file"),
+            (json!({ "destination": "/a", "type": "bind", "source": "/not/there" }), "/not/there"),
+        ] {
+            let refusal = refusal("/mounts/-", mount);
+            assert!(refusal.contains(word), "{refusal}");
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! What stands between a container and the host. The verbs are the same whatever it is: directory, record, gate, hooks
+//! and the host's cgroup are theirs; how processes come to be, and how they are reached, is here.
+
+use std::{
+    fmt::Debug,
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+};
+
+use cloche_runtime::{
+    Container, Created, ExitStatus, HookState, Join, Joined, Launch, Listener, Oci, Rootfs, Stdio,
+    cgroup::Cgroup,
+};
+use oci_spec::runtime::{LinuxResources, Process, Spec};
+
+use crate::{
+    error::{Error, system},
+    process::ProcessId,
+    state::Known,
+};
+
+/// A container's first process, to be made.
+pub struct First<'a> {
+    /// The container's id.
+    pub id: &'a str,
+    /// Its configuration.
+    pub spec: &'a Spec,
+    /// Its root file system's directory.
+    pub rootfs: &'a Path,
+    /// The container's directory, for what an isolation needs to find again.
+    pub directory: &'a Path,
+    /// As [`Oci::gate`].
+    pub gate: Option<BorrowedFd<'a>>,
+    /// What becomes its stdio, if it has no terminal.
+    pub stdio: Stdio,
+    /// As [`Oci::console_socket`].
+    pub console_socket: Option<BorrowedFd<'a>>,
+    /// As [`Oci::preserved_fds`].
+    pub preserved_fds: &'a [i32],
+    /// As [`Oci::keep_keyring`].
+    pub keep_keyring: bool,
+    /// As [`Oci::keep_groups`].
+    pub keep_groups: bool,
+    /// As [`Oci::created`].
+    pub created: Created<'a>,
+    /// As [`Oci::hook_state`].
+    pub hook_state: HookState<'a>,
+    /// As [`Oci::listener`].
+    pub listener: Listener<'a>,
+    /// Called with warnings.
+    pub warn: &'a dyn Fn(&str),
+}
+
+/// A further process of a container, to be made.
+pub struct Further<'a> {
+    /// The container.
+    pub known: &'a Known,
+    /// Its configuration.
+    pub spec: &'a Spec,
+    /// The container's first process, and its descriptor.
+    pub first: ProcessId,
+    #[allow(missing_docs)]
+    pub pidfd: BorrowedFd<'a>,
+    /// What to run.
+    pub process: &'a Process,
+    /// A cgroup below the container's to run in.
+    pub cgroup: Option<&'a str>,
+    /// What becomes its stdio, if it has no terminal.
+    pub stdio: Stdio,
+    /// Gets its terminal.
+    pub console_socket: Option<BorrowedFd<'a>>,
+    /// Descriptors that it keeps.
+    pub preserved_fds: &'a [i32],
+    /// As [`Oci::listener`].
+    pub listener: Listener<'a>,
+    /// Called with warnings.
+    pub warn: &'a dyn Fn(&str),
+}
+
+/// A process of the host that stands for one of a container: engines signal it, and wait for it. It ends as that does.
+pub trait Child {
+    /// Its id.
+    fn pid(&self) -> i32;
+    /// Readable once it has ended.
+    fn pidfd(&self) -> BorrowedFd<'_>;
+    /// Waits for its end.
+    fn wait(&mut self) -> Result<ExitStatus, Error>;
+    /// Ends it, if it is a container's first process, and all others of the container.
+    fn discard(self: Box<Self>);
+}
+
+/// A process inside of a container, as `ps` tells of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inside {
+    /// Its id, where the container's kernel runs.
+    pub pid: i32,
+    /// What else the host cannot look up.
+    pub seen: Option<Seen>,
+}
+
+/// What the container's own kernel says of a process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Seen {
+    pub uid: u32,
+    pub parent: i32,
+    pub command: String,
+}
+
+/// An isolation.
+pub trait Isolation: Debug {
+    /// What this runtime is called with it.
+    fn name(&self) -> &'static str;
+
+    /// Whether processes of the host enter the containers.
+    fn enters_containers(&self) -> bool;
+
+    /// Makes a container's first process, in the container's cgroup on the host, and returns once it waits at the gate,
+    /// or runs if there is none. After an error nothing of it is left.
+    fn launch(&self, first: First<'_>) -> Result<Box<dyn Child>, Error>;
+
+    /// Makes a further process, and returns once it runs.
+    fn join(&self, further: Further<'_>) -> Result<Box<dyn Child>, Error>;
+
+    /// Sends a signal to a container's first process, whose pidfd this is.
+    fn signal(&self, known: &Known, pidfd: BorrowedFd<'_>, signo: i32) -> Result<(), Error>;
+
+    /// Sends a signal to all processes of a container.
+    fn signal_all(&self, known: &Known, signo: i32) -> Result<(), Error>;
+
+    /// The processes of a container.
+    fn processes(&self, known: &Known) -> Result<Vec<Inside>, Error>;
+
+    /// Changes limits of a container; `cgroup` is the host's.
+    fn update(&self, known: &Known, cgroup: &mut Cgroup, resources: &LinuxResources) -> Result<(), Error>;
+}
+
+/// Namespaces and cgroups of the host's own kernel.
+#[derive(Debug)]
+pub struct OnHost;
+
+impl Isolation for OnHost {
+    fn name(&self) -> &'static str {
+        "cloche-container"
+    }
+
+    fn enters_containers(&self) -> bool {
+        true
+    }
+
+    fn launch(&self, first: First<'_>) -> Result<Box<dyn Child>, Error> {
+        let container = cloche_runtime::launch(Launch {
+            id: first.id,
+            spec: first.spec,
+            user: None,
+            filter: None,
+            rootfs: Rootfs::Directory(first.rootfs.to_owned()),
+            stdio: first.stdio,
+            kill_on_parent_death: false,
+            approve: None,
+            oci: Oci {
+                gate: first.gate,
+                console_socket: first.console_socket,
+                preserved_fds: first.preserved_fds,
+                keep_groups: first.keep_groups,
+                keep_keyring: first.keep_keyring,
+                created: Some(first.created),
+                hook_state: Some(first.hook_state),
+                listener: Some(first.listener),
+                warn: Some(first.warn),
+            },
+        })?;
+        Ok(Box::new(container))
+    }
+
+    fn join(&self, further: Further<'_>) -> Result<Box<dyn Child>, Error> {
+        let cgroup = match further.cgroup {
+            Some(below) => further.known.cgroup()?.below(below)?,
+            None => further.known.cgroup()?,
+        };
+        let linux = further.spec.linux().as_ref();
+        let joined = cloche_runtime::join(Join {
+            id: further.known.id(),
+            pid: further.first.pid,
+            pidfd: further.pidfd,
+            process: further.process,
+            seccomp: linux.and_then(|linux| linux.seccomp().as_ref()),
+            filter: None,
+            personality: linux.and_then(|linux| linux.personality().as_ref()),
+            cgroup: &cgroup,
+            stdio: further.stdio,
+            console_socket: further.console_socket,
+            preserved_fds: further.preserved_fds,
+            keep_keyring: false,
+            listener: Some(further.listener),
+            warn: Some(further.warn),
+        })?;
+        Ok(Box::new(joined))
+    }
+
+    fn signal(&self, known: &Known, pidfd: BorrowedFd<'_>, signo: i32) -> Result<(), Error> {
+        if signo == libc::SIGKILL && shares_pids(&known.spec()?) {
+            return Ok(known.cgroup()?.kill_all()?);
+        }
+        match cloche_runtime::send_signal(pidfd, signo) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+                Err(Error::NotRunning(known.id().to_owned(), "stopped"))
+            }
+            result => result.map_err(system("send the signal")),
+        }
+    }
+
+    fn signal_all(&self, known: &Known, signo: i32) -> Result<(), Error> {
+        // Also where the first process is gone: others may be left, if they have no PID namespace to die with.
+        let cgroup = known.cgroup()?;
+        if cgroup.is_nowhere() {
+            cloche_runtime::cgroup::signal(&listed(known, &cgroup)?, signo)?;
+        }
+        Ok(cgroup.signal_all(signo)?)
+    }
+
+    fn processes(&self, known: &Known) -> Result<Vec<Inside>, Error> {
+        let pids = listed(known, &known.cgroup()?)?;
+        Ok(pids.into_iter().map(|pid| Inside { pid, seen: None }).collect())
+    }
+
+    fn update(&self, known: &Known, cgroup: &mut Cgroup, resources: &LinuxResources) -> Result<(), Error> {
+        Ok(cgroup.update(&known.record.cgroup, resources)?)
+    }
+}
+
+/// Those of its cgroup. A plain user's container has none where no cgroup is the user's; then, those of its PID namespace.
+fn listed(known: &Known, cgroup: &Cgroup) -> Result<Vec<i32>, Error> {
+    if !cgroup.is_nowhere() {
+        return Ok(cgroup.processes()?);
+    }
+    Ok(known.alive().map_or_else(Vec::new, |process| process.with_its_namespace()))
+}
+
+/// Whether its processes do not die with the first one.
+fn shares_pids(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let pid = namespaces.and_then(|namespaces| {
+        namespaces.iter().find(|one| one.typ() == oci_spec::runtime::LinuxNamespaceType::Pid)
+    });
+    pid.is_none_or(|pid| pid.path().is_some())
+}
+
+impl Child for Container {
+    fn pid(&self) -> i32 {
+        self.pid()
+    }
+
+    fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd()
+    }
+
+    fn wait(&mut self) -> Result<ExitStatus, Error> {
+        Ok(Container::wait(self)?.status)
+    }
+
+    fn discard(self: Box<Self>) {
+        let _ = self.delete();
+    }
+}
+
+impl Child for Joined {
+    fn pid(&self) -> i32 {
+        self.pid()
+    }
+
+    fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd()
+    }
+
+    fn wait(&mut self) -> Result<ExitStatus, Error> {
+        Ok(Joined::wait(self)?)
+    }
+
+    fn discard(self: Box<Self>) {
+        let _ = cloche_runtime::send_signal(self.pidfd().as_fd(), libc::SIGKILL);
+    }
+}
