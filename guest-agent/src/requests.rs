@@ -16,7 +16,7 @@ use cloche_protocol::{
     message::{self, Answer, FromGuest, Request, Stream, ToGuest},
 };
 use cloche_runtime::{Container, ExitStatus, Filter, Join, Joined, cgroup::CgroupError, join, pump::Pump};
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{LinuxResources, Process, Spec};
 use rustix::{
     event::{PollFd, PollFlags},
     net::{
@@ -269,7 +269,15 @@ pub fn exit_status(status: ExitStatus) -> message::ExitStatus {
 }
 
 fn update(container: &Container, resources: &str) -> Result<(), String> {
-    let resources = serde_json::from_str(resources).map_err(|error| error.to_string())?;
+    let resources: LinuxResources = serde_json::from_str(resources).map_err(|error| error.to_string())?;
+    let limit = resources.memory().as_ref().and_then(|memory| memory.limit()).unwrap_or(0);
+    let machine = rustix::system::sysinfo().totalram;
+    if u64::try_from(limit).is_ok_and(|limit| limit > machine) {
+        return Err(format!(
+            "linux.resources.memory.limit {limit} is more than the memory of the virtual machine, {machine} bytes, \
+             which its limit at creation has fixed"
+        ));
+    }
     container.cgroup().apply(&resources).map_err(|error| chain(&error))
 }
 

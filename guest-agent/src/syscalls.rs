@@ -61,8 +61,8 @@ pub fn pause() {
 
 /// A non-blocking listener on `port` of this guest, close-on-exec.
 pub fn listen(port: u32) -> io::Result<OwnedFd> {
-    /// Whoever asks gets a short answer at once.
-    const BACKLOG: i32 = 8;
+    /// Whoever asks gets an answer at once, but each further process is four streams.
+    const BACKLOG: i32 = 128;
     // SAFETY: socket(2) takes no pointer.
     let fd = unsafe {
         libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, 0)

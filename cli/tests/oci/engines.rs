@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     Test,
-    fixture::{Bundle, await_that, text},
+    fixture::{self, Bundle, await_that, text},
 };
 
 pub fn all() -> Vec<Test> {
@@ -28,8 +28,8 @@ fn has(program: &str, package: &str) -> bool {
 
 /// This runtime under the name that engines call it by.
 fn runtime(bundle: &Bundle) -> PathBuf {
-    let link = bundle.path("cloche-container");
-    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_cloche"), &link).unwrap();
+    let link = bundle.path(fixture::name());
+    std::os::unix::fs::symlink(fixture::program(), &link).unwrap();
     link
 }
 

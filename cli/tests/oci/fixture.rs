@@ -1,4 +1,5 @@
-//! Bundles of busybox, and the runtime under test: `cloche` by its other name, or the program in `CLOCHE_TEST_RUNTIME`.
+//! Bundles of busybox, and the runtime under test: `cloche` (that of `CLOCHE_BIN`, if set) by another name, which is
+//! `cloche-vm` if `CLOCHE_TEST_ISOLATION` is `vm`; or the program in `CLOCHE_TEST_RUNTIME`.
 
 use std::{
     fs,
@@ -17,6 +18,21 @@ const APPLETS: [&str; 23] = [
     "sh", "cat", "echo", "sleep", "true", "false", "id", "ls", "ps", "kill", "mount", "head", "touch", "env",
     "stty", "tty", "readlink", "pwd", "cp", "mkdir", "chmod", "hostname", "test",
 ];
+
+/// Whether containers are in virtual machines.
+pub fn in_vm() -> bool {
+    std::env::var_os("CLOCHE_TEST_ISOLATION").is_some_and(|isolation| isolation == "vm")
+}
+
+/// What the runtime under test is called.
+pub fn name() -> &'static str {
+    if in_vm() { "cloche-vm" } else { "cloche-container" }
+}
+
+/// The program that is the runtime, by that name.
+pub fn program() -> PathBuf {
+    std::env::var_os("CLOCHE_BIN").map_or_else(|| env!("CARGO_BIN_EXE_cloche").into(), PathBuf::from)
+}
 
 /// What these tests lack here.
 pub fn missing() -> Option<String> {
@@ -154,7 +170,8 @@ impl Drop for Bundle {
 
 #[track_caller]
 pub fn await_that(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    // Emulated machines are slow.
+    let deadline = Instant::now() + Duration::from_secs(if in_vm() { 60 } else { 20 });
     while !is_so() {
         assert!(Instant::now() < deadline, "it does not come to be that {what}");
         std::thread::sleep(Duration::from_millis(10));
@@ -169,8 +186,8 @@ fn runtime() -> Command {
     match std::env::var_os("CLOCHE_TEST_RUNTIME") {
         Some(other) => Command::new(other),
         None => {
-            let mut command = Command::new(env!("CARGO_BIN_EXE_cloche"));
-            command.arg0("cloche-container");
+            let mut command = Command::new(program());
+            command.arg0(name());
             command
         }
     }

@@ -19,6 +19,7 @@ pub fn all() -> Vec<Test> {
         created_container_waits_and_then_runs,
         state_is_what_the_specification_says,
         run_returns_the_exit_code_and_leaves_nothing,
+        run_of_a_process_that_a_signal_kills_returns_128_and_its_number,
         two_hundred_runs_at_once_all_succeed_and_leave_nothing,
         program_that_is_not_there_is_told_at_create,
         id_that_is_taken_is_refused,
@@ -80,6 +81,9 @@ fn run_returns_the_exit_code_and_leaves_nothing() {
         (Some(7), "out".into(), "err".into())
     );
     assert!(bundle.refused(&["state", &bundle.id]).contains("does not exist"));
+}
+
+fn run_of_a_process_that_a_signal_kills_returns_128_and_its_number() {
     let killed = Bundle::script("sh -c 'kill -9 $$'; kill -TERM $$; sleep 5")
         .with("/linux/namespaces", json!([{ "type": "mount" }, { "type": "uts" }]));
     assert_eq!(killed.run(&["run", &killed.id]).status.code(), Some(128 + 15));

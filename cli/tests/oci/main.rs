@@ -6,6 +6,7 @@ mod failures;
 mod fixture;
 mod hooks;
 mod hostile;
+mod in_vm;
 mod life;
 mod notify_ioctl;
 mod processes;
@@ -38,6 +39,7 @@ fn main() {
         engines::all(),
     ]
     .concat();
+    let all = if fixture::in_vm() { in_vm::of(all) } else { all };
     let missing = fixture::missing();
     let trials = all.into_iter().map(|(name, body)| match &missing {
         None => Trial::test(name, move || checked(body)),

@@ -200,7 +200,8 @@ fn terminal_is_sent_to_the_console_socket() {
     bundle.ok(&["delete", "--force", &bundle.id]);
 }
 
-fn receive(stream: &std::os::unix::net::UnixStream) -> std::os::fd::OwnedFd {
+/// The terminal that was sent.
+pub fn receive(stream: &std::os::unix::net::UnixStream) -> std::os::fd::OwnedFd {
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
