@@ -53,7 +53,10 @@ const FAILED: u8 = 125;
 const LOST: u8 = 137;
 /// How long output may stay open, without a byte coming, after its process ended.
 const SILENCE: Duration = Duration::from_secs(10);
-const NEW_NETWORK: u64 = libc::CLONE_NEWNET as u64;
+/// For the first one: what it starts ends with it, and who enters the namespace of an engine's container sees no more.
+pub(super) const NEW_PID: u64 = libc::CLONE_NEWPID as u64;
+/// For hooks, which set up the network of the process that they are told of.
+pub(super) const NEW_NETWORK: u64 = libc::CLONE_NEWNET as u64;
 
 /// One of them, as the command sees it. Dropping it leaves it running.
 #[derive(Debug)]
@@ -134,22 +137,21 @@ impl Report {
     }
 }
 
-/// Clones this process, into `cgroup`. In the clone, which keeps the descriptors `kept` and those of stdio, `work` reports,
+/// Clones this process, into `cgroup` and these new namespaces. In the clone, which keeps the descriptors `kept` and those of stdio, `work` reports,
 /// and attends to the end; it returns its exit code. `created` is called with the clone's id once that is in its
 /// namespaces.
 pub(super) fn start(
     cgroup: &Cgroup,
     kept: &[RawFd],
     created: &dyn Fn(i32) -> Result<(), String>,
-    new_network: bool,
+    namespaces: u64,
     work: impl FnOnce(Report) -> Result<u8, Refusal>,
 ) -> Result<Attendant, Error> {
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(system("make a pipe"));
     let (verdict, verdict_writer) = pipe()?;
     let (released, released_writer) = pipe()?;
     let target = cgroup.clone_target()?;
-    let flags = if new_network { NEW_NETWORK } else { 0 };
-    match clone3(flags, target.as_ref().map(AsFd::as_fd)).map_err(system("clone this process"))? {
+    match clone3(namespaces, target.as_ref().map(AsFd::as_fd)).map_err(system("clone this process"))? {
         Cloned::Child => {
             let kept = [kept, &[verdict_writer.as_raw_fd(), released.as_raw_fd()]].concat();
             // What was open before is not touched any more, and not given back: this process does not return.

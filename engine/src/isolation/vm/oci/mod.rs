@@ -99,9 +99,10 @@ impl Isolation for OciVm {
             console_socket: first.console_socket,
         };
         let created = |pid: i32| (first.created)(pid, &cgroup);
-        let started = attendant::start(&cgroup, &kept, &created, split.network.is_none(), |report| {
-            first::attend(plan, report)
-        });
+        let network = if split.network.is_none() { attendant::NEW_NETWORK } else { 0 };
+        let namespaces = attendant::NEW_PID | network;
+        let started =
+            attendant::start(&cgroup, &kept, &created, namespaces, |report| first::attend(plan, report));
         match started {
             Ok(attendant) => Ok(Box::new(FirstInVm { attendant, cgroup })),
             Err(error) => {
@@ -124,7 +125,7 @@ impl Isolation for OciVm {
             console_socket: further.console_socket,
         };
         let attendant =
-            attendant::start(&cgroup, &kept, &|_| Ok(()), false, |report| further::attend(&plan, report))?;
+            attendant::start(&cgroup, &kept, &|_| Ok(()), 0, |report| further::attend(&plan, report))?;
         Ok(Box::new(attendant))
     }
 
