@@ -108,7 +108,8 @@ fn user_namespace_can_be_joined_with_new_namespaces_in_it() {
 }
 
 fn map_that_is_missing_is_asked_for() {
-    let bundle = Bundle::new(&["true"]).with("/linux/namespaces", namespaces(&["user", "uts", "mount"]));
+    let kinds = ["user", "pid", "network", "ipc", "uts", "mount"];
+    let bundle = Bundle::new(&["true"]).with("/linux/namespaces", namespaces(&kinds));
     assert!(
         bundle.refused(&["create", &bundle.id]).contains("needs linux.uidMappings and linux.gidMappings")
     );
