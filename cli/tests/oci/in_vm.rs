@@ -40,7 +40,8 @@ const OF_ONE_KERNEL: [&str; 19] = [
 pub fn of(all: Vec<Test>) -> Vec<Test> {
     let is_shared = |(name, _): &Test| {
         let (module, name) = name.rsplit_once("::").unwrap();
-        !module.ends_with("seccomp") && !OF_ONE_KERNEL.contains(&name)
+        let is_of_one_kernel = ["attacks", "failures", "seccomp"].iter().any(|other| module.ends_with(other));
+        !is_of_one_kernel && !OF_ONE_KERNEL.contains(&name)
     };
     let own: Vec<Test> = crate::tests![
         guest_has_a_kernel_of_its_own,
