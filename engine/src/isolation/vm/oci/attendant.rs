@@ -53,7 +53,7 @@ const FAILED: u8 = 125;
 const LOST: u8 = 137;
 /// How long output may stay open, without a byte coming, after its process ended.
 const SILENCE: Duration = Duration::from_secs(10);
-/// For the first one: what it starts ends with it, and who enters the namespace of an engine's container sees no more.
+/// For the first one: what it starts ends with it.
 pub(super) const NEW_PID: u64 = libc::CLONE_NEWPID as u64;
 /// For hooks, which set up the network of the process that they are told of.
 pub(super) const NEW_NETWORK: u64 = libc::CLONE_NEWNET as u64;
