@@ -1,29 +1,24 @@
-//! The file system of an image as a sandbox would see it, read from its layers without mounting anything.
+//! The file system of an image as a sandbox would see it, read without mounting anything: its layers are merged
+//! ([`crate::merge`]), so that there is one answer to what they mean together.
 //!
-//! ```text
-//!   layers, top first:   a/  (opaque)      b ──▶ whiteout      c
-//!                        a/  …             b                   c/ …
-//! ```
-//!
-//! A directory is that of all layers down to the first that is opaque or has something else there; a whiteout hides
-//! what is below it. Symbolic links are followed within the image and nowhere else: there is no host here to escape to.
+//! Symbolic links are followed within the image and nowhere else: there is no host here to escape to.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
 
-use crate::erofs::{BlobReader, Data, RawInode};
-use crate::limits::{MAX_LINK_DEPTH, NAME_MAX};
-use crate::tar::Timestamp;
+use rustix::fs::{MemfdFlags, memfd_create};
 
-const OPAQUE: &[u8] = b"trusted.overlay.opaque";
-const IMPLIED: &[u8] = b"trusted.overlay.cloche.implied";
+use crate::digest::Digest;
+use crate::erofs::{BlobReader, Data, RawInode, Reader};
+use crate::limits::{MAX_LINK_DEPTH, NAME_MAX};
+use crate::merge::{MergeLayer, layer_of, merge};
+use crate::tar::Timestamp;
 
 /// Layers, as one file system.
 #[derive(Debug)]
 pub struct View {
-    /// Top first.
-    blobs: Vec<BlobReader>,
+    /// Nothing, of no layers.
+    blob: Option<BlobReader>,
 }
 
 /// What a file is.
@@ -59,12 +54,9 @@ pub struct FileInfo {
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
-/// A file of a view.
+/// A file of a view: its inode. There is none for the root of no layers.
 #[derive(Debug, Clone)]
-pub struct Node {
-    /// Blobs and inodes, top first; several for a directory only. Empty for the root of no layers.
-    places: Vec<(usize, u64)>,
-}
+pub struct Node(Option<u64>);
 
 /// Where a path leads.
 #[derive(Debug)]
@@ -76,135 +68,100 @@ pub struct Resolved {
 }
 
 impl View {
+    /// Of layers, bottom first.
     pub(crate) fn new(layers: Vec<File>) -> io::Result<View> {
-        let blobs = layers.into_iter().rev().map(BlobReader::open).collect::<io::Result<_>>()?;
-        Ok(View { blobs })
+        if layers.is_empty() {
+            return Ok(View::empty());
+        }
+        // By what they are called here, so that the devices can be told apart.
+        let diff_id = |number: usize| Digest::of(&number.to_le_bytes());
+        let named = layers.into_iter().enumerate();
+        let mut layers: Vec<MergeLayer> =
+            named.map(|(number, blob)| MergeLayer { diff_id: diff_id(number), blob }).collect();
+        let merged = File::from(memfd_create("view", MemfdFlags::CLOEXEC)?);
+        merge(&layers, &merged, [0; 16]).map_err(io::Error::other)?;
+        let devices = Reader::open(&merged)?.devices()?;
+        let device = |tag| {
+            let place = layers.iter().position(|layer| Some(layer.diff_id) == layer_of(tag));
+            place.map(|place| layers.swap_remove(place).blob).ok_or_else(missing)
+        };
+        let devices = devices.iter().map(device).collect::<io::Result<_>>()?;
+        Ok(View { blob: Some(BlobReader::open(merged, devices)?) })
     }
 
     /// A file system of nothing but its root.
     pub fn empty() -> View {
-        View { blobs: Vec::new() }
+        View { blob: None }
     }
 
     /// The root directory.
     pub fn root(&self) -> io::Result<Node> {
-        let roots: Vec<_> = self.blobs.iter().enumerate().map(|(index, blob)| (index, blob.root())).collect();
-        self.directory(roots)
-    }
-
-    /// A directory of these, down to the first that is opaque.
-    fn directory(&self, mut places: Vec<(usize, u64)>) -> io::Result<Node> {
-        for (depth, &(blob, number)) in places.iter().enumerate() {
-            let reader = self.blob(blob)?;
-            let xattrs = reader.xattrs(&reader.inode(number)?)?;
-            if xattrs.iter().any(|(name, _)| name == OPAQUE) {
-                places.truncate(depth + 1);
-                break;
-            }
-        }
-        Ok(Node { places })
+        Ok(Node(self.blob.as_ref().map(BlobReader::root)))
     }
 
     /// What a directory has under a name; nothing, if it is no directory.
     pub fn child(&self, directory: &Node, name: &[u8]) -> io::Result<Option<Node>> {
-        if let Some(&(blob, number)) = directory.places.first()
-            && kind(&self.blob(blob)?.inode(number)?)? != FileKind::Directory
-        {
+        let Some(number) = directory.0 else { return Ok(None) };
+        let blob = self.blob()?;
+        if kind(&blob.inode(number)?)? != FileKind::Directory {
             return Ok(None);
         }
-        let mut found: Vec<(usize, u64)> = Vec::new();
-        for &(blob, number) in &directory.places {
-            let reader = self.blob(blob)?;
-            let Some(&child) = reader.children(number)?.get(name) else { continue };
-            let inode = reader.inode(child)?;
-            let is_directory = kind(&inode)? == FileKind::Directory;
-            if found.is_empty() && !is_directory {
-                let is_whiteout = kind(&inode)? == FileKind::CharDevice(0, 0);
-                return Ok((!is_whiteout).then(|| Node { places: vec![(blob, child)] }));
-            }
-            if !is_directory {
-                break;
-            }
-            found.push((blob, child));
-        }
-        if found.is_empty() { Ok(None) } else { self.directory(found).map(Some) }
+        Ok(blob.children(number)?.get(name).map(|&child| Node(Some(child))))
     }
 
     /// The names in a directory, sorted.
     pub fn names(&self, directory: &Node) -> io::Result<Vec<Vec<u8>>> {
-        let mut names = BTreeSet::new();
-        for &(blob, number) in &directory.places {
-            names.extend(self.blob(blob)?.children(number)?.keys().map(|name| name.to_vec()));
-        }
-        let mut kept = Vec::new();
-        for name in names {
-            if self.child(directory, &name)?.is_some() {
-                kept.push(name);
-            }
-        }
-        Ok(kept)
+        let Some(number) = directory.0 else { return Ok(Vec::new()) };
+        Ok(self.blob()?.children(number)?.keys().map(|name| name.to_vec()).collect())
     }
 
     /// What is known of a file.
     pub fn info(&self, node: &Node) -> io::Result<FileInfo> {
-        let mut info = None;
-        for &(blob, number) in &node.places {
-            let reader = self.blob(blob)?;
-            let inode = reader.inode(number)?;
-            let mut xattrs = reader.xattrs(&inode)?;
-            let is_implied = xattrs.iter().any(|(name, _)| name == IMPLIED);
-            xattrs.retain(|(name, _)| !name.starts_with(b"trusted.overlay."));
-            let Timestamp { seconds, nanoseconds } = inode.mtime;
-            info = Some(FileInfo {
-                kind: kind(&inode)?,
-                mode: inode.mode & 0o7777,
-                uid: inode.uid,
-                gid: inode.gid,
-                size: inode.size,
-                mtime: (seconds, nanoseconds),
-                xattrs,
+        let Some(number) = node.0 else {
+            return Ok(FileInfo {
+                kind: FileKind::Directory,
+                mode: 0o755,
+                uid: 0,
+                gid: 0,
+                size: 0,
+                mtime: (0, 0),
+                xattrs: Vec::new(),
             });
-            // One that has no entry of its own says nothing of the directory below it.
-            if !is_implied {
-                break;
-            }
-        }
-        Ok(info.unwrap_or(FileInfo {
-            kind: FileKind::Directory,
-            mode: 0o755,
-            uid: 0,
-            gid: 0,
-            size: 0,
-            mtime: (0, 0),
-            xattrs: Vec::new(),
-        }))
+        };
+        let blob = self.blob()?;
+        let inode = blob.inode(number)?;
+        let Timestamp { seconds, nanoseconds } = inode.mtime;
+        Ok(FileInfo {
+            kind: kind(&inode)?,
+            mode: inode.mode & 0o7777,
+            uid: inode.uid,
+            gid: inode.gid,
+            size: inode.size,
+            mtime: (seconds, nanoseconds),
+            xattrs: blob.xattrs(&inode)?,
+        })
     }
 
     /// Which file it is: the same for all names of one.
     pub fn identity(&self, node: &Node) -> Option<(usize, u64)> {
-        node.places.first().copied()
+        node.0.map(|number| (0, number))
     }
 
-    /// How many names its layer gives it.
+    /// How many names it has.
     pub fn links(&self, node: &Node) -> io::Result<u32> {
-        match node.places.first() {
-            Some(&(blob, number)) => Ok(self.blob(blob)?.inode(number)?.links),
-            None => Ok(1),
-        }
+        node.0.map_or(Ok(1), |number| Ok(self.blob()?.inode(number)?.links))
     }
 
     /// A regular file's content.
     pub fn open(&self, node: &Node) -> io::Result<impl Read + '_> {
-        let &(blob, number) = node.places.first().ok_or_else(missing)?;
-        let reader = self.blob(blob)?;
-        Ok(Data::new(reader, reader.inode(number)?))
+        let blob = self.blob()?;
+        Ok(Data::new(blob, blob.inode(node.0.ok_or_else(missing)?)?))
     }
 
     /// Where a symbolic link leads.
     pub fn target(&self, node: &Node) -> io::Result<Vec<u8>> {
-        let &(blob, number) = node.places.first().ok_or_else(missing)?;
-        let reader = self.blob(blob)?;
-        reader.content(&reader.inode(number)?)
+        let blob = self.blob()?;
+        blob.content(&blob.inode(node.0.ok_or_else(missing)?)?)
     }
 
     /// Follows a path from the root, and the links on it; the last one only if asked to. What is missing has a path
@@ -260,8 +217,8 @@ impl View {
         Ok(Resolved { path: stack.into_iter().map(|(name, _)| name).collect(), node })
     }
 
-    fn blob(&self, index: usize) -> io::Result<&BlobReader> {
-        self.blobs.get(index).ok_or_else(missing)
+    fn blob(&self) -> io::Result<&BlobReader> {
+        self.blob.as_ref().ok_or_else(missing)
     }
 }
 
@@ -284,4 +241,46 @@ fn kind(inode: &RawInode) -> io::Result<FileKind> {
             return Err(io::Error::other(format!("the layer is damaged: a file has the type {other:o}")));
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuzzing::{layer_entry, memory};
+    use crate::layer::{ExpectedLayer, convert};
+
+    fn layer(entries: &[Vec<u8>]) -> File {
+        let mut archive = entries.concat();
+        archive.resize(archive.len() + 1024, 0);
+        let blob = memory("layer");
+        let expected = ExpectedLayer { blob: None, diff_id: Digest::of(&archive) };
+        convert(archive.as_slice(), &expected, &blob, &memory("recipe"), |_| {}).unwrap();
+        blob
+    }
+
+    #[test]
+    fn links_to_files_of_lower_layers_are_followed() {
+        let view = View::new(vec![
+            layer(&[layer_entry(b'0', "etc/users", "", b"anna"), layer_entry(b'2', "lib", "usr/lib", b"")]),
+            layer(&[]),
+            layer(&[
+                layer_entry(b'1', "etc/passwd", "etc/users", b""),
+                layer_entry(b'0', "lib/new", "", b"of the top layer"),
+                layer_entry(b'0', "etc/.wh.users", "", b""),
+            ]),
+        ])
+        .unwrap();
+        let content = |path: &[u8]| {
+            let node = view.resolve(path, true).unwrap().node?;
+            let mut text = String::new();
+            view.open(&node).unwrap().read_to_string(&mut text).unwrap();
+            Some((view.info(&node).unwrap().mode, text))
+        };
+        assert_eq!(content(b"etc/passwd"), Some((0o644, "anna".to_owned())));
+        assert_eq!(content(b"etc/users"), None);
+        // Below a link of a lower layer, and where that leads.
+        let new = Some((0o644, "of the top layer".to_owned()));
+        assert_eq!((content(b"lib/new"), content(b"usr/lib/new")), (new.clone(), new));
+        assert_eq!(view.names(&view.root().unwrap()).unwrap(), [&b"etc"[..], b"lib", b"usr"]);
+    }
 }

@@ -1,4 +1,5 @@
-//! Reading what this crate has written: inodes, directories, data and attributes of one blob, without mounting it.
+//! Reading what this crate has written: inodes, directories, data and attributes of one file system, without mounting
+//! it.
 //!
 //! It knows the part of the format that [`super::finish`] writes. A blob that was damaged on disk gives errors or
 //! wrong data, but every read is bounded by the file.
@@ -9,6 +10,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::disk::Disk;
 use super::format::{BLOCK, COMPACT_BYTES, EXTENDED_BYTES, MAGIC, NULL_BLOCK, SLOT, SUPERBLOCK_OFFSET};
 use super::xattr::PREFIXES;
 use crate::tar::{Timestamp, Xattr};
@@ -16,10 +18,11 @@ use crate::tar::{Timestamp, Xattr};
 /// A directory's children, by name.
 pub(crate) type Children = BTreeMap<Box<[u8]>, u64>;
 
-/// A blob that is open for reading.
+/// A blob that is open for reading, with the devices on which its files' data lie.
 #[derive(Debug)]
 pub(crate) struct BlobReader {
-    file: File,
+    disk: Disk,
+    /// Of the blob without its devices.
     bytes: u64,
     /// Where inode 0 would be.
     metadata: u64,
@@ -46,7 +49,7 @@ pub(crate) struct RawInode {
 }
 
 impl BlobReader {
-    pub(crate) fn open(file: File) -> io::Result<BlobReader> {
+    pub(crate) fn open(file: File, devices: Vec<File>) -> io::Result<BlobReader> {
         let bytes = file.metadata()?.len();
         let mut block = [0; 128];
         file.read_exact_at(&mut block, SUPERBLOCK_OFFSET)?;
@@ -62,7 +65,7 @@ impl BlobReader {
                 nanoseconds: u32_at(&block, 32),
             },
             directories: Mutex::default(),
-            file,
+            disk: Disk::new(file, devices)?,
         })
     }
 
@@ -75,12 +78,12 @@ impl BlobReader {
         let at = at.ok_or_else(|| damaged("an inode's number is too large"))?;
         let mut head = [0; EXTENDED_BYTES as usize];
         let (compact, rest) = head.split_at_mut(COMPACT_BYTES as usize);
-        self.file.read_exact_at(compact, at)?;
+        self.disk.read_exact_at(compact, at)?;
         let format = u16_at(compact, 0);
         let is_extended = format & 1 == 1;
         let count = u64::from(u16_at(compact, 2));
         if is_extended {
-            self.file.read_exact_at(rest, at + COMPACT_BYTES)?;
+            self.disk.read_exact_at(rest, at + COMPACT_BYTES)?;
         }
         let xattr_bytes = if count == 0 { 0 } else { 12 + 4 * (count - 1) };
         let head_bytes = if is_extended { EXTENDED_BYTES } else { COMPACT_BYTES };
@@ -150,8 +153,8 @@ impl BlobReader {
             _ => inode.size,
         };
         let (outer, inline) = content.split_at_mut(whole as usize);
-        self.file.read_exact_at(outer, u64::from(inode.payload) * BLOCK)?;
-        self.file.read_exact_at(inline, inode.xattrs.0 + inode.xattrs.1)?;
+        self.disk.read_exact_at(outer, u64::from(inode.payload) * BLOCK)?;
+        self.disk.read_exact_at(inline, inode.xattrs.0 + inode.xattrs.1)?;
         Ok(content)
     }
 
@@ -159,7 +162,7 @@ impl BlobReader {
     pub(crate) fn xattrs(&self, inode: &RawInode) -> io::Result<Vec<Xattr>> {
         let (at, bytes) = inode.xattrs;
         let mut area = vec![0; bytes as usize];
-        self.file.read_exact_at(&mut area, at)?;
+        self.disk.read_exact_at(&mut area, at)?;
         let mut rest = area.get(12..).unwrap_or_default();
         let mut found = Vec::new();
         while let [name_bytes, prefix, low, high, ..] = *rest {
@@ -181,7 +184,7 @@ impl BlobReader {
     /// Reads a regular file's data at an offset into a buffer that ends within the file.
     fn read_at(&self, inode: &RawInode, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         if inode.layout != 4 {
-            return self.file.read_exact_at(buffer, u64::from(inode.payload) * BLOCK + offset);
+            return self.disk.read_exact_at(buffer, u64::from(inode.payload) * BLOCK + offset);
         }
         let chunk_bytes = BLOCK << (inode.payload & 0x1f);
         let map = inode.xattrs.0 + inode.xattrs.1;
@@ -192,10 +195,10 @@ impl BlobReader {
             let step = (chunk_bytes - within).min(rest.len() as u64);
             let (now, later) = rest.split_at_mut(step as usize);
             let mut entry = [0; 4];
-            self.file.read_exact_at(&mut entry, map + 4 * (position / chunk_bytes))?;
+            self.disk.read_exact_at(&mut entry, map + 4 * (position / chunk_bytes))?;
             match u32::from_le_bytes(entry) {
                 NULL_BLOCK => now.fill(0),
-                block => self.file.read_exact_at(now, u64::from(block) * BLOCK + within)?,
+                block => self.disk.read_exact_at(now, u64::from(block) * BLOCK + within)?,
             }
             position += step;
             rest = later;

@@ -32,6 +32,7 @@ mod blob;
 mod browse;
 mod data;
 mod directory;
+mod disk;
 mod format;
 mod metadata;
 mod reader;
