@@ -1,21 +1,22 @@
-//! Containers of a plain user: which users it has for them, and layers as trees that it can mount.
+//! Containers of a plain user: which users it has for them, and images as trees that it can mount.
 //!
 //! A user namespace maps the container's root to the user, and the ids from 1 on to those that /etc/subuid and
 //! /etc/subgid give the user, by newuidmap and newgidmap. A user without an entry there has itself alone: all files are
 //! the container's root's, and nothing runs as anybody else.
 //!
-//! A plain user cannot mount the layers' EROFS files. So each is unpacked once, by a process that is root of such a user
-//! namespace, and the trees are stacked by overlayfs (`cloche_images::unpack` says what cannot be in them):
+//! A plain user cannot mount an image's EROFS files. So what its layers are merged to is unpacked once, by a process that
+//! is root of such a user namespace, and the tree is overlayfs' lower directory (`cloche_images::unpack` says what cannot
+//! be in it):
 //!
 //! ```text
 //! ROOT/trees/                    mode 0700: set-user-ID files in it are nobody's to run
 //!   lock                         held (flock) while trees are made, taken or removed
-//!   MAP/HEX/root/                the tree of the layer with this diffID, owners as this map has them
+//!   MAP/HEX/root/                the tree of the root file system of this key, owners as this map has them
 //!   MAP/HEX                      held (flock, shared) by each sandbox that runs from it
 //!   MAP/.…                       one that is being made or removed
 //! ```
 //!
-//! A tree goes when its layer is gone from the store, no sandbox runs from it, and somebody removes or prunes images.
+//! A tree goes when no image in the store has its layers, no sandbox runs from it, and somebody removes or prunes images.
 //! Files of ids other than the user's can be removed from within the user namespace only, and are.
 
 use std::{
@@ -26,7 +27,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use cloche_images::{Image, Layer, LeftOut, Owners, Store, StoreError, unpack};
+use cloche_images::{Image, LeftOut, Owners, RootFs, Store, StoreError, unpack};
 use cloche_runtime::{WorkError, as_root_of, is_machine_root};
 use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder};
 use rustix::{
@@ -167,14 +168,14 @@ fn ranges(text: &str, name: Option<&str>, uid: u32) -> Vec<Range> {
     lines.filter(|(_, count)| *count > 0).collect()
 }
 
-/// Trees that are not removed as long as this lives.
+/// A tree that is not removed as long as this lives.
 #[derive(Debug)]
 pub struct Held {
-    /// The layers' trees, bottom first.
-    pub roots: Vec<PathBuf>,
-    /// What of the image is not in the trees made just now.
+    /// Its root.
+    pub root: PathBuf,
+    /// What of the image is not in it, if it was made just now.
     pub left_out: LeftOut,
-    _locks: Vec<File>,
+    _lock: File,
 }
 
 /// The trees of one store.
@@ -189,36 +190,28 @@ impl Trees {
         Self { dir }
     }
 
-    /// The trees of an image's layers, unpacked if they are not there yet. The caller holds the store.
-    pub fn hold(&self, image: &Image, maps: &IdMaps) -> Result<Held, RootlessError> {
+    /// The tree of an image, unpacked from its root file system if it is not there yet. The caller holds the store.
+    pub fn hold(&self, image: &Image, root_fs: &RootFs, maps: &IdMaps) -> Result<Held, RootlessError> {
         let dir = self.dir.join(maps.name());
         make_private(&self.dir).map_err(io_error("make", &self.dir))?;
         make_private(&dir).map_err(io_error("make", &dir))?;
         let _turn = self.lock()?;
-        let place = |layer: &Layer| dir.join(layer.diff_id.hex());
-        let mut missing: Vec<&Layer> = image.layers.iter().filter(|layer| !place(layer).is_dir()).collect();
-        missing.dedup_by_key(|layer| layer.diff_id);
-        let left_out = if missing.is_empty() { LeftOut::default() } else { make(&dir, maps, &missing)? };
-        let mut locks = Vec::new();
-        for layer in &image.layers {
-            let place = place(layer);
-            let lock = File::open(&place).map_err(io_error("open", &place))?;
-            flock(&lock, FlockOperation::LockShared).map_err(io_error("lock", &place))?;
-            locks.push(lock);
-        }
-        let roots = image.layers.iter().map(|layer| place(layer).join("root")).collect();
-        Ok(Held { roots, left_out, _locks: locks })
+        let name = image.root_fs_key().hex();
+        let place = dir.join(&name);
+        let left_out = if place.is_dir() { LeftOut::default() } else { make(&dir, maps, root_fs, &name)? };
+        let lock = File::open(&place).map_err(io_error("open", &place))?;
+        flock(&lock, FlockOperation::LockShared).map_err(io_error("lock", &place))?;
+        Ok(Held { root: place.join("root"), left_out, _lock: lock })
     }
 
-    /// Removes trees of layers that the store does not have any more, and that no sandbox runs from.
+    /// Removes trees of which the store has no image any more, and that no sandbox runs from.
     pub fn sweep(&self, store: &Store) -> Result<(), RootlessError> {
         if !self.dir.is_dir() {
             return Ok(());
         }
         let _turn = self.lock()?;
         let images = store.images()?;
-        let wanted: HashSet<String> =
-            images.iter().flat_map(|image| &image.layers).map(|layer| layer.diff_id.hex()).collect();
+        let wanted: HashSet<String> = images.iter().map(|image| image.root_fs_key().hex()).collect();
         let mut unused = Vec::new();
         for map in directories(&self.dir).map_err(io_error("list", &self.dir))? {
             for tree in directories(&map).map_err(io_error("list", &map))? {
@@ -246,7 +239,7 @@ impl Trees {
             }
             Ok(String::new())
         };
-        work(&IdMaps::of_caller(), "remove unpacked layers", remove)?;
+        work(&IdMaps::of_caller(), "remove unpacked images", remove)?;
         // Maps that nobody has any more.
         directories(&self.dir).unwrap_or_default().iter().for_each(|map| {
             let _ = fs::remove_dir(map);
@@ -281,33 +274,26 @@ fn make_private(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// Unpacks layers; all of them get their names, or none.
-fn make(dir: &Path, maps: &IdMaps, layers: &[&Layer]) -> Result<LeftOut, RootlessError> {
+/// Unpacks a root file system, and names the tree when it is whole.
+fn make(dir: &Path, maps: &IdMaps, root_fs: &RootFs, name: &str) -> Result<LeftOut, RootlessError> {
     let owners = if maps.is_single() { Owners::Own } else { Owners::Kept };
-    let staging = |layer: &Layer| dir.join(format!(".{}", layer.diff_id.hex()));
+    let staging = dir.join(format!(".{name}"));
+    let root = staging.join("root");
     let unpack_all = || {
-        let mut left_out = LeftOut::default();
-        for layer in layers {
-            let (staging, root) = (staging(layer), staging(layer).join("root"));
-            // What a killed process has left.
-            match fs::remove_dir_all(&staging) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                result => result.map_err(io_error("remove", &staging))?,
-            }
-            make_private(&staging).and_then(|()| make_private(&root)).map_err(io_error("make", &root))?;
-            let out = unpack(&layer.erofs, &root, owners)?;
-            left_out.devices += out.devices;
-            left_out.xattrs += out.xattrs;
+        // What a killed process has left.
+        match fs::remove_dir_all(&staging) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            result => result.map_err(io_error("remove", &staging))?,
         }
+        make_private(&staging).and_then(|()| make_private(&root)).map_err(io_error("make", &root))?;
+        let left_out = unpack(root_fs, &root, owners)?;
         let flushed = File::open(dir).and_then(|dir| Ok(syncfs(dir)?));
         flushed.map_err(io_error("write to disk", dir))?;
         Ok(format!("{} {}", left_out.devices, left_out.xattrs))
     };
-    let counts = work(maps, "unpack layers", unpack_all)?;
-    for layer in layers {
-        let (from, to) = (staging(layer), dir.join(layer.diff_id.hex()));
-        fs::rename(&from, &to).map_err(io_error("name", &to))?;
-    }
+    let counts = work(maps, "unpack the image", unpack_all)?;
+    let named = dir.join(name);
+    fs::rename(&staging, &named).map_err(io_error("name", &named))?;
     let mut counts = counts.split(' ').map(|count| count.parse().unwrap_or(0));
     Ok(LeftOut { devices: counts.next().unwrap_or(0), xattrs: counts.next().unwrap_or(0) })
 }

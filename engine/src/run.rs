@@ -172,22 +172,16 @@ fn run_in(
         Some(image) => image.clone(),
         None => store.resolve(&request.image)?,
     };
-    // A plain user could not mount it.
-    let root = match &users {
-        Some(_) => None,
-        None => {
-            let root = store.root_fs(&image);
-            Some(root.map_err(|error| RunError::Layers(request.image.clone(), error))?)
-        }
-    };
+    let root = store.root_fs(&image);
+    let root = root.map_err(|error| RunError::Layers(request.image.clone(), error))?;
     trace.mark(Mark::ImageReady);
     let sources: Vec<Source> = Source::find_all(&request.mounts, &Volumes::new(home.volumes()))?;
     if request.isolation == Isolation::Vm {
         sources.iter().try_for_each(Source::check_for_vm)?;
     }
-    // Held until the sandbox has ended.
-    let trees = users.as_ref().map(|users| Trees::new(home.trees()).hold(&image, users)).transpose()?;
-    if let Some(devices) = trees.as_ref().map(|trees| trees.left_out.devices).filter(|devices| *devices > 0) {
+    // Of a plain user, who could not mount the file system; held until the sandbox has ended.
+    let tree = users.as_ref().map(|users| Trees::new(home.trees()).hold(&image, &root, users)).transpose()?;
+    if let Some(devices) = tree.as_ref().map(|tree| tree.left_out.devices).filter(|devices| *devices > 0) {
         warn(&format!(
             "{devices} device nodes of image {} are left out: only root can make them, and a container opens none but its own",
             request.image
@@ -215,12 +209,10 @@ fn run_in(
         monitor: ProcessId::own(),
         state: State::Starting,
     })?;
-    let layers = match &trees {
-        Some(trees) => {
-            trees.roots.iter().map(|root| Lower { path: root.clone(), devices: Vec::new() }).collect()
-        }
-        None => root.into_iter().map(|root| Lower { path: root.metadata, devices: root.layers }).collect(),
-    };
+    let layers = vec![match &tree {
+        Some(tree) => Lower { path: tree.root.clone(), devices: Vec::new() },
+        None => Lower { path: root.metadata, devices: root.layers },
+    }];
     let what = What { config: &image.config, layers, sources: &sources, users: users.as_ref() };
     let started = start(&mut sandbox, request, what, &signals, trace);
     drop(hold);

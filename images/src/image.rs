@@ -7,7 +7,7 @@ use oci_spec::image::ImageConfiguration;
 use crate::digest::Digest;
 use crate::inspect::{self, Inspect};
 use crate::reference::Reference;
-use crate::store::ImageRecord;
+use crate::store::{ImageRecord, merged_key};
 
 /// One image. A snapshot: what is removed from the store later still stands here.
 #[derive(Debug, Clone)]
@@ -67,6 +67,11 @@ impl Image {
     /// The configuration byte for byte, as its digest was computed.
     pub fn raw_config(&self) -> &[u8] {
         &self.raw_config
+    }
+
+    /// By what its root file system is known: images of the same layers have the same.
+    pub fn root_fs_key(&self) -> Digest {
+        merged_key(self.layers.iter().map(|layer| layer.diff_id))
     }
 
     /// What `docker image inspect` would say.

@@ -1,13 +1,10 @@
-//! A layer as a directory tree, for who may not mount its file system: a plain user, as root of a user namespace of its
-//! own.
-//!
-//! The tree is a lower directory of an overlay mounted with `userxattr` (kernel: `overlayfs.rst`, "User xattr"):
-//! whiteouts are character devices 0:0, which anybody may make, and opaque directories have `user.overlay.opaque`.
+//! An image's file system as a directory tree, for who may not mount it: a plain user, as root of a user namespace of
+//! its own. What is unpacked is what the layers are merged to, so that they mean here what they mean everywhere; the
+//! tree is the one lower directory of an overlay.
 //!
 //! What such a user cannot make is not made, and counted:
 //!
-//! * Device nodes. In their place is a whiteout, so that nothing of a lower layer shows through. (A container could
-//!   not open them anyway: it gets the devices of its spec, whatever the image has.)
+//! * Device nodes. (A container could not open them anyway: it gets the devices of its spec, whatever the image has.)
 //! * Attributes `trusted.*`, which nobody in a user namespace can see, and `security.*` but capabilities.
 
 use std::collections::{HashMap, HashSet};
@@ -23,14 +20,15 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use crate::erofs::{ReadInode, Reader};
+use crate::erofs::{Disk, ReadInode, Reader};
+use crate::rootfs::RootFs;
 use crate::tar::shown;
 
-/// Why a layer could not be unpacked.
+/// Why an image could not be unpacked.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
-    /// The layer cannot be read.
-    #[error("cannot read the layer {path}")]
+    /// A file of the image's cannot be read.
+    #[error("cannot read the image's file {path}")]
     Read {
         /// Its file.
         path: PathBuf,
@@ -82,17 +80,21 @@ pub struct LeftOut {
     pub xattrs: u64,
 }
 
-/// Unpacks the layer in the file `erofs` into the empty directory `into`, which becomes its root. It may not be on disk
-/// yet when this returns.
-pub fn unpack(erofs: &Path, into: &Path, owners: Owners) -> Result<LeftOut, UnpackError> {
-    let read = |source| UnpackError::Read { path: erofs.to_owned(), source };
-    let blob = File::open(erofs).map_err(read)?;
-    let reader = Reader::open(&blob).map_err(read)?;
+/// Unpacks a root file system into the empty directory `into`, which becomes its root. It may not be on disk yet when
+/// this returns.
+pub fn unpack(image: &RootFs, into: &Path, owners: Owners) -> Result<LeftOut, UnpackError> {
+    let open =
+        |path: &PathBuf| File::open(path).map_err(|source| UnpackError::Read { path: path.clone(), source });
+    let read = |source| UnpackError::Read { path: image.metadata.clone(), source };
+    let metadata = open(&image.metadata)?;
+    let reader = Reader::open(&metadata).map_err(read)?;
+    let layers = image.layers.iter().map(open).collect::<Result<_, _>>()?;
+    let disk = metadata.try_clone().and_then(|metadata| Disk::new(metadata, layers)).map_err(read)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let root = openat(CWD, into, flags, Mode::empty()).map_err(made("open", into.as_os_str().as_bytes()))?;
     let mut unpacking = Unpacking {
         reader,
-        blob: &blob,
+        disk,
         read: &read,
         owners,
         root: root.as_fd(),
@@ -110,7 +112,7 @@ fn made<E: Into<io::Error>>(action: &'static str, file: &[u8]) -> impl FnOnce(E)
 
 struct Unpacking<'a> {
     reader: Reader<'a>,
-    blob: &'a File,
+    disk: Disk,
     read: &'a dyn Fn(io::Error) -> UnpackError,
     owners: Owners,
     root: rustix::fd::BorrowedFd<'a>,
@@ -203,12 +205,8 @@ impl Unpacking<'_> {
                 chmodat(directory, name, mode, AtFlags::empty()).map_err(made("set the mode of", path))?;
                 self.skip_xattrs(inode)?;
             }
-            kind => {
-                let is_whiteout = kind == FileType::CharacterDevice && inode.device_number() == 0;
-                self.left_out.devices += u64::from(!is_whiteout);
-                // Without any mode, as the kernel makes its own.
-                mknodat(directory, name, FileType::CharacterDevice, Mode::empty(), 0)
-                    .map_err(made("make a whiteout at", path))?;
+            _ => {
+                self.left_out.devices += 1;
                 return Ok(());
             }
         }
@@ -233,7 +231,8 @@ impl Unpacking<'_> {
         let file = File::from(file);
         let data = self.reader.data(inode, 0).map_err(self.read)?;
         for (in_file, in_blob, bytes) in data.pieces(inode.size) {
-            copy(self.blob, in_blob, &file, in_file, bytes).map_err(made("write", path))?;
+            let (blob, in_blob) = self.disk.place(in_blob).map_err(self.read)?;
+            copy(blob, in_blob, &file, in_file, bytes).map_err(made("write", path))?;
         }
         self.finish(file.as_fd(), inode, path)
     }
@@ -253,16 +252,12 @@ impl Unpacking<'_> {
         let mode = Mode::from_raw_mode(u32::from(inode.mode) & 0o7777);
         fchmod(file, mode).map_err(made("set the mode of", path))?;
         for (name, value) in self.reader.xattrs(inode).map_err(self.read)? {
-            let name = match name.as_slice() {
-                b"trusted.overlay.opaque" => b"user.overlay.opaque".as_slice(),
-                b"trusted.overlay.cloche.implied" => continue,
-                name if is_kept(name) => name,
-                _ => {
-                    self.left_out.xattrs += 1;
-                    continue;
-                }
-            };
-            fsetxattr(file, name, &value, XattrFlags::empty()).map_err(made("set an attribute of", path))?;
+            if !is_kept(&name) {
+                self.left_out.xattrs += 1;
+                continue;
+            }
+            let set = fsetxattr(file, name.as_slice(), &value, XattrFlags::empty());
+            set.map_err(made("set an attribute of", path))?;
         }
         futimens(file, &times(inode)).map_err(made("set the time of", path))
     }

@@ -42,6 +42,7 @@ pub use blob::BlobError;
 pub(crate) use blob::BlobWriter;
 pub(crate) use browse::{BlobReader, Data, RawInode};
 pub(crate) use data::{DataWriter, FileData, Stored};
+pub(crate) use disk::Disk;
 pub(crate) use format::{DEVICE_TAG_BYTES, Device, encode_device};
 pub(crate) use metadata::finish;
 pub(crate) use reader::{ReadInode, Reader};

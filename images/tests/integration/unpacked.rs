@@ -1,4 +1,4 @@
-//! A layer unpacked as a tree must be what the kernel shows of its file system, but for what a plain user cannot make.
+//! An image unpacked as a tree must be what the kernel shows of its file system, but for what a plain user cannot make.
 
 use std::fs;
 
@@ -16,7 +16,7 @@ const NEEDS: &[Need] = &[Need::Root, Need::Erofs];
 pub fn tests() -> Vec<Trial> {
     vec![
         test("unpacked_layers_are_as_mounted", NEEDS, as_mounted),
-        test("unpacked_layer_hides_and_marks_as_overlayfs_reads_it", NEEDS, overlay_marks),
+        test("unpacked_image_is_what_its_layers_are_merged_to", &[Need::Root], merged),
     ]
 }
 
@@ -24,24 +24,17 @@ pub fn tests() -> Vec<Trial> {
 fn without_what_needs_root(mut tree: Tree) -> (Tree, LeftOut) {
     let mut left_out = LeftOut::default();
     for facts in tree.values_mut() {
+        // Marks are for the merge.
+        facts.xattrs.retain(|name, _| !name.starts_with("trusted.overlay."));
         let before = facts.xattrs.len();
         facts.xattrs.retain(|name, _| !name.starts_with("trusted."));
         left_out.xattrs += (before - facts.xattrs.len()) as u64;
-        if matches!(facts.kind, Kind::CharDevice(_) | Kind::BlockDevice(_)) {
-            left_out.devices += u64::from(facts.kind != Kind::CharDevice(0));
-            let (names, links) = (Default::default(), 1);
-            *facts = Facts { kind: Kind::CharDevice(0), mode: 0, names, links, ..facts.clone() };
-        }
     }
+    let is_device = |facts: &Facts| matches!(facts.kind, Kind::CharDevice(_) | Kind::BlockDevice(_));
+    let names_of = |facts: &&Facts| is_device(facts) && facts.kind != Kind::CharDevice(0);
+    left_out.devices = tree.values().filter(names_of).count() as u64;
+    tree.retain(|_, facts| !is_device(facts));
     (tree, left_out)
-}
-
-/// Times and owners of whiteouts mean nothing.
-fn of_whiteouts_nothing(mut tree: Tree) -> Tree {
-    for facts in tree.values_mut().filter(|facts| facts.kind == Kind::CharDevice(0)) {
-        (facts.uid, facts.gid, facts.mtime) = (0, 0, (0, 0));
-    }
-    tree
 }
 
 fn as_mounted(bed: &Bed) -> Result<(), Failure> {
@@ -55,42 +48,56 @@ fn as_mounted(bed: &Bed) -> Result<(), Failure> {
         let (expected, left_out) = without_what_needs_root(walk(&mounted.target)?);
         let tree = bed.path(&format!("tree{number}"));
         fs::create_dir(&tree)?;
-        if unpack(&image.layers[0].erofs, &tree, Owners::Kept)? != left_out {
+        if unpack(&bed.store.root_fs(&image)?, &tree, Owners::Kept)? != left_out {
             return Err(format!("layer {number}: not counted as left out: {left_out:?}").into());
         }
-        let (unpacked, expected) = (of_whiteouts_nothing(walk(&tree)?), of_whiteouts_nothing(expected));
-        assert_same(&format!("layer {number} unpacked"), &unpacked, &expected)?;
+        assert_same(&format!("layer {number} unpacked"), &walk(&tree)?, &expected)?;
     }
     Ok(())
 }
 
-fn overlay_marks(bed: &Bed) -> Result<(), Failure> {
-    let layer = Tarball::of([
+fn merged(bed: &Bed) -> Result<(), Failure> {
+    let lower = Tarball::of([
+        Item::directory("./tmp").mode(0o1777),
+        Item::file("./gone", ""),
+        Item::file("./file", "of the lower layer").mode(0o640),
+        Item::symlink("./lib", "usr/lib"),
+        Item::directory("./usr/lib"),
+    ]);
+    let upper = Tarball::of([
         Item::file("./.wh.gone", ""),
-        Item::directory("./opaque"),
-        Item::file("./opaque/.wh..wh..opq", ""),
-        Item::file("./implied/file", "x").owner(1000, 1000),
+        Item::file("./tmp/file", "x").owner(1000, 1000),
+        Item::hard_link("./name", "./file"),
+        Item::file("./lib/new", "below a link"),
         Item::block_device("./disk", 8, 0),
     ]);
-    let archive = bed.write("image.tar", &tar_of(&TestImage::of([layer]).oci_files()?))?;
+    let archive = bed.write("image.tar", &tar_of(&TestImage::of([lower, upper]).oci_files()?))?;
     let image = bed.load(&archive)?;
     let tree = bed.path("tree");
     fs::create_dir(&tree)?;
-    unpack(&image.layers[0].erofs, &tree, Owners::Own)?;
+    let left_out = unpack(&bed.store.root_fs(&image)?, &tree, Owners::Own)?;
+    if left_out != (LeftOut { devices: 1, xattrs: 0 }) {
+        return Err(format!("left out: {left_out:?}").into());
+    }
     let found = walk(&tree)?;
-    let kind = |name: &str| found.get(name.as_bytes()).map(|facts| facts.kind.clone());
-    for whiteout in ["gone", "disk"] {
-        if kind(whiteout) != Some(Kind::CharDevice(0)) {
-            return Err(format!("{whiteout} is {:?}", kind(whiteout)).into());
+    let names: Vec<_> = found.keys().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
+    for gone in ["gone", "disk"] {
+        if found.contains_key(gone.as_bytes()) {
+            return Err(format!("{gone} is there").into());
         }
     }
-    let marked: Vec<_> = found.iter().filter(|(_, facts)| !facts.xattrs.is_empty()).collect();
-    match marked.as_slice() {
-        [(name, facts)] if *name == b"opaque" && facts.xattrs["user.overlay.opaque"] == b"y" => {}
-        other => return Err(format!("marks: {other:?}").into()),
+    for (name, content) in [("name", "of the lower layer"), ("usr/lib/new", "below a link")] {
+        if fs::read(tree.join(name)).map_err(|error| format!("{name}: {error}; {names:?}"))?
+            != content.as_bytes()
+        {
+            return Err(format!("{name} has another content").into());
+        }
     }
-    let owner = &found[b"implied/file".as_slice()];
-    if (owner.uid, owner.gid) != (0, 0) {
+    let facts = |name: &str| &found[name.as_bytes()];
+    if (facts("name").mode & 0o7777, facts("tmp").mode & 0o7777) != (0o640, 0o1777) {
+        return Err(format!("modes: {:o} {:o}", facts("name").mode, facts("tmp").mode).into());
+    }
+    if (facts("tmp/file").uid, facts("tmp/file").gid) != (0, 0) {
         return Err("a file has an owner that this user could not give it".into());
     }
     Ok(())
