@@ -1,11 +1,12 @@
 //! The context of a build, and its Dockerfile: a directory, an archive, or nothing.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Seek, Write};
+use std::fs::File;
+use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use cloche_images::{BuildError, Store, StoreError};
+use cloche_images::{Bounded, BuildError, Store, StoreError};
+use rustix::fs::{Mode, OFlags};
 
 use crate::dockerfile::MAX_BYTES;
 use crate::patterns::{Ignore, PatternError};
@@ -49,6 +50,9 @@ pub enum ContextError {
     /// What it leaves out is malformed.
     #[error("{0}")]
     Ignore(PathBuf, #[source] PatternError),
+    /// What is to be left out is not known.
+    #[error("cannot read {0}")]
+    IgnoreFile(PathBuf, #[source] io::Error),
     /// The archive is none.
     #[error("cannot read the context's archive")]
     Archive(#[source] BuildError),
@@ -80,7 +84,7 @@ fn of_directory(directory: &Path, input: &Input) -> Result<Context, ContextError
     let dockerfile = match &input.text {
         Some(text) => text.clone(),
         None => {
-            let file = File::open(&path).map_err(|error| ContextError::Dockerfile(path.clone(), error))?;
+            let file = open_regular(&path).map_err(|error| ContextError::Dockerfile(path.clone(), error))?;
             text(&mut &file, &path)?
         }
     };
@@ -91,22 +95,43 @@ fn of_directory(directory: &Path, input: &Input) -> Result<Context, ContextError
         true => own,
         false => directory.join(".dockerignore"),
     };
-    let ignored = match fs::read(&ignore) {
-        Ok(bytes) => Ignore::parse(&String::from_utf8_lossy(&bytes))
-            .map_err(|error| ContextError::Ignore(ignore.clone(), error))?,
+    let ignored = match ignore_text(&ignore) {
+        Ok(text) => Ignore::parse(&text).map_err(|error| ContextError::Ignore(ignore.clone(), error))?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ignore::default(),
-        Err(error) => return Err(ContextError::Directory(ignore, error)),
+        Err(error) => return Err(ContextError::IgnoreFile(ignore, error)),
     };
     let tree = Tree::host(directory, ignored)
         .map_err(|error| ContextError::Directory(directory.to_owned(), error))?;
     Ok(Context { tree: Arc::new(tree), dockerfile })
 }
 
+/// A context may be anybody's: what opens a file of it waits for nobody.
+fn open_regular(path: &Path) -> io::Result<File> {
+    let file = File::from(rustix::fs::open(
+        path,
+        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    Ok(file)
+}
+
+fn ignore_text(path: &Path) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    open_regular(path)?.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+    if bytes.len() > MAX_BYTES {
+        return Err(io::Error::other(format!("it has more than {MAX_BYTES} bytes")));
+    }
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
 fn of_stream(file: &File, input: &Input, store: &Store) -> Result<Context, ContextError> {
     let name = input.file.clone().unwrap_or_else(|| PathBuf::from("Dockerfile"));
-    let mut spool = store.spool()?;
+    let mut spool = Bounded::new(store.spool()?);
     io::copy(&mut &*file, &mut spool)?;
-    spool.flush()?;
+    let mut spool = spool.into_inner();
     spool.rewind()?;
     let mut head = [0; 512];
     let count = read_up_to(&mut spool, &mut head)?;
@@ -156,4 +181,28 @@ fn text(source: &mut dyn Read, path: &Path) -> Result<String, ContextError> {
         return Err(ContextError::TooLarge(path.to_owned()));
     }
     String::from_utf8(bytes).map_err(|_| ContextError::NoText(path.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn fifo_and_endless_file_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(".dockerignore");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, Mode::from(0o600), 0)
+            .unwrap();
+        assert!(ignore_text(&path).is_err());
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        assert!(ignore_text(&path).is_err());
+        fs::remove_file(&path).unwrap();
+        File::create(&path).unwrap().set_len(1 << 40).unwrap();
+        assert!(ignore_text(&path).unwrap_err().to_string().contains("more than"));
+        fs::write(&path, "a\n").unwrap();
+        assert_eq!(ignore_text(&path).unwrap(), "a\n");
+    }
 }

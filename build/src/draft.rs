@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read};
 use std::sync::Arc;
 
-use cloche_images::{BuildError, Digest, FileInfo, FileKind, LayerWriter, Node, View};
+use cloche_images::{BuildError, Digest, FileInfo, FileKind, LayerWriter, Node, Sizes, View};
 use sha2::{Digest as _, Sha256};
 
 use crate::key::Key;
@@ -175,11 +175,13 @@ impl<'a> Draft<'a> {
 
     /// Adds to a key all that the layer will be made of, but for times.
     pub fn describe(&self, key: &mut Key) -> io::Result<()> {
+        let mut sizes = Sizes::default();
         for (path, new) in &self.entries {
             key.bytes(path);
             describe_info(key, &new.info);
             key.bytes(&new.target);
             if new.info.kind == FileKind::File {
+                sizes.add(new.info.size)?;
                 key.bytes(content_digest(new)?.as_bytes());
             }
         }
@@ -293,20 +295,23 @@ pub fn digest_of(source: &mut dyn Read) -> io::Result<Digest> {
 }
 
 /// Adds to a key all that is below an item, but for times.
-pub fn describe_tree(key: &mut Key, tree: &Tree, item: &Item) -> io::Result<()> {
+pub fn describe_tree(key: &mut Key, tree: &Tree, item: &Item, sizes: &mut Sizes) -> io::Result<()> {
     describe_info(key, &item.info);
     match item.info.kind {
         FileKind::Directory => {
             for name in tree.names(item)? {
                 key.bytes(&name);
                 if let Some(child) = tree.child(item, &name)? {
-                    describe_tree(key, tree, &child)?;
+                    describe_tree(key, tree, &child, sizes)?;
                 }
             }
             key.text("end");
         }
         FileKind::Symlink => key.bytes(&tree.target(item)?),
-        FileKind::File => key.bytes(digest_of(&mut tree.open(item)?)?.as_bytes()),
+        FileKind::File => {
+            sizes.add(item.info.size)?;
+            key.bytes(digest_of(&mut tree.open(item)?)?.as_bytes());
+        }
         _ => {}
     }
     Ok(())

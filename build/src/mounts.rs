@@ -10,6 +10,7 @@
 //! A bind is a copy of what it names, so that `.dockerignore` and owners are as for COPY, and what a command writes
 //! there (`rw`) is gone afterwards.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use cloche_engine::home::Home;
 use cloche_engine::record::ProcessId;
-use cloche_images::{Digest, FileInfo, FileKind};
+use cloche_images::{Bounded, Digest, FileInfo, FileKind};
 use rustix::fs::{AtFlags, CWD, FlockOperation, Timespec, Timestamps};
 use serde::Serialize;
 
@@ -225,19 +226,38 @@ fn cache_directory(home: &Home) -> PathBuf {
     home.images().join("build-mounts")
 }
 
-/// A cache that is there, and its lock if it is to be alone.
-pub(crate) fn open_cache(
-    home: &Home,
-    id: &str,
-    locked: bool,
-    (mode, uid, gid): (u32, u32, u32),
-) -> io::Result<(PathBuf, File)> {
+/// Which caches a RUN uses, and which of them alone. Each is locked once, and all in one order whoever locks them: so
+/// nobody waits for what waits for him.
+pub(crate) fn cache_locks<'a>(mounts: impl Iterator<Item = &'a Mount>) -> BTreeMap<&'a str, bool> {
+    let mut locks = BTreeMap::new();
+    for mount in mounts {
+        if let Kind::Cache { id, locked, .. } = &mount.kind {
+            *locks.entry(id.as_str()).or_insert(false) |= locked;
+        }
+    }
+    locks
+}
+
+/// A cache's lock, with `locked` for its holder alone; none if another holds it.
+pub(crate) fn lock_cache(home: &Home, id: &str, locked: bool) -> io::Result<Option<File>> {
     let directory = cache_directory(home).join(Digest::of(id.as_bytes()).hex());
     DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
     let lock =
         File::options().write(true).create(true).truncate(false).mode(0o600).open(directory.join("lock"))?;
-    let how = if locked { FlockOperation::LockExclusive } else { FlockOperation::LockShared };
-    rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, how))?;
+    let how = match locked {
+        true => FlockOperation::NonBlockingLockExclusive,
+        false => FlockOperation::NonBlockingLockShared,
+    };
+    match rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, how)) {
+        Ok(()) => Ok(Some(lock)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The directory of a cache whose lock is held.
+pub(crate) fn open_cache(home: &Home, id: &str, (mode, uid, gid): (u32, u32, u32)) -> io::Result<PathBuf> {
+    let directory = cache_directory(home).join(Digest::of(id.as_bytes()).hex());
     let data = directory.join("data");
     if !data.is_dir() {
         fs::write(directory.join("id"), id)?;
@@ -249,7 +269,7 @@ pub(crate) fn open_cache(
         own(&data, uid, gid)?;
         fs::set_permissions(&data, Permissions::from_mode(mode))?;
     }
-    Ok((data, lock))
+    Ok(data)
 }
 
 /// What caches of RUN take.
@@ -266,7 +286,7 @@ pub fn cache_mounts(home: &Home) -> io::Result<CacheUsage> {
     let mut usage = CacheUsage { count: 0, bytes: 0 };
     for entry in list(&cache_directory(home))? {
         usage.count += 1;
-        usage.bytes += bytes_below(&entry)?;
+        usage.bytes += bytes_below(&entry);
     }
     Ok(usage)
 }
@@ -274,18 +294,25 @@ pub fn cache_mounts(home: &Home) -> io::Result<CacheUsage> {
 /// Removes the caches that no build uses now.
 pub fn prune_cache_mounts(home: &Home) -> io::Result<CacheUsage> {
     let mut removed = CacheUsage { count: 0, bytes: 0 };
+    let mut failure = None;
     for directory in list(&cache_directory(home))? {
         let Ok(lock) = File::options().write(true).open(directory.join("lock")) else { continue };
         if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             continue;
         }
+        let bytes = bytes_below(&directory);
+        let data = directory.join("data");
+        if let Err(error) = fs::remove_dir_all(&data) {
+            let said = io::Error::new(error.kind(), format!("{}: {error}", data.display()));
+            failure.get_or_insert(said);
+            continue;
+        }
         removed.count += 1;
-        removed.bytes += bytes_below(&directory)?;
-        fs::remove_dir_all(directory.join("data"))?;
+        removed.bytes += bytes;
         // The lock stays: somebody may wait for it.
         let _ = fs::remove_file(directory.join("id"));
     }
-    Ok(removed)
+    failure.map_or(Ok(removed), Err)
 }
 
 fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
@@ -297,21 +324,22 @@ fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(paths.into_iter().filter(|path| path.join("data").is_dir()).collect())
 }
 
-fn bytes_below(directory: &Path) -> io::Result<u64> {
+/// What cannot be looked at is not counted: a step can make names that are longer than any path.
+fn bytes_below(directory: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let mut bytes = 0;
     let mut pending = vec![directory.to_owned()];
     while let Some(directory) = pending.pop() {
-        for entry in fs::read_dir(&directory)? {
-            let entry = entry?;
-            let metadata = entry.metadata()?;
+        let Ok(entries) = fs::read_dir(&directory) else { continue };
+        for entry in entries.flatten() {
+            let Ok(metadata) = entry.metadata() else { continue };
             bytes += metadata.blocks() * 512;
             if metadata.is_dir() {
                 pending.push(entry.path());
             }
         }
     }
-    Ok(bytes)
+    bytes
 }
 
 /// Writes a secret or a script to a file.
@@ -347,7 +375,8 @@ pub(crate) fn materialise(tree: &Tree, item: &Item, path: &Path) -> io::Result<(
             }
         }
         FileKind::File => {
-            let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+            let file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+            let mut file = Bounded::new(file);
             io::copy(&mut tree.open(item)?, &mut file)?;
         }
         FileKind::Symlink => {
@@ -397,6 +426,27 @@ mod tests {
         };
         assert!(!as_file && variable.as_deref() == Some("K"));
         assert_eq!(mount("type=tmpfs,target=/t,size=1m").unwrap().kind, Kind::Tmpfs { size: Some(1 << 20) });
+    }
+
+    #[test]
+    fn cache_is_locked_once_and_in_order() {
+        let mounts = [
+            "type=cache,id=b,target=/1",
+            "type=cache,id=a,target=/2",
+            "type=cache,id=b,target=/3,sharing=locked",
+        ]
+        .map(|text| mount(text).unwrap());
+        let locks = cache_locks(mounts.iter());
+        assert_eq!(locks.into_iter().collect::<Vec<_>>(), [("a", false), ("b", true)]);
+
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(Some(directory.path().join("i")), Some(directory.path().join("s"))).unwrap();
+        let held = lock_cache(&home, "b", true).unwrap();
+        assert!(held.is_some() && lock_cache(&home, "b", false).unwrap().is_none());
+        drop(held);
+        let shared = lock_cache(&home, "b", false).unwrap();
+        assert!(shared.is_some() && lock_cache(&home, "b", false).unwrap().is_some());
+        assert!(lock_cache(&home, "b", true).unwrap().is_none());
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub(crate) struct Build<'a> {
     pub(crate) next_step: AtomicUsize,
     /// Build arguments that an ARG has asked for.
     pub(crate) used: Mutex<BTreeSet<String>>,
+    /// The stages that lead to what is asked for, with their bases.
+    needed: BTreeMap<usize, String>,
     given_up: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
@@ -60,6 +62,13 @@ impl Build<'_> {
 
     /// A stage's result, once it is there.
     pub(crate) fn wait_for(&self, stage: usize) -> Result<Arc<Finished>, StepError> {
+        // A trigger of a base image can name any stage; it is known only now.
+        if !self.needed.contains_key(&stage) {
+            return Err(StepError::Text(format!(
+                "stage {stage} of this file is not built: no instruction of a stage that is needed names it, only a \
+                 trigger of the base image does"
+            )));
+        }
         let mut state = self.state();
         loop {
             if let Some(finished) = state.finished.get(&stage) {
@@ -236,11 +245,12 @@ fn build_held(
             BuildFailure::Request(format!("there is no stage {name}; there are {}", names.join(", ")))
         })?,
     };
-    let build = Build {
+    let mut build = Build {
         epoch: time::epoch().map_err(BuildFailure::Request)?,
         scratch: mounts::scratch(&request.home).map_err(BuildFailure::Request)?,
         next_step: AtomicUsize::new(1),
         used: Mutex::new(file.arguments.iter().map(|(_, name, _)| name.clone()).collect()),
+        needed: BTreeMap::new(),
         given_up: AtomicBool::new(false),
         state: Mutex::new(State {
             most_running: thread::available_parallelism().map_or(1, usize::from),
@@ -254,8 +264,8 @@ fn build_held(
         file,
         global,
     };
-    let bases = needed(&build, target)?;
-    run_all(&build, &bases)?;
+    build.needed = needed(&build, target)?;
+    run_all(&build)?;
     let finished = build.wait_for(target).map_err(|_| BuildFailure::GivenUp)?;
     let used = build.used.lock().unwrap_or_else(PoisonError::into_inner);
     let unused: Vec<&str> = (request.arguments.keys().map(String::as_str))
@@ -295,11 +305,11 @@ fn step_failure(place: &Place, problem: String) -> BuildFailure {
     BuildFailure::Step { place: place.clone(), source: Box::new(StepError::Text(problem)) }
 }
 
-fn run_all(build: &Build<'_>, bases: &BTreeMap<usize, String>) -> Result<(), BuildFailure> {
+fn run_all(build: &Build<'_>) -> Result<(), BuildFailure> {
     let failures = Mutex::new(Vec::new());
     let note = &|failure| failures.lock().unwrap_or_else(PoisonError::into_inner).push(failure);
     thread::scope(|scope| {
-        for (&index, base) in bases {
+        for (&index, base) in &build.needed {
             scope.spawn(move || match run_stage(build, index, base) {
                 Ok(finished) => {
                     build.state().finished.insert(index, Arc::new(finished));

@@ -6,9 +6,11 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Command as Process, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use cloche_engine::mounts::{MountRequest, MountSource};
-use cloche_images::{Changes, StoredLayer};
+use cloche_engine::request::{Isolation, host_memory_bytes};
+use cloche_images::{Changes, Sizes, StoredLayer};
 use rustix::process::PidfdFlags;
 
 use crate::Secret;
@@ -22,6 +24,8 @@ use crate::tree::Tree;
 
 /// Bytes of one line of output; a longer one is told in pieces.
 const MAX_LINE: u64 = 16 << 10;
+/// Memory of a VM unless `--memory` says something else. Half of it can be written to; what is not used is not taken.
+const VM_MEMORY_BYTES: u64 = 1 << 30;
 /// Where a script of a heredoc appears.
 const SCRIPTS: &str = "/dev/pipes";
 
@@ -148,7 +152,7 @@ fn describe(stage: &mut Stage<'_, '_>, key: &mut Key, mount: &Mount) -> Result<O
             let failed = || StepError::io(format!("cannot read {source} to mount it"));
             let item = tree.resolve(source.as_bytes()).map_err(failed())?;
             let item = item.ok_or_else(|| StepError::Text(format!("there is no {source} to mount")))?;
-            describe_tree(key, &tree, &item).map_err(failed())?;
+            describe_tree(key, &tree, &item, &mut Sizes::default()).map_err(failed())?;
             Ok(Some(tree))
         }
         // What is in a cache, and what a secret is, is nothing that a result may depend on.
@@ -170,7 +174,8 @@ fn execute(stage: &mut Stage<'_, '_>, job: &Job) -> Result<StoredLayer, StepErro
         .prefix("run")
         .tempdir_in(build.scratch.path())
         .map_err(StepError::io("cannot make a directory for mounts"))?;
-    let mut prepared = Prepared { env: job.env.clone(), mounts: Vec::new(), locks: Vec::new() };
+    let _locks = lock_caches(stage, job)?;
+    let mut prepared = Prepared { secrets: Vec::new(), mounts: Vec::new() };
     for (number, (mount, tree)) in job.mounts.iter().enumerate() {
         let path = directory.path().join(number.to_string());
         prepare(stage, mount, tree.as_deref(), path, &mut prepared)?;
@@ -183,15 +188,31 @@ fn execute(stage: &mut Stage<'_, '_>, job: &Job) -> Result<StoredLayer, StepErro
     }
     let request = build.request;
     let config = stage.done_config();
+    let secrets = match prepared.secrets.as_slice() {
+        [] => None,
+        // Like those that are files: not in the store's file system, and gone with the step.
+        secrets => {
+            let path = directory.path().join("environment");
+            let failed = || StepError::io("cannot write the secrets for the sandbox");
+            let text = serde_json::to_vec(secrets).map_err(io::Error::from).map_err(failed())?;
+            mounts::write_file(&path, &text, (0o600, 0, 0)).map_err(failed())?;
+            Some(path)
+        }
+    };
+    let memory_bytes = request.memory_bytes.or_else(|| {
+        let is_vm = request.isolation == Isolation::Vm;
+        is_vm.then(|| VM_MEMORY_BYTES.min(host_memory_bytes() / 2))
+    });
     let work = Work {
         home: request.home.clone(),
         isolation: request.isolation,
         words: job.words.clone(),
-        env: prepared.env,
+        env: job.env.clone(),
+        secrets,
         config: config.for_run(),
         layers: stage.done.layers.clone(),
         mounts: prepared.mounts.clone(),
-        memory_bytes: request.memory_bytes,
+        memory_bytes,
         kernel: request.kernel.clone(),
     };
     build.may_run()?;
@@ -218,9 +239,28 @@ fn execute(stage: &mut Stage<'_, '_>, job: &Job) -> Result<StoredLayer, StepErro
 const COVERED: [&str; 3] = ["/dev", "/proc", "/sys"];
 
 struct Prepared {
-    env: Vec<String>,
+    /// Variables that are secrets.
+    secrets: Vec<String>,
     mounts: Vec<MountRequest>,
-    locks: Vec<File>,
+}
+
+/// How often a cache is asked for that another step has.
+const CACHE_POLL: Duration = Duration::from_millis(50);
+
+fn lock_caches(stage: &Stage<'_, '_>, job: &Job) -> Result<Vec<File>, StepError> {
+    let mut locks = Vec::new();
+    for (id, locked) in mounts::cache_locks(job.mounts.iter().map(|(mount, _)| mount)) {
+        loop {
+            let lock = mounts::lock_cache(&stage.build.request.home, id, locked);
+            if let Some(lock) = lock.map_err(StepError::io(format!("cannot lock the cache {id}")))? {
+                locks.push(lock);
+                break;
+            }
+            stage.build.go_on()?;
+            std::thread::sleep(CACHE_POLL);
+        }
+    }
+    Ok(locks)
 }
 
 fn bind(target: &str, path: PathBuf, read_only: bool) -> MountRequest {
@@ -249,10 +289,9 @@ fn prepare(
             mounts::materialise(tree, &item, &path).map_err(failed())?;
             prepared.mounts.push(bind(target, path, !writable));
         }
-        Kind::Cache { id, locked, read_only, mode, uid, gid } => {
-            let opened = mounts::open_cache(&request.home, id, *locked, (*mode, *uid, *gid));
-            let (data, lock) = opened.map_err(StepError::io(format!("cannot open the cache {id}")))?;
-            prepared.locks.push(lock);
+        Kind::Cache { id, read_only, mode, uid, gid, .. } => {
+            let opened = mounts::open_cache(&request.home, id, (*mode, *uid, *gid));
+            let data = opened.map_err(StepError::io(format!("cannot open the cache {id}")))?;
             prepared.mounts.push(bind(target, data, *read_only));
         }
         Kind::Tmpfs { size } => {
@@ -281,7 +320,7 @@ fn prepare(
                 let text = String::from_utf8(content.clone()).map_err(|_| {
                     StepError::Text(format!("the secret {id} is no text, and cannot be a variable"))
                 })?;
-                prepared.env.push(format!("{variable}={text}"));
+                prepared.secrets.push(format!("{variable}={text}"));
             }
             if *as_file {
                 mounts::write_file(&path, &content, (*mode, *uid, *gid))

@@ -1,13 +1,13 @@
 //! One stage: its instructions, one after the other.
 
 use std::collections::BTreeMap;
-use std::io::{self, Seek, Write};
+use std::io::{self, Seek};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use cloche_images::{
-    BuildError, CachedStep, Digest, FileKind, Image, LayerWriter, Reference, ResolveError, Store, StoreError,
-    StoredLayer, View, timestamp,
+    Bounded, BuildError, CachedStep, Digest, FileKind, Image, LayerWriter, Reference, ResolveError, Store,
+    StoreError, StoredLayer, View, timestamp,
 };
 use serde_json::{Value, json};
 
@@ -512,6 +512,9 @@ impl Stage<'_, '_> {
         let mut sources = Vec::new();
         for source in &asked.sources {
             match source {
+                TransferSource::Heredoc(_) if asked.checksum.is_some() => {
+                    return Err(no_checksum("a heredoc"));
+                }
                 TransferSource::Heredoc(heredoc) => sources.push(self.text_source(heredoc, now)?),
                 TransferSource::Path(path) => {
                     let path = if asked.is_json { path.clone() } else { self.expand(path)? };
@@ -529,9 +532,6 @@ impl Stage<'_, '_> {
                     }
                 }
             }
-        }
-        if asked.checksum.is_some() && !asked.sources.iter().all(is_url) {
-            return Err(StepError::Text("--checksum is for files that are downloaded".into()));
         }
         Ok(sources)
     }
@@ -566,6 +566,9 @@ impl Stage<'_, '_> {
         if path.starts_with("http://") || path.starts_with("https://") {
             return self.downloaded(asked, path, now);
         }
+        if asked.checksum.is_some() {
+            return Err(no_checksum(path));
+        }
         if path.contains("://") {
             return Err(StepError::Text(format!(
                 "{path} is a URL of a kind that is not supported; http and https are"
@@ -577,8 +580,9 @@ impl Stage<'_, '_> {
             && item.info.kind == FileKind::File
             && is_archive
         {
-            let mut spool = self.build.store.spool()?;
+            let mut spool = Bounded::new(self.build.store.spool()?);
             io::copy(&mut tree.open(&item).map_err(failed)?, &mut spool).map_err(failed)?;
+            let mut spool = spool.into_inner();
             spool.rewind().map_err(failed)?;
             if let Some(source) = self.unpacked(spool, path)? {
                 return Ok(source);
@@ -606,9 +610,8 @@ impl Stage<'_, '_> {
 
     fn downloaded(&self, asked: &Transfer, url: &str, now: i64) -> Result<Source, StepError> {
         let mut spool = self.build.store.spool()?;
-        let modified = cloche_images::registry::fetch(url, &mut spool)?;
         let failed = |source| StepError::Io(format!("cannot keep what came from {url}"), source);
-        spool.flush().map_err(failed)?;
+        let modified = cloche_images::registry::fetch(url, spool.try_clone().map_err(failed)?)?;
         spool.rewind().map_err(failed)?;
         if let Some(expected) = &asked.checksum {
             let expected = self.expand(expected)?;
@@ -646,8 +649,8 @@ impl Stage<'_, '_> {
     }
 }
 
-fn is_url(source: &TransferSource) -> bool {
-    matches!(source, TransferSource::Path(path) if path.starts_with("http://") || path.starts_with("https://") || path.contains('$'))
+fn no_checksum(source: &str) -> StepError {
+    StepError::Text(format!("--checksum is for files that are downloaded, and {source} is not"))
 }
 
 /// `Sun, 06 Nov 1994 08:49:37 GMT` in seconds since 1970 (RFC 9110 §5.6.7); the older forms are not looked at.

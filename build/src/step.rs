@@ -18,7 +18,7 @@ use cloche_engine::mounts::{MountRequest, MountSource};
 use cloche_engine::request::{Isolation, RunRequest};
 use cloche_engine::run;
 use cloche_engine::trace::Trace;
-use cloche_images::{Store, StoredLayer};
+use cloche_images::{Bounded, Store, StoredLayer};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -34,6 +34,8 @@ pub(crate) struct Work {
     pub(crate) isolation: Isolation,
     pub(crate) words: Vec<String>,
     pub(crate) env: Vec<String>,
+    /// A file with more of it, a list in JSON.
+    pub(crate) secrets: Option<PathBuf>,
     pub(crate) config: Value,
     pub(crate) layers: Vec<StoredLayer>,
     pub(crate) mounts: Vec<MountRequest>,
@@ -62,6 +64,7 @@ struct Wire {
     isolation: Isolation,
     words: Vec<String>,
     env: Vec<String>,
+    secrets: Option<PathBuf>,
     config: Value,
     layers: Vec<StoredLayer>,
     mounts: Vec<WireMount>,
@@ -93,6 +96,7 @@ pub(crate) fn write_work(mut file: &File, work: &Work) -> io::Result<()> {
         isolation: work.isolation,
         words: work.words.clone(),
         env: work.env.clone(),
+        secrets: work.secrets.clone(),
         config: work.config.clone(),
         layers: work.layers.clone(),
         mounts: mounts.collect(),
@@ -172,6 +176,10 @@ fn work(file: &File) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let mut reader = file.try_clone()?;
     reader.read_to_end(&mut text)?;
     let wire: Wire = serde_json::from_slice(&text)?;
+    let mut env = wire.env;
+    if let Some(path) = wire.secrets {
+        env.extend(serde_json::from_slice::<Vec<String>>(&std::fs::read(path)?)?);
+    }
     let home = Home::new(Some(wire.images), Some(wire.state))?;
     let store = Store::open(home.images())?;
     let image = store.unnamed_image(&serde_json::to_vec(&wire.config)?, &wire.layers)?;
@@ -193,7 +201,7 @@ fn work(file: &File) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         require: None,
         command,
         entrypoint,
-        env: wire.env,
+        env,
         workdir: None,
         user: None,
         hostname: Some(HOSTNAME.into()),
@@ -210,7 +218,7 @@ fn work(file: &File) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let mut changes = |exit: &cloche_engine::run::Exit, changes: &mut (dyn Read + Send)| {
         report(file, &Report::Exited { code: exit.status.shell_code(), out_of_memory: exit.oom_killed })?;
         if exit.status.shell_code() == 0 {
-            let mut writer = BufWriter::with_capacity(1 << 20, file.try_clone()?);
+            let mut writer = BufWriter::with_capacity(1 << 20, Bounded::new(file.try_clone()?));
             io::copy(changes, &mut writer)?;
             writer.flush()?;
         }

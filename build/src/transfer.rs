@@ -200,6 +200,11 @@ fn copy(draft: &mut Draft<'_>, tree: &Arc<Tree>, found: &Found, target: &str, ho
     let Found { name, parents, item } = found;
     let is_directory = item.info.kind == FileKind::Directory;
     if how.parents {
+        let relative = joined(parents, name);
+        let is_excluded = !relative.is_empty() && how.exclude.matches(&String::from_utf8_lossy(&relative));
+        if is_excluded && !(is_directory && any_wanted(tree, item, &relative, &how.exclude)?) {
+            return Ok(());
+        }
         let mut directory = draft.resolve(target.as_bytes())?;
         directory
             .extend(parents.split(|&byte| byte == b'/').filter(|name| !name.is_empty()).map(<[u8]>::to_vec));
@@ -211,11 +216,11 @@ fn copy(draft: &mut Draft<'_>, tree: &Arc<Tree>, found: &Found, target: &str, ho
             let path = below(&directory, name);
             return how.put(draft, &path, how.made_of(tree, item)?);
         }
-        return copy_directory(draft, tree, item, &directory, how);
+        return copy_directory(draft, tree, item, &relative, &directory, how);
     }
     if is_directory {
         let path = draft.resolve(target.as_bytes())?;
-        return copy_directory(draft, tree, item, &path, how);
+        return copy_directory(draft, tree, item, b"", &path, how);
     }
     if how.exclude.matches(&String::from_utf8_lossy(name)) {
         return Ok(());
@@ -241,13 +246,14 @@ fn copy_directory(
     draft: &mut Draft<'_>,
     tree: &Arc<Tree>,
     item: &Item,
+    relative: &[u8],
     path: &[Vec<u8>],
     how: &How,
 ) -> io::Result<()> {
     let (_, parents) = path.split_last().map_or((None, &[][..]), |(last, parents)| (Some(last), parents));
     draft.make_directories(parents, &how.parent())?;
     draft.make_directories(path, &how.apply(&item.info))?;
-    copy_children(draft, tree, item, b"", path, how)
+    copy_children(draft, tree, item, relative, path, how)
 }
 
 /// Copies what is in a directory into one that is there.

@@ -7,11 +7,12 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::bounded::{Bounded, Sizes};
 use crate::commit::AddError;
 use crate::digest::Digest;
 use crate::image::{Image, Layer};
 use crate::layer::{self, DecodeError, LayerError, decompressor, detect};
-use crate::limits::MAX_LAYERS;
+use crate::limits::{MAX_ENTRIES, MAX_LAYERS};
 use crate::load::LoadError;
 use crate::reference::Reference;
 use crate::store::{ImageRecord, LayerRecord, StepRecord, Store, StoreError};
@@ -124,11 +125,12 @@ impl Store {
             mtime: (mtime, 0),
             xattrs: Vec::new(),
         };
-        let mut writer = TarWriter::new(BufWriter::new(self.scratch()?));
+        let mut writer = TarWriter::new(BufWriter::new(Bounded::new(self.scratch()?)));
         let mut content = rewound(&content)?;
         writer.entry(&info.entry(name, b""), &mut content).map_err(BuildError::Write)?;
         let file = writer.finish().map_err(BuildError::Write)?;
-        self.view_of_archive(file.into_inner().map_err(|error| BuildError::Write(error.into_error()))?)
+        let file = file.into_inner().map_err(|error| BuildError::Write(error.into_error()))?;
+        self.view_of_archive(file.into_inner())
     }
 
     /// Whether a file is an archive that [`Self::view_of_archive`] reads.
@@ -158,14 +160,18 @@ impl Store {
 
     /// Starts a layer.
     pub fn write_layer(&self) -> Result<LayerWriter, BuildError> {
-        Ok(LayerWriter { tar: TarWriter::new(BufWriter::with_capacity(1 << 20, self.scratch()?)) })
+        let file = Bounded::new(self.scratch()?);
+        Ok(LayerWriter {
+            tar: TarWriter::new(BufWriter::with_capacity(1 << 20, file)),
+            sizes: Sizes::default(),
+        })
     }
 
     /// Takes a layer into the store.
     pub fn add_layer(&self, writer: LayerWriter) -> Result<StoredLayer, BuildError> {
         let file = writer.tar.finish().map_err(BuildError::Write)?;
         let file = file.into_inner().map_err(|error| BuildError::Write(error.into_error()))?;
-        Ok(StoredLayer(self.add_archive(rewound(&file)?)?))
+        Ok(StoredLayer(self.add_archive(rewound(&file.into_inner())?)?))
     }
 
     /// Takes what a sandbox on `lower` changed, an archive, into the store as a layer: in order of names, so that the
@@ -176,12 +182,17 @@ impl Store {
         lower: &View,
         changes: &Changes,
     ) -> Result<StoredLayer, BuildError> {
-        let mut names = BTreeMap::new();
+        let mut stubs = Stubs::of(&changes.stubs);
         let mut tar = TarReader::new(BufReader::new(rewound(&archive)?));
+        let mut entries = 0;
         while let Some(entry) = tar.next()? {
-            names.insert(plain(&entry.path), entry);
+            entries += 1;
+            if entries > MAX_ENTRIES {
+                return Err(LayerError::TooManyEntries(MAX_ENTRIES).into());
+            }
+            stubs.note(entry);
         }
-        let left_out = stubs(&names, lower, &changes.stubs).map_err(BuildError::Write)?;
+        let left_out = stubs.left_out(lower).map_err(BuildError::Write)?;
         let mut writer = self.write_layer()?;
         let mut tar = TarReader::new(BufReader::new(rewound(&archive)?));
         while let Some(mut entry) = tar.next()? {
@@ -310,49 +321,85 @@ fn plain(path: &[u8]) -> Vec<u8> {
 }
 
 /// Entries that exist only because something was mounted upon them, and directories that are entries only because those
-/// were made in them.
-fn stubs(names: &BTreeMap<Vec<u8>, Entry>, lower: &View, stubs: &[Vec<u8>]) -> io::Result<BTreeSet<Vec<u8>>> {
-    let mut candidates = BTreeSet::new();
-    for stub in stubs {
-        let stub = plain(stub);
-        candidates.insert((stub.clone(), true));
-        let ends = stub.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
-        candidates.extend(ends.chain([0]).map(|end| (stub.get(..end).unwrap_or_default().to_vec(), false)));
-    }
-    let mut left_out = BTreeSet::new();
-    // The deepest first, so that what has nothing left in it goes as well.
-    for (path, is_stub) in candidates.into_iter().rev() {
-        let Some(entry) = names.get(&path) else { continue };
-        let start = if path.is_empty() { Vec::new() } else { [path.as_slice(), b"/"].concat() };
-        let below = names.range(start.clone()..).map(|(name, _)| name);
-        let mut below = below.take_while(|name| name.starts_with(&start)).filter(|name| **name != path);
-        if below.any(|name| !left_out.contains(name)) {
-            continue;
-        }
-        let is_empty = match entry.kind {
-            EntryKind::Directory => true,
-            EntryKind::File { size, .. } => size == 0,
-            _ => false,
-        };
-        let there = lower.resolve(&path, false).ok().and_then(|found| found.node);
-        let is_unchanged = match there {
-            Some(node) => {
-                let info = lower.info(&node)?;
-                let same = (info.mode, info.uid, info.gid) == (entry.mode, entry.uid, entry.gid);
-                !is_stub && info.kind == FileKind::Directory && same && info.xattrs == entry.xattrs
+/// were made in them. Of all entries, only those that may be left out are kept: how many there are is up to a guest.
+#[derive(Default)]
+struct Stubs {
+    /// What may be left out, whether it was mounted upon, and its entry.
+    candidates: BTreeMap<Vec<u8>, (bool, Option<Entry>)>,
+    /// Those in which something is that may not.
+    occupied: BTreeSet<Vec<u8>>,
+}
+
+impl Stubs {
+    fn of(stubs: &[Vec<u8>]) -> Stubs {
+        let mut candidates = BTreeMap::new();
+        for stub in stubs {
+            let stub = plain(stub);
+            for parent in parents(&stub) {
+                candidates.entry(parent.to_vec()).or_insert((false, None));
             }
-            None => true,
-        };
-        if is_empty && is_unchanged {
-            left_out.insert(path);
+            candidates.insert(stub, (true, None));
+        }
+        Stubs { candidates, occupied: BTreeSet::new() }
+    }
+
+    fn note(&mut self, entry: Entry) {
+        let path = plain(&entry.path);
+        if let Some((_, known)) = self.candidates.get_mut(&path) {
+            *known = Some(entry);
+            return;
+        }
+        self.occupy_above(&path);
+    }
+
+    fn occupy_above(&mut self, path: &[u8]) {
+        for parent in parents(path) {
+            if self.candidates.contains_key(parent) && !self.occupied.contains(parent) {
+                self.occupied.insert(parent.to_vec());
+            }
         }
     }
-    Ok(left_out)
+
+    fn left_out(mut self, lower: &View) -> io::Result<BTreeSet<Vec<u8>>> {
+        let mut left_out = BTreeSet::new();
+        // The deepest first, so that what has nothing left in it goes as well.
+        while let Some((path, (is_stub, entry))) = self.candidates.pop_last() {
+            let Some(entry) = entry else { continue };
+            let is_empty = match entry.kind {
+                EntryKind::Directory => true,
+                EntryKind::File { size, .. } => size == 0,
+                _ => false,
+            };
+            if is_empty && !self.occupied.contains(&path) && is_unchanged(&path, &entry, is_stub, lower)? {
+                left_out.insert(path);
+            } else {
+                self.occupy_above(&path);
+            }
+        }
+        Ok(left_out)
+    }
+}
+
+/// Whether `lower` has the same, so that nothing is lost without the entry.
+fn is_unchanged(path: &[u8], entry: &Entry, is_stub: bool, lower: &View) -> io::Result<bool> {
+    let there = lower.resolve(path, false).ok().and_then(|found| found.node);
+    let Some(node) = there else { return Ok(true) };
+    let info = lower.info(&node)?;
+    let same = (info.mode, info.uid, info.gid) == (entry.mode, entry.uid, entry.gid);
+    Ok(!is_stub && info.kind == FileKind::Directory && same && info.xattrs == entry.xattrs)
+}
+
+/// The directories above a path, the root last.
+fn parents(path: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let ends = path.iter().enumerate().rev().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
+    let root = (!path.is_empty()).then_some(0);
+    ends.chain(root).map(|end| path.get(..end).unwrap_or_default())
 }
 
 /// A layer that is being written.
 pub struct LayerWriter {
-    tar: TarWriter<BufWriter<File>>,
+    tar: TarWriter<BufWriter<Bounded>>,
+    sizes: Sizes,
 }
 
 impl LayerWriter {
@@ -364,6 +411,9 @@ impl LayerWriter {
         target: &[u8],
         data: &mut dyn Read,
     ) -> io::Result<()> {
+        if info.kind == FileKind::File {
+            self.sizes.add(info.size)?;
+        }
         self.tar.entry(&info.entry(path, target), data)
     }
 
@@ -387,6 +437,7 @@ impl LayerWriter {
         if let EntryKind::File { size, extents } = &mut entry.kind {
             let whole = vec![crate::tar::Extent { offset: 0, length: *size }];
             pieces = extents.take().unwrap_or(whole);
+            self.sizes.add(*size).map_err(BuildError::Write)?;
         }
         let size = self.tar.begin(&entry).map_err(BuildError::Write)?;
         let mut position = 0;
@@ -408,5 +459,43 @@ impl LayerWriter {
             left -= step;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(path: &str, kind: EntryKind) -> Entry {
+        Entry {
+            path: path.as_bytes().to_vec(),
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            mtime: Timestamp::default(),
+            xattrs: Vec::new(),
+            kind,
+        }
+    }
+
+    #[test]
+    fn only_what_was_made_to_mount_upon_is_left_out() {
+        let mut stubs = Stubs::of(&[b"/a/b/c".to_vec(), b"/x/y".to_vec(), b"/dev".to_vec()]);
+        for (path, kind) in [
+            ("./", EntryKind::Directory),
+            ("a", EntryKind::Directory),
+            ("a/b", EntryKind::Directory),
+            ("a/b/c", EntryKind::File { size: 0, extents: None }),
+            ("x/", EntryKind::Directory),
+            ("x/y", EntryKind::Directory),
+            ("x/other", EntryKind::Fifo),
+            ("dev", EntryKind::Fifo),
+        ] {
+            stubs.note(entry(path, kind));
+        }
+        assert_eq!(stubs.candidates.len(), 7);
+        let left_out = stubs.left_out(&View::empty()).unwrap();
+        let expected = ["a", "a/b", "a/b/c", "x/y"].map(|path| path.as_bytes().to_vec());
+        assert_eq!(left_out, BTreeSet::from(expected));
     }
 }

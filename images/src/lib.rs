@@ -15,6 +15,7 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
 )]
 
+mod bounded;
 mod built;
 mod change;
 mod clock;
@@ -45,6 +46,7 @@ mod unpack;
 mod upkeep;
 mod view;
 
+pub use bounded::{Bounded, Sizes};
 pub use built::{ArchiveKind, BuildError, CachedStep, Changes, LayerWriter, StoredLayer};
 pub use change::{Change, ParseChangeError};
 pub use clock::timestamp;

@@ -64,7 +64,7 @@ pub struct Build {
     /// Platform to build for: linux/amd64
     #[arg(long, value_name = "OS/ARCH")]
     pub platform: Option<String>,
-    /// Memory limit of a RUN, such as 512m or 2g
+    /// Memory limit of a RUN, such as 512m or 2g; in a VM 1g by default, or half of this machine's if that is less
     #[arg(short, long, value_name = "SIZE")]
     pub memory: Option<Bytes>,
     /// Guest kernel for RUN in a VM

@@ -1,7 +1,7 @@
 //! `cloche build` and `cloche builder`.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     fs::{self, File},
     io::{self, IsTerminal, Write},
     os::fd::AsFd,
@@ -178,7 +178,37 @@ struct Printer<'a> {
 
 struct Running {
     since: Instant,
-    kept: Vec<u8>,
+    kept: Kept,
+}
+
+/// The last of a step's output: that is where it says why it failed.
+#[derive(Default)]
+struct Kept {
+    lines: VecDeque<String>,
+    bytes: usize,
+    /// Lines that are not here any more.
+    dropped: usize,
+}
+
+impl Kept {
+    fn push(&mut self, line: &str) {
+        self.bytes += line.len() + 1;
+        self.lines.push_back(line.to_owned());
+        while self.bytes > MAX_KEPT
+            && let Some(first) = self.lines.pop_front()
+        {
+            self.bytes -= first.len() + 1;
+            self.dropped += 1;
+        }
+    }
+
+    /// What there is to show.
+    fn shown(&self) -> impl Iterator<Item = String> {
+        let note = (self.dropped > 0).then(|| {
+            format!("({} lines before these are not shown; --progress=plain shows all)", self.dropped)
+        });
+        note.into_iter().chain(self.lines.iter().map(|line| output::tame(line, &['\t']).to_string()))
+    }
 }
 
 impl Printer<'_> {
@@ -196,7 +226,7 @@ impl Printer<'_> {
 
 impl Observer for Printer<'_> {
     fn started(&self, step: usize, title: &str) {
-        self.steps().insert(step, Running { since: Instant::now(), kept: Vec::new() });
+        self.steps().insert(step, Running { since: Instant::now(), kept: Kept::default() });
         let first = title.lines().next().unwrap_or_default();
         self.say(step, first);
     }
@@ -209,11 +239,8 @@ impl Observer for Printer<'_> {
             self.say(step, &format!("{seconds:.3} {line}"));
             return;
         }
-        if let Some(running) = self.steps().get_mut(&step)
-            && running.kept.len() < MAX_KEPT
-        {
-            running.kept.extend_from_slice(line.as_bytes());
-            running.kept.push(b'\n');
+        if let Some(running) = self.steps().get_mut(&step) {
+            running.kept.push(&line);
         }
     }
 
@@ -224,11 +251,12 @@ impl Observer for Printer<'_> {
             Ended::Cached => self.say(step, "CACHED"),
             Ended::Done => self.say(step, &format!("DONE {seconds:.1}s")),
             Ended::Failed => {
-                let kept = String::from_utf8_lossy(&running.kept).into_owned();
-                if self.show == Show::Nothing {
-                    eprint!("{kept}");
+                for line in running.kept.shown() {
+                    match self.show {
+                        Show::Nothing => eprintln!("{line}"),
+                        _ => self.say(step, &line),
+                    }
                 }
-                kept.lines().for_each(|line| self.say(step, line));
                 self.say(step, "FAILED");
             }
         }
@@ -269,5 +297,25 @@ pub fn builder(global: &Global, verb: &Builder) -> anyhow::Result<ExitCode> {
             println!("Freed: {}", render::bytes(steps.bytes + caches.bytes));
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_of_a_steps_output_is_kept() {
+        let mut kept = Kept::default();
+        let lines = MAX_KEPT / 100 + 7;
+        for number in 0..lines {
+            kept.push(&format!("{number:099}"));
+        }
+        kept.push("why\x1b[2J");
+        assert!(kept.bytes <= MAX_KEPT);
+        let shown: Vec<String> = kept.shown().collect();
+        assert!(shown.first().unwrap().starts_with("(8 lines before"), "{:?}", shown.first());
+        assert!(shown.last().unwrap().starts_with("why") && !shown.last().unwrap().contains('\x1b'));
+        assert_eq!(shown.len(), lines + 1 - 8 + 1);
     }
 }

@@ -66,7 +66,8 @@ fn df(global: &Global, json: bool) -> anyhow::Result<ExitCode> {
             kind: "images",
             count: images.len(),
             active: images.iter().filter(|image| is_used(&image.id)).count(),
-            bytes: Some(usage.layers),
+            // Layers that only steps have are in their own line.
+            bytes: Some(usage.layers.saturating_sub(steps.bytes)),
             reclaimable_bytes: Some(free),
         },
         Line {

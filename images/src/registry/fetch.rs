@@ -1,11 +1,14 @@
 //! One file by its URL, for `ADD`.
 
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io::{self, Read};
 
 use super::http::{Http, HttpError, Request};
 use super::proxy::{Proxies, ProxyError};
 use super::url::Url;
 use super::wire::Patience;
+use crate::bounded::{Bounded, too_large};
+use crate::limits::MAX_LAYER_BYTES;
 
 /// Why a file was not fetched.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +44,7 @@ pub enum FetchError {
 
 /// Fetches a file into `output`. Returns the field `Last-Modified`, if there is one. Servers on this machine may do
 /// without encryption, others never.
-pub fn fetch(url: &str, output: &mut impl Write) -> Result<Option<String>, FetchError> {
+pub fn fetch(url: &str, output: File) -> Result<Option<String>, FetchError> {
     let parsed = Url::parse(url).ok_or_else(|| FetchError::Url(url.chars().take(200).collect()))?;
     let http = Http::new(Patience::default(), true, Proxies::of_environment()?);
     let mut response = http.send(Request::new("GET", parsed))?;
@@ -51,7 +54,11 @@ pub fn fetch(url: &str, output: &mut impl Write) -> Result<Option<String>, Fetch
     }
     let broken = |source| FetchError::Body { url: whence.clone(), source };
     let length = response.length();
-    let copied = io::copy(&mut response.body.by_ref(), output).map_err(broken)?;
+    if length.is_some_and(|length| length > MAX_LAYER_BYTES) {
+        return Err(broken(too_large()));
+    }
+    let mut output = Bounded::new(output);
+    let copied = io::copy(&mut response.body.by_ref(), &mut output).map_err(broken)?;
     if length.is_some_and(|length| length != copied) {
         return Err(broken(io::ErrorKind::UnexpectedEof.into()));
     }

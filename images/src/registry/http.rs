@@ -72,6 +72,14 @@ pub enum HttpError {
         /// The URL.
         to: String,
     },
+    /// Another machine says what this one is to be asked for.
+    #[error("{from} leads to {to}, which is this machine; a redirect to it is followed only from itself")]
+    Inward {
+        /// Who said so.
+        from: String,
+        /// The URL.
+        to: String,
+    },
     /// Certificates could not be read.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -151,6 +159,9 @@ impl Http {
                 return Err(HttpError::Malformed { url: request.url.to_string(), problem });
             };
             drop(response);
+            if next.is_loopback() && !request.url.is_loopback() {
+                return Err(HttpError::Inward { from: request.url.to_string(), to: next.to_string() });
+            }
             if !next.has_origin_of(&request.url) {
                 request.fields.retain(|(name, _)| *name != "Authorization");
             }

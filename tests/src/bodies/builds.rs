@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
@@ -160,7 +159,10 @@ fn dockerfiles_of_mounts_and_changes_build(bed: &Bed) -> Story {
 }
 
 fn failing_step_is_named_with_its_line(bed: &Bed) -> Story {
-    let context = context(bed)?;
+    let (own, context) = (own_store(bed, "store")?, context(bed)?);
+    // Its trigger names a stage that the Dockerfile has, and that nothing else there needs.
+    let trap = "FROM busybox\nONBUILD COPY --from=other /bin/busybox /x\n";
+    build(&own, Isolation::Container, &context, trap, &["-t", "trap"])?.succeeds()?;
     for (text, words) in [
         (
             "FROM busybox\n\nRUN echo said; exit 7\n",
@@ -184,12 +186,15 @@ fn failing_step_is_named_with_its_line(bed: &Bed) -> Story {
         ("FROM nosuchimage\n", &["line 1", "there is no image nosuchimage"]),
         ("FROM scratch\nRUN true\n", &["line 2", "nothing to run"]),
         ("FROM busybox\nRUNN x\n", &["line 2", "RUN?"]),
+        ("FROM busybox AS other\nFROM trap\n", &["line 2", "stage 0 of this file is not built"]),
+        ("FROM busybox\nRUN truncate -s 1000G /sparse\n", &["line 2", "GiB"]),
+        ("FROM busybox\nARG F=a.txt\nADD --checksum=sha256:0123 $F /\n", &["line 3", "a.txt is not"]),
         (
             "FROM busybox AS a\nRUN false\nFROM busybox\nCOPY --from=a /x /\nRUN sleep 100\n",
             &["line 2", "code 1"],
         ),
     ] {
-        let mut failed = build(bed, Isolation::Container, &context, text, &[])?.exits_with(1)?;
+        let mut failed = build(&own, Isolation::Container, &context, text, &[])?.exits_with(1)?;
         for word in words {
             failed = failed.says(word)?;
         }
@@ -204,10 +209,8 @@ fn known_steps_are_not_repeated(bed: &Bed) -> Story {
     let first = build(&own, bed.isolation(), &context, text, &[])?.succeeds()?.out();
     // What files were last written says nothing of what is in them.
     fs::write(context.join("a.txt"), "a\n")?;
-    let begin = Instant::now();
     let again = build(&own, bed.isolation(), &context, text, &[])?.succeeds()?.says("cached")?;
     ensure!(again.out() == first, "the second build gives another image\n{again}");
-    ensure!(begin.elapsed() < bed.span(2000), "a build without changes took {:?}", begin.elapsed());
     let anew = build(&own, bed.isolation(), &context, text, &["--no-cache"])?.succeeds()?;
     ensure!(anew.out() != first, "--no-cache gave the random number of the first build\n{anew}");
     Ok(())
