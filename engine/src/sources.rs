@@ -149,7 +149,7 @@ impl Source {
     /// For a VM's file server; `None` if it is no file of the host.
     pub(crate) fn shared(&self) -> Option<Shared> {
         self.share?;
-        Some(Shared { path: self.path.clone(), read_only: self.request.read_only })
+        Some(Shared { path: self.path.clone(), recursive: true, read_only: self.request.read_only })
     }
 }
 

@@ -78,7 +78,7 @@ pub fn messages(bytes: &[u8]) {
     let secret = enter();
     renew(&secret);
     let open_before = open_files();
-    let shares = [Shared { path: Path::new(PLACE).join("share"), read_only: false }];
+    let shares = [Shared { path: Path::new(PLACE).join("share"), recursive: true, read_only: false }];
     let mut server = Server::new(jail::open_trees(&shares).unwrap());
     let mut reply = Vec::new();
     let mut rest = bytes;
@@ -261,7 +261,7 @@ mod tests {
         let (mut done, mut refused) = (0, 0);
         for seed in seeds("share") {
             renew(&secret);
-            let shares = [Shared { path: Path::new(PLACE).join("share"), read_only: false }];
+            let shares = [Shared { path: Path::new(PLACE).join("share"), recursive: true, read_only: false }];
             let mut server = Server::new(jail::open_trees(&shares).unwrap());
             let (mut rest, mut reply) = (&seed[..], Vec::new());
             while let Some(message) = next_message(&mut rest) {

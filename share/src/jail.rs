@@ -86,7 +86,7 @@ pub fn open(shares: &[Shared]) -> Result<Vec<OwnedFd>, JailError> {
 pub(crate) fn open_trees(shares: &[Shared]) -> Result<Vec<OwnedFd>, JailError> {
     let trees = shares.iter().map(|share| {
         let failed = |source| JailError::Open { path: share.path.clone(), source };
-        let tree = clone_tree(&share.path, true).map_err(|errno| failed(errno.into()))?;
+        let tree = clone_tree(&share.path, share.recursive).map_err(|errno| failed(errno.into()))?;
         if share.read_only {
             syscalls::make_read_only(tree.as_fd()).map_err(failed)?;
         }

@@ -50,8 +50,10 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Shared {
-    /// Where it is; mounts below it come along.
+    /// Where it is.
     pub path: PathBuf,
+    /// Whether mounts below it come along.
+    pub recursive: bool,
     /// Whether writing is refused, with EROFS.
     pub read_only: bool,
 }

@@ -94,8 +94,8 @@ fn serve(without: Option<libc::c_long>, large: &Path) -> Result<Served, Failed> 
     let mut child = command.stdin(Stdio::from(theirs)).stdout(Stdio::piped()).spawn()?;
     // Else this program would keep the server's end open.
     drop(command);
-    let large = Shared { path: large.to_owned(), read_only: true };
-    let config = Config { shares: vec![Shared { path: shared, read_only: false }, large] };
+    let large = Shared { path: large.to_owned(), recursive: true, read_only: true };
+    let config = Config { shares: vec![Shared { path: shared, recursive: true, read_only: false }, large] };
     send(&ours, &serde_json::to_vec(&config)?, SendFlags::NOSIGNAL)?;
     let mut said = String::new();
     BufReader::new(child.stdout.take().ok_or("stdout is piped")?).read_line(&mut said)?;

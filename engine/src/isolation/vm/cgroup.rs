@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn file_systems_in_memory_count_once_and_only_where_they_are_written() {
-        let share = |path: &str, read_only| Shared { path: path.into(), read_only };
+        let share = |path: &str, read_only| Shared { path: path.into(), recursive: true, read_only };
         let size = tmpfs_bytes(&[share("/dev/shm", false)]);
         assert!(size > 0, "this test needs a tmpfs at /dev/shm");
         assert_eq!(tmpfs_bytes(&[share("/dev/shm", false), share("/dev/shm/.", false)]), size);

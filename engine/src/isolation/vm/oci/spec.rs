@@ -82,7 +82,7 @@ pub(super) fn split(spec: &Spec, rootfs: &Path) -> Result<Split, Error> {
         }
     }
     let mut guest = spec.clone();
-    let mut shares = vec![Shared { path: rootfs.to_owned(), read_only: false }];
+    let mut shares = vec![Shared { path: rootfs.to_owned(), recursive: true, read_only: false }];
     let mounts = spec.mounts().iter().flatten().map(|mount| self::mount(mount, &mut shares));
     guest.set_mounts(Some(mounts.collect::<Result<_, _>>()?)).set_annotations(None);
     if let Some(hooks) = spec.hooks() {
@@ -216,7 +216,9 @@ fn host_cpus() -> u64 {
 /// A device node of the guest's own, or none.
 fn device(device: &LinuxDevice) -> Result<(), Error> {
     // Linux: Documentation/admin-guide/devices.txt. Memory devices, terminals, tun and FUSE are every kernel's.
-    let is_everywhere = matches!((device.major(), device.minor()), (1 | 5, _) | (10, 200 | 229));
+    let is_character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
+    let is_everywhere =
+        is_character && matches!((device.major(), device.minor()), (1 | 5, _) | (10, 200 | 229));
     if device.typ() == LinuxDeviceType::P || is_everywhere {
         return Ok(());
     }
@@ -281,7 +283,11 @@ fn mount(mount: &Mount, shares: &mut Vec<Shared>) -> Result<Mount, Error> {
     bound
         .set_source(Some(share_path(shares.len())))
         .set_options(Some(options.iter().cloned().chain(inherited.into_iter().map(String::from)).collect()));
-    shares.push(Shared { path: source.to_owned(), read_only: has(&["ro", "rro"]).is_some() });
+    shares.push(Shared {
+        path: source.to_owned(),
+        recursive: has(&["rbind"]).is_some(),
+        read_only: has(&["ro", "rro"]).is_some(),
+    });
     Ok(bound)
 }
 
@@ -377,9 +383,12 @@ mod tests {
             "destination": "/data", "type": "bind", "source": directory.path(), "options": ["rbind", "ro"],
         });
         let split = with("/mounts/-", bind).unwrap();
-        let expected = Shared { path: directory.path().into(), read_only: true };
+        let expected = Shared { path: directory.path().into(), recursive: true, read_only: true };
         assert_eq!(split.shares[1], expected);
-        assert_eq!(split.shares[ROOT_SHARE], Shared { path: "/rootfs".into(), read_only: false });
+        assert_eq!(
+            split.shares[ROOT_SHARE],
+            Shared { path: "/rootfs".into(), recursive: true, read_only: false }
+        );
         let mounts = split.guest.mounts().as_ref().unwrap();
         assert_eq!(mounts[0].source().as_deref(), Some(share_path(1).as_path()));
         assert_eq!(split.guest.annotations(), &None);
