@@ -29,8 +29,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, lgetxattr, llistxattr, major, minor,
-        openat, openat2, readlinkat, statat,
+        Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, getxattr, listxattr, major, minor, open,
+        openat, openat2, readlinkat,
     },
     io::Errno,
 };
@@ -149,7 +149,7 @@ impl Changes {
             data: None,
         };
         let stat = fstat(&changes.root).map_err(|errno| changes.failed("look at", errno))?;
-        let xattrs = changes.xattrs(changes.root.as_fd(), c".")?;
+        let xattrs = changes.xattrs(changes.root.as_fd())?;
         let is_changed =
             stat.st_mode & 0o7777 != ROOT_MODE || stat.st_uid != 0 || stat.st_gid != 0 || !xattrs.is_empty();
         if form == Form::Whole || is_changed {
@@ -242,11 +242,16 @@ impl Changes {
 
     /// Appends one entry; true if it is a directory.
     fn add(&mut self, directory: BorrowedFd<'_>, name: &CStr) -> Result<bool, TreeError> {
-        let stat = match statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => stat,
+        // All that follows is of this one thing, whatever its name stands for later: to open a device node that has
+        // taken a file's place would be to use the device, with rights that the container has not.
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let node = match openat(directory, name, flags, Mode::empty()) {
+            Ok(node) => node,
             Err(errno) if is_gone(errno) => return Ok(false),
             Err(errno) => return Err(self.failed("look at", errno)),
         };
+        let node = node.as_fd();
+        let stat = fstat(node).map_err(|errno| self.failed("look at", errno))?;
         let kind = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => Kind::File,
             FileType::Directory => Kind::Directory,
@@ -265,7 +270,7 @@ impl Changes {
             return Err(TreeError::WhiteoutName(self.path.clone()));
         }
         if kind == Kind::Directory {
-            return self.add_directory(directory, name, &stat);
+            return self.add_directory(node, &stat);
         }
         if stat.st_nlink > 1 {
             if let Some(first) = self.links.get(&stat.st_ino) {
@@ -280,16 +285,15 @@ impl Changes {
             }
             self.links.insert(stat.st_ino, self.path.clone());
         }
-        let xattrs = self.xattrs(directory, name)?;
+        let xattrs = self.xattrs(node)?;
         if kind == Kind::File {
-            return self.add_file(directory, name, &xattrs).map(|()| false);
+            return self.add_file(node, &xattrs).map(|()| false);
         }
         let target = match kind {
-            Kind::Symlink => match readlinkat(directory, name, Vec::new()) {
-                Ok(target) => target.into_bytes(),
-                Err(errno) if is_gone(errno) || errno == Errno::INVAL => return Ok(false),
-                Err(errno) => return Err(self.failed("read the link", errno)),
-            },
+            Kind::Symlink => {
+                let target = readlinkat(node, c"", Vec::new());
+                target.map_err(|errno| self.failed("read the link", errno))?.into_bytes()
+            }
             _ => Vec::new(),
         };
         let device = match kind {
@@ -315,59 +319,26 @@ impl Changes {
         Header { path: &path, ..PLAIN }.write(&mut self.out);
     }
 
-    fn add_directory(
-        &mut self,
-        directory: BorrowedFd<'_>,
-        name: &CStr,
-        stat: &Stat,
-    ) -> Result<bool, TreeError> {
+    fn add_directory(&mut self, directory: BorrowedFd<'_>, stat: &Stat) -> Result<bool, TreeError> {
         let is_layer = self.form == Form::Layer;
-        if is_layer && COVERED.contains(&&self.path[..]) && self.is_empty(directory, name) {
+        if is_layer && COVERED.contains(&&self.path[..]) && is_empty(directory) {
             return Ok(false);
         }
-        let xattrs = self.xattrs(directory, name)?;
+        let xattrs = self.xattrs(directory)?;
         let path = [&self.path[..], b"/"].concat();
         let header = Header { path: &path, kind: Kind::Directory, xattrs: &xattrs, ..of_stat(stat) };
         header.write(&mut self.out);
-        if is_layer && self.is_opaque(directory, name) {
+        if is_layer && is_opaque(directory) {
             let marker = [&path[..], b".wh..wh..opq"].concat();
             Header { path: &marker, ..PLAIN }.write(&mut self.out);
         }
         Ok(true)
     }
 
-    fn is_empty(&self, directory: BorrowedFd<'_>, name: &CStr) -> bool {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let listing = openat(directory, name, flags, Mode::empty()).and_then(Dir::new);
-        listing.is_ok_and(|listing| {
-            listing.flatten().all(|entry| matches!(entry.file_name().to_bytes(), b"." | b".."))
-        })
-    }
-
-    /// Kernel: `overlayfs.rst`, "whiteouts and opaque directories".
-    fn is_opaque(&self, directory: BorrowedFd<'_>, name: &CStr) -> bool {
-        let mut value = [0; 2];
-        let count = lgetxattr(by_proc(directory, name), c"trusted.overlay.opaque", &mut value);
-        count == Ok(1) && value[0] == b'y'
-    }
-
-    fn add_file(
-        &mut self,
-        directory: BorrowedFd<'_>,
-        name: &CStr,
-        xattrs: &[header::Xattr],
-    ) -> Result<(), TreeError> {
-        // It may have become a pipe meanwhile, which must not be waited for.
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = match openat(directory, name, flags, Mode::empty()) {
-            Ok(file) => File::from(file),
-            Err(errno) if is_gone(errno) => return Ok(()),
-            Err(errno) => return Err(self.failed("open", errno)),
-        };
+    fn add_file(&mut self, node: BorrowedFd<'_>, xattrs: &[header::Xattr]) -> Result<(), TreeError> {
+        let opened = open(by_proc(node), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let file = File::from(opened.map_err(|errno| self.failed("open", errno))?);
         let stat = fstat(&file).map_err(|errno| self.failed("look at", errno))?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Ok(());
-        }
         let size = stat.st_size as u64;
         let whole = vec![Extent { offset: 0, length: size }];
         let has_holes = (stat.st_blocks as u64).saturating_mul(512) < size;
@@ -395,19 +366,19 @@ impl Changes {
     }
 
     /// The attributes that a layer keeps, sorted by name.
-    fn xattrs(&self, directory: BorrowedFd<'_>, name: &CStr) -> Result<Vec<header::Xattr>, TreeError> {
-        let path = by_proc(directory, name);
+    fn xattrs(&self, node: BorrowedFd<'_>) -> Result<Vec<header::Xattr>, TreeError> {
+        let path = by_proc(node);
         let mut names = Vec::with_capacity(256);
-        let listed = match llistxattr(&path, rustix::buffer::spare_capacity(&mut names)) {
+        let listed = match listxattr(&path, rustix::buffer::spare_capacity(&mut names)) {
             Err(Errno::RANGE) => {
                 names.reserve(MAX_XATTR_BYTES);
-                llistxattr(&path, rustix::buffer::spare_capacity(&mut names))
+                listxattr(&path, rustix::buffer::spare_capacity(&mut names))
             }
             listed => listed,
         };
         match listed {
             Ok(_) => {}
-            Err(errno) if is_gone(errno) || errno == Errno::OPNOTSUPP => return Ok(Vec::new()),
+            Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
             Err(errno) => return Err(self.failed("list the extended attributes of", errno)),
         }
         let mut xattrs = Vec::new();
@@ -419,9 +390,9 @@ impl Changes {
                 return Err(TreeError::AttributeName(self.path.clone(), name.to_vec()));
             }
             let mut value = Vec::with_capacity(MAX_XATTR_BYTES);
-            match lgetxattr(&path, name, rustix::buffer::spare_capacity(&mut value)) {
+            match getxattr(&path, name, rustix::buffer::spare_capacity(&mut value)) {
                 Ok(_) => {}
-                Err(errno) if is_gone(errno) || errno == Errno::NODATA => continue,
+                Err(Errno::NODATA) => continue,
                 Err(errno) => return Err(self.failed("read the extended attributes of", errno)),
             }
             value.shrink_to_fit();
@@ -432,9 +403,23 @@ impl Changes {
     }
 }
 
-/// A name in a directory as calls want it that take no directory. The name itself is not followed.
-fn by_proc(directory: BorrowedFd<'_>, name: &CStr) -> Vec<u8> {
-    [format!("/proc/self/fd/{}/", directory.as_raw_fd()).as_bytes(), name.to_bytes()].concat()
+/// What was opened as a path only, for calls that want more of it. This leads to the thing itself, even if it is a link.
+fn by_proc(node: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", node.as_raw_fd())
+}
+
+fn is_empty(directory: BorrowedFd<'_>) -> bool {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let listing = openat(directory, c".", flags, Mode::empty()).and_then(Dir::new);
+    listing.is_ok_and(|listing| {
+        listing.flatten().all(|entry| matches!(entry.file_name().to_bytes(), b"." | b".."))
+    })
+}
+
+/// Kernel: `overlayfs.rst`, "whiteouts and opaque directories".
+fn is_opaque(directory: BorrowedFd<'_>) -> bool {
+    let mut value = [0; 2];
+    getxattr(by_proc(directory), c"trusted.overlay.opaque", &mut value) == Ok(1) && value[0] == b'y'
 }
 
 fn of_stat(stat: &Stat) -> Header<'static> {
@@ -506,6 +491,8 @@ mod tests {
         os::unix::fs::{PermissionsExt, symlink},
         process::{Command, Stdio},
     };
+
+    use rustix::fs::CWD;
 
     use super::*;
 
@@ -604,6 +591,18 @@ mod tests {
         let error = archive(Form::Layer, from.path()).unwrap_err();
         assert!(error.to_string().starts_with("\"d/.wh.x\" cannot be in a layer"), "{error}");
         assert!(archive(Form::Whole, from.path()).is_ok());
+    }
+
+    /// Were the pipe opened, this would wait for a writer; a link's attributes and target are its own.
+    #[test]
+    fn what_is_no_file_is_described_and_not_opened() {
+        let from = tempfile::tempdir_in("/dev/shm").unwrap();
+        let pipe = from.path().join("pipe");
+        rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        symlink("pipe", from.path().join("link")).unwrap();
+        symlink("nowhere", from.path().join("dangling")).unwrap();
+        let names = listed(&archive(Form::Whole, from.path()).unwrap());
+        assert_eq!(names, ["./", "dangling", "link", "pipe"]);
     }
 
     #[test]

@@ -108,7 +108,10 @@ fn tmpfs(size_bytes: Option<u64>) -> Result<OwnedFd, Errno> {
         fsconfig_set_string(&context, "size", size.to_string())?;
     }
     fsconfig_create(&context)?;
-    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+    // For those who read the upper directory beside the container, which can make device nodes. The overlay has flags of
+    // its own.
+    let flags = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags)
 }
 
 /// Mounts one layer, unattached: a block device or, from Linux 6.12, an image file as it is, and what the kernel
