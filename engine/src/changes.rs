@@ -33,6 +33,8 @@ use crate::{
 
 /// The changes of an ended sandbox, in its directory.
 pub(crate) const SAVED: &str = "changes.tar";
+/// The most that is kept of one sandbox, unless half of what is free is less.
+const MOST_SAVED_BYTES: u64 = 1 << 30;
 /// Read and written at once.
 const PIECE_BYTES: usize = 256 << 10;
 
@@ -174,13 +176,14 @@ pub fn export(
     cloche_runtime::Changes::of_root(root).map_err(ExportError::Read)
 }
 
-/// Keeps a sandbox's changes in its directory, to be read after its end. They must leave as much room as they take, since
-/// the directory may lie in memory.
+/// Keeps a sandbox's changes in its directory, to be read after its end. They must leave as much room as they take, and
+/// there may be many such sandboxes, since the directory may lie in memory.
 pub(crate) fn save(dir: &Path, archive: &mut dyn Read) -> io::Result<()> {
     let staging = dir.join(format!(".{SAVED}"));
     let saved = File::create(&staging).and_then(|file| {
         let space = rustix::fs::fstatvfs(&file)?;
-        copy(archive, &file, space.f_bavail.saturating_mul(space.f_frsize) / 2)?;
+        let half = space.f_bavail.saturating_mul(space.f_frsize) / 2;
+        copy(archive, &file, half.min(MOST_SAVED_BYTES))?;
         std::fs::rename(&staging, dir.join(SAVED))
     });
     if saved.is_err() {
@@ -198,7 +201,10 @@ fn copy(from: &mut dyn Read, mut to: &File, most_bytes: u64) -> io::Result<()> {
             return Ok(());
         }
         left = left.checked_sub(count as u64).ok_or_else(|| {
-            io::Error::other(format!("they are more than {} MiB, half of what is free", most_bytes >> 20))
+            io::Error::other(format!(
+                "they are more than the {} MiB that one sandbox may take here",
+                most_bytes >> 20
+            ))
         })?;
         to.write_all(piece.get(..count).unwrap_or_default())?;
     }
@@ -213,7 +219,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         assert!(copy(&mut &b"abc"[..], &file, 3).is_ok());
         let error = copy(&mut io::repeat(0), &file, 1 << 20).unwrap_err();
-        assert_eq!(error.to_string(), "they are more than 1 MiB, half of what is free");
+        assert_eq!(error.to_string(), "they are more than the 1 MiB that one sandbox may take here");
     }
 
     #[test]

@@ -10,15 +10,19 @@ use std::{
 
 use cloche_protocol::{
     changes::{Ask, End, MAX_CHUNK_BYTES},
-    frame,
+    frame::{self, FrameError},
     machine::guest_port,
 };
 
-use super::{dial, printable};
+use super::{
+    dial::{self, Until},
+    printable,
+};
 
-/// How long a guest may take for the next bytes. To stop a container can take 10 seconds.
+/// How long a guest may take in all, beyond what its bytes take at [`LEAST_RATE_BYTES`]. To stop a container can take 10
+/// seconds.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The least that comes in a second of waiting, beyond [`PATIENCE`].
+/// The least that comes in a second of waiting.
 const LEAST_RATE_BYTES: u64 = 64 << 10;
 
 /// The archive of a guest's container, as it is read.
@@ -27,7 +31,9 @@ pub struct GuestChanges {
     chunk_left: u32,
     total_left: u64,
     received: u64,
+    /// How long the guest has been waited for; what is done with its bytes meanwhile is not its fault.
     waited: Duration,
+    patience: Duration,
     is_whole: bool,
 }
 
@@ -35,13 +41,13 @@ pub struct GuestChanges {
 pub fn ask(dir: &Path, freeze: bool, max_bytes: u64) -> io::Result<GuestChanges> {
     let stream = dial::connect(dir, guest_port::CHANGES)?;
     frame::write(&stream, &Ask { freeze }).map_err(io::Error::other)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
     Ok(GuestChanges {
         stream,
         chunk_left: 0,
         total_left: max_bytes,
         received: 0,
         waited: Duration::ZERO,
+        patience: PATIENCE,
         is_whole: false,
     })
 }
@@ -53,9 +59,10 @@ pub fn most_bytes(memory_mib: u32) -> u64 {
 }
 
 impl GuestChanges {
-    fn begin_chunk(&mut self) -> io::Result<()> {
+    fn begin_chunk(&mut self, until: Instant) -> io::Result<()> {
+        let mut stream = Until { stream: &self.stream, until };
         let mut length = [0; 4];
-        self.stream.read_exact(&mut length)?;
+        stream.read_exact(&mut length)?;
         self.chunk_left = u32::from_le_bytes(length);
         if self.chunk_left > MAX_CHUNK_BYTES {
             let bytes = self.chunk_left;
@@ -66,7 +73,7 @@ impl GuestChanges {
         if self.chunk_left > 0 {
             return Ok(());
         }
-        let end: Option<End> = frame::read(&self.stream).map_err(io::Error::other)?;
+        let end: Option<End> = frame::read(stream).map_err(io::Error::other)?;
         match end {
             Some(End { error: None }) => self.is_whole = true,
             Some(End { error: Some(reason) }) => return Err(io::Error::other(printable(&reason))),
@@ -75,13 +82,16 @@ impl GuestChanges {
         Ok(())
     }
 
-    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn receive(&mut self, buffer: &mut [u8], until: Instant) -> io::Result<usize> {
         if self.chunk_left == 0 && !self.is_whole {
-            self.begin_chunk()?;
+            self.begin_chunk(until)?;
         }
         let most = buffer.len().min(self.chunk_left as usize);
-        let count = self.stream.read(buffer.get_mut(..most).unwrap_or_default())?;
-        if count == 0 && most > 0 {
+        if most == 0 {
+            return Ok(0);
+        }
+        let count = Until { stream: &self.stream, until }.read(buffer.get_mut(..most).unwrap_or_default())?;
+        if count == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         // At most as much as was left of the chunk.
@@ -100,19 +110,25 @@ impl Read for GuestChanges {
             return Ok(0);
         }
         let started = Instant::now();
-        let received = self.receive(buffer);
+        let allowed = self.patience + Duration::from_millis(self.received * 1000 / LEAST_RATE_BYTES);
+        let received = self.receive(buffer, started + allowed.saturating_sub(self.waited));
         self.waited += started.elapsed();
-        let allowed = PATIENCE + Duration::from_millis(self.received * 1000 / LEAST_RATE_BYTES);
-        match received {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::Error::new(
+        received.map_err(|error| match timed_out(&error) {
+            true => io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("the guest has sent nothing for {} s", PATIENCE.as_secs()),
-            )),
-            Ok(_) if self.waited > allowed => {
-                Err(io::Error::new(io::ErrorKind::TimedOut, "the guest sends too slowly"))
-            }
-            received => received,
-        }
+                format!("the guest is too slow: {} bytes in {} s", self.received, self.waited.as_secs()),
+            ),
+            false => error,
+        })
+    }
+}
+
+/// Also within a frame, whose own error is around it.
+fn timed_out(error: &io::Error) -> bool {
+    let framed = error.get_ref().and_then(|inner| inner.downcast_ref::<FrameError>());
+    match framed {
+        Some(FrameError::Io(inner)) => inner.kind() == io::ErrorKind::TimedOut,
+        _ => error.kind() == io::ErrorKind::TimedOut,
     }
 }
 
@@ -154,6 +170,35 @@ mod tests {
         let mut bytes = vec![0; 4];
         frame::write(&mut bytes, &End { error: error.map(Into::into) }).unwrap();
         bytes
+    }
+
+    #[test]
+    fn guest_that_drips_is_given_up() {
+        for sent in [chunk(&[0; 100]), end(Some(&" ".repeat(100)))] {
+            let (stream, mut guest) = UnixStream::pair().unwrap();
+            let guest = std::thread::spawn(move || {
+                for byte in sent {
+                    if guest.write_all(&[byte]).is_err() {
+                        return;
+                    }
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            });
+            let (total_left, patience) = (1000, Duration::from_millis(200));
+            let mut changes = GuestChanges {
+                stream,
+                chunk_left: 0,
+                total_left,
+                received: 0,
+                waited: Duration::ZERO,
+                patience,
+                is_whole: false,
+            };
+            let error = changes.read_to_end(&mut Vec::new()).unwrap_err();
+            assert!(error.to_string().starts_with("the guest is too slow"), "{error}");
+            drop(changes);
+            guest.join().unwrap();
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use cloche_protocol::{frame, machine::guest_port, message::Status};
@@ -16,15 +16,20 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 
 /// The socket's name in a VM's directory.
 pub(crate) const VSOCK_SOCKET: &str = "vsock.sock";
-/// How long a guest may take for each step. Its agent answers at once, if it can at all.
+/// How long a guest may take for all of an answer. Its agent answers at once, if it can at all.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// `OK 4294967295\n`.
 const MAX_ANSWER_BYTES: usize = 14;
 
 /// Asks the agent of the guest in this sandbox's directory how its container is.
 pub(crate) fn status(dir: &Path) -> io::Result<Status> {
-    let stream = connect(dir, guest_port::STATUS)?;
-    let status = frame::read(&stream).map_err(io::Error::other)?;
+    status_within(dir, PATIENCE)
+}
+
+fn status_within(dir: &Path, patience: Duration) -> io::Result<Status> {
+    let until = Instant::now() + patience;
+    let stream = connect_until(dir, guest_port::STATUS, until)?;
+    let status = frame::read(Until { stream: &stream, until }).map_err(io::Error::other)?;
     status.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
@@ -36,22 +41,46 @@ pub(super) fn short(dir: &Path) -> io::Result<(OwnedFd, PathBuf)> {
     Ok((held, path.into()))
 }
 
-/// A stream to a port of the guest.
+/// A stream that is read up to a point in time, into however small pieces a guest cuts what it says.
+pub(super) struct Until<'a> {
+    pub stream: &'a UnixStream,
+    pub until: Instant,
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.read(buffer).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+            _ => error,
+        })
+    }
+}
+
+/// A stream to a port of the guest. Who wants more of it than one read says how long that may take.
 pub(crate) fn connect(dir: &Path, port: u32) -> io::Result<UnixStream> {
+    connect_until(dir, port, Instant::now() + PATIENCE)
+}
+
+fn connect_until(dir: &Path, port: u32, until: Instant) -> io::Result<UnixStream> {
     let (_held, short) = short(dir)?;
     let mut stream = UnixStream::connect(short.join(VSOCK_SOCKET))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
     // Byte by byte: what follows the line is the guest's.
     let mut answer = Vec::new();
     while answer.last() != Some(&b'\n') {
         let mut byte = [0];
-        if answer.len() >= MAX_ANSWER_BYTES || stream.read(&mut byte)? == 0 {
+        if answer.len() >= MAX_ANSWER_BYTES || (Until { stream: &stream, until }).read(&mut byte)? == 0 {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
         answer.extend(byte);
     }
+    stream.set_read_timeout(Some(PATIENCE))?;
     if answer.starts_with(b"OK ") { Ok(stream) } else { Err(io::ErrorKind::ConnectionRefused.into()) }
 }
 
@@ -83,6 +112,24 @@ mod tests {
         let mut bytes = b"OK 1073741824\n".to_vec();
         frame::write(&mut bytes, &status).unwrap();
         assert_eq!(answered(bytes).unwrap(), status);
+    }
+
+    #[test]
+    fn status_of_a_guest_that_drips_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join(VSOCK_SOCKET)).unwrap();
+        let vmm = std::thread::spawn(move || {
+            let (mut client, _) = listener.accept().unwrap();
+            client.write_all(b"OK 1\n\x00\x01\0\0").unwrap();
+            // 256 bytes; each comes long before a read of its own would end.
+            while client.write_all(b" ").is_ok() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let started = Instant::now();
+        assert!(status_within(dir.path(), Duration::from_millis(200)).is_err());
+        assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+        vmm.join().unwrap();
     }
 
     #[test]
