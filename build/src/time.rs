@@ -2,16 +2,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// What SOURCE_DATE_EPOCH says, in seconds since 1970 (<https://reproducible-builds.org/specs/source-date-epoch/>).
+/// What SOURCE_DATE_EPOCH says, in seconds since 1970.
 pub fn epoch() -> Result<Option<u64>, String> {
-    match std::env::var("SOURCE_DATE_EPOCH") {
-        Ok(text) if text.is_empty() => Ok(None),
-        Ok(text) => match text.parse() {
-            Ok(seconds) => Ok(Some(seconds)),
-            Err(_) => Err(format!("SOURCE_DATE_EPOCH={text:?} is no number of seconds")),
-        },
-        Err(_) => Ok(None),
-    }
+    cloche_images::epoch().map_err(|error| error.to_string())
 }
 
 /// Now, in seconds since 1970.

@@ -15,7 +15,7 @@ pub enum Change {
     Env(Vec<(String, String)>),
     /// `LABEL NAME=VALUE…`
     Label(Vec<(String, String)>),
-    /// `EXPOSE PORT[/PROTOCOL]…`
+    /// `EXPOSE PORT[-PORT][/PROTOCOL]…`, each port by itself and with its protocol
     Expose(Vec<String>),
     /// `VOLUME PATH…`
     Volume(Vec<String>),
@@ -36,8 +36,20 @@ pub struct ParseChangeError {
 }
 
 impl Change {
+    /// Applies changes, one after the other. A command was meant for the entry point it came with: a new one drops it,
+    /// unless these changes set a command, too, before or after it.
+    pub(crate) fn apply_all(changes: &[Change], config: &mut Map<String, Value>) {
+        let is = |kind: fn(&Change) -> bool| changes.iter().any(kind);
+        if is(|change| matches!(change, Change::Entrypoint(_)))
+            && !is(|change| matches!(change, Change::Command(_)))
+        {
+            config.remove("Cmd");
+        }
+        changes.iter().for_each(|change| change.apply(config));
+    }
+
     /// Changes the `config` object (OCI image-spec: config.md#properties).
-    pub(crate) fn apply(&self, config: &mut Map<String, Value>) {
+    fn apply(&self, config: &mut Map<String, Value>) {
         let mut set = |key: &str, value: Value| drop(config.insert(key.to_owned(), value));
         match self {
             Change::Command(words) => set("Cmd", json!(words)),
@@ -48,14 +60,9 @@ impl Change {
             Change::Label(pairs) => {
                 extend(config, "Labels", pairs.iter().map(|(name, value)| (name.clone(), json!(value))));
             }
-            Change::Expose(ports) => extend(
-                config,
-                "ExposedPorts",
-                ports.iter().map(|port| {
-                    let port = if port.contains('/') { port.clone() } else { format!("{port}/tcp") };
-                    (port, json!({}))
-                }),
-            ),
+            Change::Expose(ports) => {
+                extend(config, "ExposedPorts", ports.iter().map(|port| (port.clone(), json!({}))));
+            }
             Change::Volume(paths) => {
                 extend(config, "Volumes", paths.iter().map(|path| (path.clone(), json!({}))));
             }
@@ -116,7 +123,11 @@ impl FromStr for Change {
             "ENTRYPOINT" => Change::Entrypoint(command()?),
             "ENV" => Change::Env(pairs(rest).ok_or_else(|| bad("write NAME=VALUE"))?),
             "LABEL" => Change::Label(pairs(rest).ok_or_else(|| bad("write NAME=VALUE"))?),
-            "EXPOSE" => Change::Expose(list()?),
+            "EXPOSE" => {
+                let ports = list()?.iter().map(|text| ports(text)).collect::<Option<Vec<_>>>();
+                let ports = ports.ok_or_else(|| bad("write ports as 80, 80/udp or 8000-8010/tcp"))?;
+                Change::Expose(ports.concat())
+            }
             "VOLUME" => Change::Volume(list()?),
             "USER" => Change::User(one()?),
             "WORKDIR" => Change::WorkingDir(one()?),
@@ -128,6 +139,18 @@ impl FromStr for Change {
             }
         })
     }
+}
+
+/// The ports that EXPOSE means by `80`, `80/udp` or `8000-8002`.
+fn ports(text: &str) -> Option<Vec<String>> {
+    let (range, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+    let protocol = protocol.to_ascii_lowercase();
+    let (first, last) = range.split_once('-').unwrap_or((range, range));
+    let port =
+        |text: &str| text.parse::<u16>().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let (first, last) = (port(first)?, port(last)?);
+    let is_known = ["tcp", "udp", "sctp"].contains(&protocol.as_str());
+    (is_known && first <= last).then(|| (first..=last).map(|port| format!("{port}/{protocol}")).collect())
 }
 
 /// `NAME=VALUE…`, or the older `NAME VALUE` in which the rest of the line is the value.
@@ -176,11 +199,10 @@ mod tests {
             ("Labels".to_owned(), Value::Null),
             ("Volumes".to_owned(), json!({"/v": {}})),
         ]);
-        for change in
-            ["ENV A=1 B=2", "LABEL x=y", "EXPOSE 80 53/udp", "VOLUME /w", "USER me", "CMD run", "ENV B=3"]
-        {
-            change.parse::<Change>().unwrap().apply(&mut config);
-        }
+        let changes =
+            ["ENV A=1 B=2", "LABEL x=y", "EXPOSE 80 53/udp", "VOLUME /w", "USER me", "CMD run", "ENV B=3"];
+        let changes = changes.map(|change| change.parse().unwrap());
+        Change::apply_all(&changes, &mut config);
         assert_eq!(
             Value::Object(config),
             json!({
@@ -192,6 +214,21 @@ mod tests {
                 "Cmd": ["/bin/sh", "-c", "run"],
             })
         );
+    }
+
+    #[test]
+    fn entry_point_drops_a_command_that_the_changes_do_not_set() {
+        let command_after = |changes: &[&str]| {
+            let mut config = Map::from_iter([("Cmd".to_owned(), json!(["old"]))]);
+            let changes: Vec<Change> = changes.iter().map(|change| change.parse().unwrap()).collect();
+            Change::apply_all(&changes, &mut config);
+            config.remove("Cmd")
+        };
+        let (entrypoint, command) = (r#"ENTRYPOINT ["e"]"#, r#"CMD ["new"]"#);
+        assert_eq!(command_after(&[entrypoint]), None);
+        assert_eq!(command_after(&[entrypoint, command]), Some(json!(["new"])));
+        assert_eq!(command_after(&[command, entrypoint]), Some(json!(["new"])));
+        assert_eq!(command_after(&["USER me"]), Some(json!(["old"])));
     }
 
     #[test]
@@ -209,7 +246,13 @@ mod tests {
             Ok(Change::Env(vec![pair("A", "1"), pair("B", "two words"), pair("C", " x")]))
         );
         assert_eq!(change("ENV A two words"), Ok(Change::Env(vec![pair("A", "two words")])));
-        assert_eq!(change("EXPOSE 80 53/udp"), Ok(Change::Expose(strings(&["80", "53/udp"]))));
+        assert_eq!(
+            change("EXPOSE 80 1-3/UDP"),
+            Ok(Change::Expose(strings(&["80/tcp", "1/udp", "2/udp", "3/udp"])))
+        );
+        for bad in ["x", "80/x", "3-1", "70000", "+1", "8080:80"] {
+            assert!(change(&format!("EXPOSE {bad}")).is_err(), "{bad}");
+        }
         assert_eq!(change(r#"VOLUME ["/a"]"#), Ok(Change::Volume(strings(&["/a"]))));
         assert_eq!(change("USER 1:2"), Ok(Change::User("1:2".to_owned())));
         for bad in ["", "CMD", "RUN x", "CMD [1]", "USER a b", "ENV A", "ENV =b", "LABEL a='b"] {

@@ -2,11 +2,28 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Now, in seconds since 1970, or what SOURCE_DATE_EPOCH says
-/// (<https://reproducible-builds.org/specs/source-date-epoch/>).
-pub(crate) fn build_time() -> u64 {
-    let told = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|seconds| seconds.parse().ok());
-    told.unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
+/// SOURCE_DATE_EPOCH is no time.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("SOURCE_DATE_EPOCH={0:?} is no number of seconds since 1970; correct or unset it")]
+pub struct EpochError(String);
+
+/// What SOURCE_DATE_EPOCH says, in seconds since 1970 (<https://reproducible-builds.org/specs/source-date-epoch/>). Empty
+/// is as good as unset.
+pub fn epoch() -> Result<Option<u64>, EpochError> {
+    match std::env::var_os("SOURCE_DATE_EPOCH") {
+        Some(text) if !text.is_empty() => seconds(&text.to_string_lossy()).map(Some),
+        _ => Ok(None),
+    }
+}
+
+fn seconds(text: &str) -> Result<u64, EpochError> {
+    text.parse().map_err(|_| EpochError(text.chars().take(100).collect()))
+}
+
+/// Now, in seconds since 1970, or what SOURCE_DATE_EPOCH says.
+pub(crate) fn build_time() -> Result<u64, EpochError> {
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    Ok(epoch()?.unwrap_or_else(now))
 }
 
 /// RFC 3339, in UTC. The calendar's rule of 400 years is counted from 1 March of year 0, where leap days come last.
@@ -26,6 +43,14 @@ pub fn timestamp(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn epoch_that_is_no_time_is_refused() {
+        assert_eq!(seconds("17"), Ok(17));
+        for bad in ["abc", "-1", "1.5", " 1"] {
+            assert!(seconds(bad).unwrap_err().to_string().contains(bad), "{bad}");
+        }
+    }
 
     #[test]
     fn time_is_written_as_the_calendar_has_it() {

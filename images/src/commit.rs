@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::change::{Change, set_env};
-use crate::clock::{build_time, timestamp};
+use crate::clock::{EpochError, build_time, timestamp};
 use crate::digest::Digest;
 use crate::layer::{self, LayerError};
 use crate::limits::MAX_LAYERS;
@@ -74,6 +74,9 @@ pub enum CommitError {
     /// The sandbox's image is not there any more.
     #[error("the image of the sandbox is gone")]
     Image(#[from] ResolveError),
+    /// The image would have no time.
+    #[error(transparent)]
+    Epoch(#[from] EpochError),
     /// Its configuration is not what it was when it came.
     #[error("the configuration of image {0} is no object")]
     Config(Digest),
@@ -106,6 +109,7 @@ impl Store {
     }
 
     fn commit_held(&self, archive: impl Read + Send, commit: &Commit<'_>) -> Result<Digest, CommitError> {
+        let created = timestamp(build_time()?);
         let _hold = self.hold()?;
         let base = self.resolve(commit.image)?;
         let mut layers = self.record(base.id)?.layers;
@@ -117,7 +121,7 @@ impl Store {
         layers.extend(new.clone());
         let parsed = serde_json::from_slice::<Value>(base.raw_config());
         let Ok(Value::Object(config)) = parsed else { return Err(CommitError::Config(base.id)) };
-        let config = Value::Object(configured(config, commit, new.map(|layer| layer.diff_id)));
+        let config = Value::Object(configured(config, commit, new.map(|layer| layer.diff_id), &created));
         let id = self.put_blob(config.to_string().as_bytes())?;
         let names = commit.name.iter().map(ToString::to_string).collect();
         let records = vec![ImageRecord { id, manifest: None, digests: Vec::new(), names, layers }];
@@ -146,6 +150,7 @@ fn configured(
     mut image: Map<String, Value>,
     commit: &Commit<'_>,
     layer: Option<Digest>,
+    created: &str,
 ) -> Map<String, Value> {
     let mut config = match image.remove("config") {
         Some(Value::Object(config)) => config,
@@ -154,7 +159,6 @@ fn configured(
     commit.settings.apply(&mut config);
     let command = config.get("Cmd").and_then(Value::as_array).cloned().unwrap_or_default();
     let words: Vec<&str> = command.iter().filter_map(Value::as_str).collect();
-    let created = timestamp(build_time());
     let said = [("author", commit.author), ("comment", commit.message)];
     let said =
         said.into_iter().filter(|(_, value)| !value.is_empty()).map(|(key, value)| (key, json!(value)));
@@ -164,7 +168,7 @@ fn configured(
         made.into_iter().chain(said).chain(empty).map(|(key, value)| (key.to_owned(), value)).collect();
     image.insert("container".to_owned(), json!(commit.sandbox));
     image.insert("container_config".to_owned(), Value::Object(config.clone()));
-    commit.changes.iter().for_each(|change| change.apply(&mut config));
+    Change::apply_all(commit.changes, &mut config);
     image.insert("config".to_owned(), Value::Object(config));
     image.insert("created".to_owned(), json!(created));
     image.insert("author".to_owned(), json!(commit.author));

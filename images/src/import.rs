@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::change::Change;
-use crate::clock::{build_time, timestamp};
+use crate::clock::{EpochError, build_time, timestamp};
 use crate::commit::AddError;
 use crate::digest::Digest;
 use crate::load::{LoadError, unpack_file};
@@ -24,6 +24,9 @@ pub enum ImportError {
     /// The archive cannot be read.
     #[error(transparent)]
     Source(#[from] LoadError),
+    /// The image would have no time.
+    #[error(transparent)]
+    Epoch(#[from] EpochError),
     /// It is no file system.
     #[error("cannot import it as a layer")]
     Layer(#[from] AddError),
@@ -58,6 +61,7 @@ impl Store {
         changes: &[Change],
         message: &str,
     ) -> Result<Digest, ImportError> {
+        let created = timestamp(build_time()?);
         let _hold = self.hold()?;
         let read = |source| LoadError::Read { path: archive.to_owned(), source };
         let file = File::open(archive).map_err(read)?;
@@ -68,7 +72,7 @@ impl Store {
         let mut file = unpack_file(archive, file, self)?;
         io::Seek::rewind(&mut file).map_err(read)?;
         let layer = self.add_archive(file)?;
-        let config = config(changes, layer.diff_id, message).to_string();
+        let config = config(changes, layer.diff_id, message, &created).to_string();
         let id = self.put_blob(config.as_bytes())?;
         let names = name.iter().map(ToString::to_string).collect();
         let records =
@@ -79,10 +83,9 @@ impl Store {
     }
 }
 
-fn config(changes: &[Change], diff_id: Digest, message: &str) -> Value {
+fn config(changes: &[Change], diff_id: Digest, message: &str, created: &str) -> Value {
     let mut config = Map::from_iter([("Env".to_owned(), json!([]))]);
-    changes.iter().for_each(|change| change.apply(&mut config));
-    let created = timestamp(build_time());
+    Change::apply_all(changes, &mut config);
     json!({
         "architecture": "amd64",
         "os": "linux",

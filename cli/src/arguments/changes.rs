@@ -8,8 +8,8 @@ use cloche_images::Change;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  cloche run --name base debian sh -c 'apt-get update && apt-get install -y nginx'
-  cloche commit -m 'with nginx' -c 'CMD [\"nginx\"]' base web:v1
+  cloche run --name base -v \"$PWD:/from:ro\" debian cp -r /from /site
+  cloche commit -m 'with the site' -c 'WORKDIR /site' base web:v1
 
 The same under both isolations, while the sandbox runs and after its end, unless it was run with --rm. What is in volumes
 and other mounts is not in the image. Changes: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME, WORKDIR.
@@ -56,8 +56,8 @@ Examples:
   cloche export -o root.tar web
   cloche export web | cloche import - flat:v1
 
-The same under both isolations, while the sandbox runs and after its end, unless it was run with --rm. What is in volumes
-and other mounts is not in the archive.")]
+Needs root, since it mounts the image's layers. The same under both isolations, while the sandbox runs and after its end,
+unless it was run with --rm. What is in volumes and other mounts is not in the archive.")]
 pub struct Export {
     /// Write to a file instead of stdout
     #[arg(short, long, value_name = "FILE")]
