@@ -239,7 +239,7 @@ mod tests {
             message: "",
         };
         let layer = Digest::of(b"layer");
-        let new = configured(image.clone(), &commit, Some(layer));
+        let new = configured(image.clone(), &commit, Some(layer), "t");
         let run = json!({
             "Cmd": ["run", "it"], "Entrypoint": ["/init"], "Env": ["A=2", "B=3"], "WorkingDir": "/w",
             "Healthcheck": {"Test": ["NONE"]},
@@ -256,7 +256,7 @@ mod tests {
         );
         assert_eq!((&new["architecture"], &new["container"]), (&json!("amd64"), &json!("0123")));
 
-        let without = configured(image, &commit, None);
+        let without = configured(image, &commit, None, "t");
         assert_eq!(without["history"][1]["empty_layer"], true);
         assert_eq!(without["rootfs"]["diff_ids"], json!(["sha256:0"]));
     }
