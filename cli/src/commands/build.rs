@@ -314,8 +314,8 @@ mod tests {
         kept.push("why\x1b[2J");
         assert!(kept.bytes <= MAX_KEPT);
         let shown: Vec<String> = kept.shown().collect();
-        assert!(shown.first().unwrap().starts_with("(8 lines before"), "{:?}", shown.first());
+        assert!(shown.first().unwrap().starts_with("(7 lines before"), "{:?}", shown.first());
         assert!(shown.last().unwrap().starts_with("why") && !shown.last().unwrap().contains('\x1b'));
-        assert_eq!(shown.len(), lines + 1 - 8 + 1);
+        assert_eq!(shown.len(), lines + 1 - 7 + 1);
     }
 }
