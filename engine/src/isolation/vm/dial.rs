@@ -47,6 +47,11 @@ pub(super) struct Until<'a> {
     pub until: Instant,
 }
 
+/// What the agent answers next, all of which must come within its usual time.
+pub(super) fn answer(stream: &UnixStream) -> Until<'_> {
+    Until { stream, until: Instant::now() + PATIENCE }
+}
+
 impl Read for Until<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = self.until.saturating_duration_since(Instant::now());

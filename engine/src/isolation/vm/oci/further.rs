@@ -39,7 +39,7 @@ pub(super) fn attend(plan: &Plan<'_>, report: Report) -> Result<u8, Refusal> {
     let process = serde_json::to_string(plan.process).map_err(|error| Refusal::of(&error))?;
     let control = dial(plan.directory)?;
     say(&control, &Request::Exec { process, cgroup: plan.cgroup.map(str::to_owned) })?;
-    let number = match frame::read(&control).map_err(|error| Refusal::of(&error))? {
+    let number = match frame::read(dial::answer(&control)).map_err(|error| Refusal::of(&error))? {
         Some(Answer::Accepted { number }) => number,
         Some(Answer::Failed { message }) => return Err(Refusal::new(super::printable(&message))),
         _ => return Err(Refusal::new("the guest's agent gave an answer to something else")),

@@ -244,6 +244,6 @@ fn ask(known: &Known, request: &Request) -> Result<Answer, Error> {
 fn ask_at(directory: &Path, request: &Request) -> io::Result<Answer> {
     let stream = dial::connect(directory, guest_port::REQUESTS)?;
     frame::write(&stream, request).map_err(io::Error::other)?;
-    let answer = frame::read(&stream).map_err(io::Error::other)?;
+    let answer = frame::read(dial::answer(&stream)).map_err(io::Error::other)?;
     answer.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
