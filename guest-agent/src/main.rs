@@ -22,6 +22,7 @@ mod syscalls;
 use std::{fs::File, io::Write};
 
 use cloche_protocol::machine::GuestMark;
+use cloche_runtime::chain;
 
 /// Code written to the exit port when the agent cannot serve; the reason is on the console before it.
 const EXIT_CODE_AGENT_FAILED: u32 = 125;
@@ -48,16 +49,4 @@ fn say(text: &str) {
     if let Ok(mut console) = File::options().write(true).open(CONSOLE) {
         let _ = writeln!(console, "cloche-agent: {text}");
     }
-}
-
-/// An error and its causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

@@ -2,13 +2,13 @@
 
 use std::{cell::RefCell, fs, os::fd::AsFd, path::Path};
 
-use cloche_runtime::{ExitStatus, cgroup::Cgroup, cgroup_path, hooks};
+use cloche_runtime::{ExitStatus, cgroup::Cgroup, cgroup_path, chain, hooks};
 use oci_spec::runtime::{Hook, Spec};
 
 use crate::{
     bundle::Bundle,
     console::{Console, own_stdio},
-    error::{Error, of_file},
+    error::{Error, of_file, system},
     foreground::{self, Signals},
     gate,
     isolation::{Child, First, Isolation},
@@ -70,7 +70,7 @@ pub fn run(home: &Home<'_>, creation: &Creation<'_>, detach: bool, keep: bool) -
         run_poststart_or_remove(&known, &spec)?;
         return Ok(0);
     }
-    let signals = Signals::collect()?;
+    let signals = Signals::collect().map_err(system("collect signals"))?;
     let (known, spec, made) = make(home, creation, Style::Foreground)?;
     run_poststart_or_remove(&known, &spec)?;
     let Made { mut container, console } = made;
@@ -255,9 +255,4 @@ fn owner() -> String {
         (fields.nth(1)? == uid).then(|| name.to_owned())
     });
     name.unwrap_or(uid)
-}
-
-/// An error with all its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    error.source().map_or(error.to_string(), |cause| format!("{error}: {}", chain(cause)))
 }

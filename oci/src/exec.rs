@@ -60,7 +60,8 @@ pub fn exec(home: &Home<'_>, execution: &Execution<'_>) -> Result<u8, Error> {
     let own = spec.process().as_ref();
     let process = (execution.process)(own.unwrap_or(&Process::default()))?;
     let console = Console::new(process.terminal() == Some(true), execution.console_socket, execution.detach)?;
-    let signals = if execution.detach { None } else { Some(Signals::collect()?) };
+    let signals =
+        if execution.detach { None } else { Some(Signals::collect().map_err(system("collect signals"))?) };
     let listener = |pid, listener| {
         listener::send(&known.record, listener::policy(&spec), (first.pid, status), pid, listener)
     };

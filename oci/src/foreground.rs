@@ -1,12 +1,12 @@
 //! A verb that stays until its process ends: it passes signals on, and carries the terminal.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-
-use cloche_runtime::{pump, signal_descriptor};
-use rustix::{
-    event::{PollFd, PollFlags},
-    process::{Signal, pidfd_send_signal},
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
+
+use cloche_runtime::{pump, send_signal, signal_descriptor};
+use rustix::event::{PollFd, PollFlags};
 
 use crate::{
     console::Terminal,
@@ -14,11 +14,18 @@ use crate::{
 };
 
 /// Signals that are passed on, collected so that none is lost.
-pub(crate) struct Signals(OwnedFd);
+#[derive(Debug)]
+pub struct Signals(OwnedFd);
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 impl Signals {
     /// From here on these signals no longer act on this process.
-    pub(crate) fn collect() -> Result<Self, Error> {
+    pub fn collect() -> io::Result<Self> {
         // Not those which tell of a defect of this process itself or of its children, or that cannot be collected.
         let own = [
             libc::SIGCHLD,
@@ -33,11 +40,12 @@ impl Signals {
             libc::SIGSYS,
             libc::SIGTRAP,
         ];
-        let passed: Vec<_> = (1..=31).filter(|signo| !own.contains(signo)).collect();
-        signal_descriptor(&passed).map(Self).map_err(system("collect signals"))
+        let passed: Vec<_> = (1..=31).chain(34..=64).filter(|signo| !own.contains(signo)).collect();
+        signal_descriptor(&passed).map(Self)
     }
 
-    fn take(&self) -> Option<i32> {
+    /// The next one that has come, if any.
+    pub fn take(&self) -> Option<i32> {
         // signalfd(2): whole records of this size, with the number first.
         let mut record = [0; 128];
         match rustix::io::read(&self.0, &mut record) {
@@ -62,7 +70,7 @@ pub(crate) fn attend(
         if has_ended && pumps.first().is_none_or(pump::Pump::is_done) {
             return Ok(());
         }
-        let mut others = vec![PollFd::new(&signals.0, PollFlags::IN)];
+        let mut others = vec![PollFd::new(signals, PollFlags::IN)];
         if !has_ended {
             others.push(PollFd::from_borrowed_fd(pidfd, PollFlags::IN));
         }
@@ -78,13 +86,13 @@ pub(crate) fn attend(
             pumps.truncate(1);
         }
         while let Some(signo) = signals.take() {
-            match (&terminal, Signal::from_named_raw(signo)) {
-                (Some(terminal), _) if signo == libc::SIGWINCH => terminal.resize(),
-                (_, Some(signal)) if !has_ended => {
+            match &terminal {
+                Some(terminal) if signo == libc::SIGWINCH => terminal.resize(),
+                _ if has_ended => {}
+                _ => {
                     // A process that has just ended needs no signal.
-                    let _ = pidfd_send_signal(pidfd.as_fd(), signal);
+                    let _ = send_signal(pidfd, signo);
                 }
-                _ => {}
             }
         }
     }

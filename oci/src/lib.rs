@@ -30,12 +30,15 @@ pub mod template;
 pub mod time;
 mod verbs;
 
+pub use cloche_runtime::chain;
+
 pub use binary::protect as protect_own_binary;
 pub use bundle::parse as parse_config;
 pub use create::{Creation, Preserved, create, run};
 pub use error::Error;
 pub use exec::{Execution, exec};
 pub use features::features;
+pub use foreground::Signals;
 pub use isolation::{Child, First, Further, Inside, Isolation, OnHost, Seen};
 pub use process::ProcessId;
 pub use state::{Home, Known, State, Status};

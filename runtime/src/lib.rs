@@ -51,4 +51,4 @@ pub use spec_check::{SpecError, check as check_spec};
 pub use syscalls::{Cloned, clone3, close_all_but, pidfd_send_signal as send_signal, signal_descriptor};
 pub use sysctls::SysctlError;
 pub use user_namespace::{UserNamespaceError, WorkError, as_root_of, is_machine_root};
-pub use verdict::{listener_in, take_listener};
+pub use verdict::{chain, listener_in, take_listener};

@@ -41,7 +41,7 @@ pub(crate) fn run_to_program(entry: &Entry<'_>, run: impl FnOnce() -> Result<Inf
 const MAX_MESSAGE_BYTES: usize = 4000;
 
 /// An error with all its causes.
-pub(crate) fn chain(error: &dyn Error) -> String {
+pub fn chain(error: &dyn Error) -> String {
     let mut message = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -57,7 +57,7 @@ impl Log {
 
     /// Says why the command failed; its exit code.
     pub fn fail(&self, error: &Error, code: u8) -> ExitCode {
-        let message = chain(error);
+        let message = cloche_oci::chain(error);
         eprintln!("{}: {message}", self.name);
         self.write("error", &message);
         ExitCode::from(code)
@@ -93,9 +93,4 @@ impl Log {
             let _ = writeln!(file.borrow_mut(), "{}", self.line(level, message));
         }
     }
-}
-
-/// An error with all its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    error.source().map_or(error.to_string(), |cause| format!("{error}: {}", chain(cause)))
 }

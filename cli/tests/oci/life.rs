@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::Read,
     os::unix::fs::PermissionsExt,
     process::{Command, Stdio},
     time::Duration,
@@ -20,6 +21,7 @@ pub fn all() -> Vec<Test> {
         state_is_what_the_specification_says,
         run_returns_the_exit_code_and_leaves_nothing,
         run_of_a_process_that_a_signal_kills_returns_128_and_its_number,
+        real_time_signal_to_run_reaches_the_process,
         two_hundred_runs_at_once_all_succeed_and_leave_nothing,
         program_that_is_not_there_is_told_at_create,
         id_that_is_taken_is_refused,
@@ -87,6 +89,15 @@ fn run_of_a_process_that_a_signal_kills_returns_128_and_its_number() {
     let killed = Bundle::script("sh -c 'kill -9 $$'; kill -TERM $$; sleep 5")
         .with("/linux/namespaces", json!([{ "type": "mount" }, { "type": "uts" }]));
     assert_eq!(killed.run(&["run", &killed.id]).status.code(), Some(128 + 15));
+}
+
+fn real_time_signal_to_run_reaches_the_process() {
+    let bundle = Bundle::script("trap 'exit 5' 40; echo ready; while :; do sleep 0.05; done");
+    let mut run = bundle.command(&["run", &bundle.id]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut ready = [0; 6];
+    run.stdout.take().unwrap().read_exact(&mut ready).unwrap();
+    assert!(Command::new("kill").args(["-40", &run.id().to_string()]).status().unwrap().success());
+    assert_eq!(run.wait().unwrap().code(), Some(5));
 }
 
 fn two_hundred_runs_at_once_all_succeed_and_leave_nothing() {

@@ -18,14 +18,13 @@ use std::{
     time::Duration,
 };
 
-use cloche_oci::{Child, Error};
+use cloche_oci::{Child, Error, Signals};
 use cloche_protocol::message::{FromGuest, ToGuest};
 use cloche_runtime::{
     Cloned, ExitStatus,
     cgroup::Cgroup,
     clone3, close_all_but,
     pump::{self, Pump, Target},
-    signal_descriptor,
 };
 use oci_spec::runtime::Process;
 use rustix::{
@@ -113,7 +112,7 @@ impl Refusal {
     }
 
     pub(super) fn of(error: &dyn std::error::Error) -> Self {
-        Self::new(super::chain(error))
+        Self::new(cloche_runtime::chain(error))
     }
 
     pub(super) fn step<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Self {
@@ -330,39 +329,6 @@ pub(super) fn open_terminal(process: &Process, socket: BorrowedFd<'_>) -> io::Re
     Ok(terminal)
 }
 
-/// Signals that are passed on, collected so that none is lost.
-pub(super) struct Signals(OwnedFd);
-
-impl Signals {
-    /// All that can be, but for those which tell of a defect of this process itself or of its children.
-    pub(super) fn collect() -> io::Result<Self> {
-        let own = [
-            libc::SIGCHLD,
-            libc::SIGPIPE,
-            libc::SIGKILL,
-            libc::SIGSTOP,
-            libc::SIGSEGV,
-            libc::SIGBUS,
-            libc::SIGFPE,
-            libc::SIGILL,
-            libc::SIGABRT,
-            libc::SIGSYS,
-            libc::SIGTRAP,
-        ];
-        let passed: Vec<_> = (1..=31).chain(34..=64).filter(|signo| !own.contains(signo)).collect();
-        signal_descriptor(&passed).map(Self)
-    }
-
-    fn take(&self) -> Option<i32> {
-        // signalfd(2): whole records of this size, with the number first.
-        let mut record = [0; 128];
-        match rustix::io::read(&self.0, &mut record) {
-            Ok(128) => record.first_chunk().map(|number| i32::from_ne_bytes(*number)),
-            _ => None,
-        }
-    }
-}
-
 /// Where a container waits to be started.
 pub(super) struct Gate {
     socket: OwnedFd,
@@ -413,7 +379,7 @@ pub(super) fn attend(
             }
         }
         let waiting = gate.as_ref().filter(|gate| gate.starter.is_none());
-        let mut others = vec![PollFd::new(&signals.0, PollFlags::IN)];
+        let mut others = vec![PollFd::new(signals, PollFlags::IN)];
         others.extend(waiting.map(|gate| PollFd::new(&gate.socket, PollFlags::IN)));
         let first_of_peer = others.len();
         if exit.is_none() {

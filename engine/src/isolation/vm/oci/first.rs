@@ -7,6 +7,7 @@ use std::{
     time::Instant,
 };
 
+use cloche_oci::Signals;
 use cloche_protocol::{
     VERSION, frame,
     message::{FromGuest, ToGuest},
@@ -18,7 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{
     super::{LAST_WORDS, Load, Machine, START_PATIENCE, Streams, VmError, boot, cgroup::VmCgroup},
-    attendant::{self, Carried, Gate, GuestStreams, Peer, Refusal, Report, Signals, open_terminal},
+    attendant::{self, Carried, Gate, GuestStreams, Peer, Refusal, Report, open_terminal},
     spec::{ROOT_SHARE, Split},
 };
 use crate::{isolation::Running, trace::Trace};
@@ -160,7 +161,7 @@ impl Peer for Machine {
         match self.receive() {
             Ok(Some(news)) => return Ok(Some(news)),
             Ok(None) => {}
-            Err(error) => return Err(super::chain(&error)),
+            Err(error) => return Err(cloche_runtime::chain(&error)),
         }
         if self.silent_since.is_some() {
             self.await_last_words();

@@ -9,6 +9,7 @@ use std::{
     path::Path,
 };
 
+use cloche_oci::Signals;
 use cloche_protocol::{
     frame::{self, Decoder},
     machine::guest_port,
@@ -19,7 +20,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::{
     super::dial,
-    attendant::{self, Carried, GuestStreams, Peer, Refusal, Report, Signals},
+    attendant::{self, Carried, GuestStreams, Peer, Refusal, Report},
     first::terminal,
 };
 
@@ -92,7 +93,7 @@ impl Peer for Control {
     }
 
     fn news(&mut self) -> Result<Option<FromGuest>, String> {
-        let take = |decoder: &mut Decoder| decoder.take().map_err(|error| super::chain(&error));
+        let take = |decoder: &mut Decoder| decoder.take().map_err(|error| cloche_runtime::chain(&error));
         if let Some(news) = take(&mut self.decoder)? {
             return Ok(Some(news));
         }

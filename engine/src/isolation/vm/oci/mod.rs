@@ -31,7 +31,10 @@ use cloche_protocol::{
     machine::guest_port,
     message::{Answer, Request},
 };
-use cloche_runtime::cgroup::{Breadth, Cgroup};
+use cloche_runtime::{
+    cgroup::{Breadth, Cgroup},
+    chain,
+};
 use oci_spec::runtime::LinuxResources;
 
 use super::{dial, machine_of, printable};
@@ -42,11 +45,6 @@ pub struct OciVm;
 
 /// The VM's directory in a container's.
 const DIRECTORY: &str = "vm";
-
-/// An error with all its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    error.source().map_or(error.to_string(), |cause| format!("{error}: {}", chain(cause)))
-}
 
 fn not_started(error: &dyn std::error::Error) -> Error {
     Error::Start { exit_code: 125, message: chain(error) }
