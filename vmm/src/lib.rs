@@ -18,6 +18,7 @@ mod devices;
 mod guest_memory;
 pub mod jail;
 mod machine;
+mod mailbox;
 mod rate_limit;
 mod syscalls;
 mod virtio;

@@ -11,10 +11,8 @@ use std::{
 };
 
 use anyhow::Context;
-use cloche_vmm::{Jail, VmConfig};
+use cloche_vmm::{Jail, VmConfig, jail};
 
-/// Exit status of Rust programs that panic.
-const PANICKED: i32 = 101;
 /// Longest configuration accepted, in bytes.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
@@ -35,11 +33,7 @@ fn run(words: impl Iterator<Item = OsString>) -> anyhow::Result<ExitCode> {
         anyhow::ensure!(word == "--no-jail", "unknown argument {word:?}; it takes --no-jail, for debugging");
         jail = Jail::none();
     }
-    std::panic::set_hook(Box::new(|panic| {
-        // Aborting, as panics otherwise end, takes system calls that the jail does not have.
-        eprintln!("cloche vmm: {panic}");
-        std::process::exit(PANICKED);
-    }));
+    jail::exit_on_panic("cloche vmm");
     let mut json = Vec::new();
     io::stdin()
         .take(MAX_CONFIG_BYTES)

@@ -22,19 +22,14 @@ pub mod table;
 mod user;
 mod violation;
 
-use std::{
-    io,
-    os::fd::RawFd,
-    sync::{
-        Arc,
-        mpsc::{Receiver, Sender, channel},
-    },
-};
+use std::{io, os::fd::RawFd, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
 pub use privileges::Limits;
 use table::Table;
+
+use crate::mailbox::{Receiver, Sender, mailbox};
 
 /// What a thread does; each kind has a filter of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,12 +104,12 @@ impl Jail {
 
     /// A jail that is stricter: for the tests that show that nothing in the table is there in vain.
     pub fn with_table(table: Table) -> Self {
-        Self { table: Some(Arc::new(table)), reports: channel(), threads: 0 }
+        Self { table: Some(Arc::new(table)), reports: mailbox(), threads: 0 }
     }
 
     /// None at all, to debug a VMM that its user starts by hand.
     pub fn none() -> Self {
-        Self { table: None, reports: channel(), threads: 0 }
+        Self { table: None, reports: mailbox(), threads: 0 }
     }
 
     /// Checks that this process is alone in its PID namespace, and closes every descriptor but the standard ones and
@@ -129,6 +124,8 @@ impl Jail {
             ));
         }
         user::die_with_parent(events)?;
+        syscalls::share_one_heap()
+            .map_err(failed("have one heap for all threads", "; it needs the GNU C library"))?;
         syscalls::close_all_but(kept)
             .map_err(failed("close what it has inherited", "; it needs Linux 5.9"))?;
         violation::report_to(events).map_err(failed("prepare for SIGSYS", ""))
@@ -182,7 +179,7 @@ impl Jail {
         let threads = std::mem::take(&mut self.threads);
         for _ in 0..threads {
             // Every thread reports before anything else, and `self` has a sender: it never fails.
-            if let Ok(report) = self.reports.1.recv() {
+            if let Some(report) = self.reports.1.recv() {
                 report?;
             }
         }
@@ -190,6 +187,16 @@ impl Jail {
         limits.set(threads)?;
         table.install(ThreadKind::Main)
     }
+}
+
+/// Has a panic end the process with a message on stderr and the status of Rust programs that panic. Aborting, as panics
+/// otherwise end, takes system calls that the jail does not have.
+pub fn exit_on_panic(program: &'static str) {
+    const PANICKED: i32 = 101;
+    std::panic::set_hook(Box::new(move |panic| {
+        eprintln!("{program}: {panic}");
+        std::process::exit(PANICKED);
+    }));
 }
 
 impl Default for Jail {

@@ -1,7 +1,8 @@
 //! The system calls that the threads of a closed jail may make, and nothing else: one table for all kinds of threads.
 //!
-//! Whoever needs one more adds a line, and a workload to `tests/jail.rs` that makes the call: a test takes each line
-//! away in turn and expects some workload to be killed for want of exactly that call.
+//! Whoever needs one more adds a line, and a trial to `tests/jail` in which the VMM makes the call: a test takes each
+//! line away in turn, for each kind of thread, and expects some trial to be killed for want of exactly that call. There
+//! are no exceptions.
 
 use cloche_seccomp::bpf::{self, Comparison, Condition, Decision, Policy, Rule};
 use kvm_bindings::{
@@ -76,7 +77,6 @@ const READ: u64 = 2;
 const READ_WRITE: u64 = 3;
 
 const NOT_EXECUTABLE: Argument = Without(2, libc::PROT_EXEC as u64);
-const WRITABLE_DATA: Argument = Is(2, (libc::PROT_READ | libc::PROT_WRITE) as u64);
 const DONT_NEED: Argument = Is(2, libc::MADV_DONTNEED as u64);
 /// Process id of the VMM in its own PID namespace.
 const OWN_PROCESS: Argument = Is(0, 1);
@@ -95,18 +95,16 @@ const fn ioctl(threads: &'static [ThreadKind], request: &'static [Argument], pur
 pub const ENTRIES: &[Entry] = &[
     // The allocator and the standard library. Nothing can become executable.
     any(ALL, libc::SYS_futex, "locks, channels, the end of threads"),
-    any(ALL, libc::SYS_sched_yield, "a channel that another thread is about to fill"),
-    any(ALL, libc::SYS_brk, "the main heap, which threads share when there are many of them"),
+    any(ALL, libc::SYS_brk, "the heap, which all threads share"),
     only(&[Main], libc::SYS_mmap, &[NOT_EXECUTABLE], "large buffers"),
     any(&[Main], libc::SYS_mremap, "large buffers that grow"),
-    only(&[KvmSetup, Vcpu, Disk], libc::SYS_mprotect, &[WRITABLE_DATA], "heaps of other threads that grow"),
     any(ALL, libc::SYS_munmap, "large buffers, stacks of threads, kvm_run pages"),
-    only(ALL, libc::SYS_madvise, &[DONT_NEED], "stacks of threads that end, heaps that shrink"),
+    only(ALL, libc::SYS_madvise, &[DONT_NEED], "memory that the guest gives back, stacks of threads that end"),
     any(ALL, libc::SYS_sigaltstack, "threads that end"),
     any(ALL, libc::SYS_rt_sigprocmask, "threads that end or are sent a signal"),
     any(&[KvmSetup, Vcpu, Disk], libc::SYS_exit, "the end of a thread"),
     any(ALL, libc::SYS_exit_group, "the end of the process, also by a panic"),
-    any(ALL, libc::SYS_clock_gettime, "marks where the vDSO has no clock; CPU time"),
+    any(&[Main, KvmSetup, Vcpu], libc::SYS_clock_gettime, "marks where the vDSO has no clock; CPU time"),
     #[cfg(debug_assertions)]
     only(&[Main, Vcpu, Disk], libc::SYS_fcntl, &[Is(1, libc::F_GETFD as u64)], "std of debug builds, before it closes"),
 

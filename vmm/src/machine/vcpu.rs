@@ -13,7 +13,6 @@ use std::{
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
-        mpsc::{SyncSender, sync_channel},
     },
     thread::{self, JoinHandle},
 };
@@ -34,6 +33,7 @@ use crate::{
     devices::control,
     event::{Mark, Stats},
     jail::{Jail, ThreadKind},
+    mailbox::{Sender, mailbox},
     syscalls::ThreadClock,
 };
 
@@ -221,16 +221,16 @@ impl Shared {
 /// A thread that waits for its vCPU.
 pub struct VcpuThread {
     thread: JoinHandle<()>,
-    vcpu: SyncSender<VcpuFd>,
+    vcpu: Sender<VcpuFd>,
 }
 
 /// Starts the thread of vCPU `index`.
 pub fn spawn(index: u8, jail: &mut Jail, shared: &Arc<Shared>) -> io::Result<VcpuThread> {
-    let (vcpu, given) = sync_channel(1);
+    let (vcpu, given) = mailbox();
     let shared = shared.clone();
     let work = jail.confined(ThreadKind::Vcpu, move || {
         // Without a vCPU, the machine was given up.
-        if let Ok(vcpu) = given.recv() {
+        if let Some(vcpu) = given.recv() {
             run(index, vcpu, &shared);
         }
     });

@@ -11,10 +11,7 @@
 use std::{
     io,
     os::fd::{AsRawFd, RawFd},
-    sync::{
-        Arc,
-        mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
-    },
+    sync::Arc,
 };
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -27,12 +24,15 @@ use super::{
     device::{Device, Identity, InterruptStatus, Poller, Progress, Readiness, Running},
     queue::{FEATURE_EVENT_IDX, QueueError, QueueSetup, VirtQueue},
 };
-use crate::guest_memory::GuestMemory;
+use crate::{
+    guest_memory::GuestMemory,
+    mailbox::{Receiver, Sender, mailbox},
+};
 
 /// What a transport tells its worker.
 enum Command {
     Start { queues: Vec<QueueSetup>, features: u64 },
-    Stop { done: SyncSender<()> },
+    Stop { done: Sender<()> },
 }
 
 /// The transport's end: starts and stops the device.
@@ -75,9 +75,9 @@ impl WorkerHandle {
 
     /// Stops the device, and waits until it no longer touches its queues.
     pub fn stop(&self) {
-        let (done, stopped) = sync_channel(1);
+        let (done, stopped) = mailbox();
         self.send(Command::Stop { done });
-        // An error means that the event loop is gone, and with it the device.
+        // If nobody answers, the event loop is gone, and with it the device.
         let _ = stopped.recv();
     }
 
@@ -107,7 +107,7 @@ pub struct Worker {
     memory: GuestMemory,
     queues: Option<Vec<VirtQueue>>,
     /// Who waits for the device to be idle.
-    stopping: Vec<SyncSender<()>>,
+    stopping: Vec<Sender<()>>,
     features: u64,
     failures: u32,
     counters: Arc<DeviceCounters>,
@@ -120,7 +120,7 @@ impl Worker {
         memory: GuestMemory,
         interrupt: Arc<InterruptStatus>,
     ) -> io::Result<(Self, WorkerHandle)> {
-        let (sender, commands) = channel();
+        let (sender, commands) = mailbox();
         let wake = EventFd::new(EFD_NONBLOCK)?;
         let doorbell = EventFd::new(EFD_NONBLOCK)?;
         let identity = device.identity();
@@ -166,7 +166,7 @@ impl Worker {
     /// Runs every command that has come.
     fn handle_commands(&mut self, poller: &mut dyn Poller) {
         let _ = self.wake.read();
-        while let Ok(command) = self.commands.try_recv() {
+        while let Some(command) = self.commands.try_recv() {
             match command {
                 Command::Start { queues, features } => {
                     let event_idx = features & FEATURE_EVENT_IDX != 0;

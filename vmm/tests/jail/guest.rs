@@ -156,6 +156,33 @@ impl Guest {
         self.await_used(d, 0);
     }
 
+    /// Sends a frame of 60 bytes, behind the header that `start_with` has agreed to.
+    pub fn send_frame(&mut self, d: u32) {
+        self.submit(d, 1, &[Buffer { address: BUFFERS, bytes: 12 + 60, writable: false }]);
+        self.await_used(d, 1);
+    }
+
+    /// Gives a page back to the host.
+    pub fn inflate(&mut self, d: u32) {
+        self.store(BUFFERS, (BUFFERS + 0x10_0000) >> 12);
+        self.submit(d, 0, &[Buffer { address: BUFFERS, bytes: 4, writable: false }]);
+        self.await_used(d, 0);
+    }
+
+    /// Asks the file server something that has only a header.
+    pub fn ask_file_server(&mut self, d: u32) {
+        self.store(BUFFERS, 40);
+        let reply = Buffer { address: BUFFERS + 0x1000, bytes: 80, writable: true };
+        self.submit(d, 1, &[Buffer { address: BUFFERS, bytes: 40, writable: false }, reply]);
+        self.await_used(d, 1);
+    }
+
+    /// Prints as many zeros as the console keeps.
+    pub fn print_zeros(&mut self, d: u32) {
+        self.submit(d, 1, &[Buffer { address: BUFFERS + 0x10_0000, bytes: 1 << 16, writable: false }]);
+        self.await_used(d, 1);
+    }
+
     /// Waits for a frame from the network.
     pub fn receive_frame(&mut self, d: u32) {
         self.submit(d, 0, &[Buffer { address: BUFFERS + 0x10_0000, bytes: 2048, writable: true }]);

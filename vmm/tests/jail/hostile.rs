@@ -12,11 +12,12 @@ use std::{
         unix::net::{SocketAddr, UnixStream},
     },
     path::Path,
+    time::Duration,
 };
 
 use cloche_vmm::{
     Jail,
-    jail::{Limits, ThreadKind, table::Table},
+    jail::{Limits, ThreadKind, exit_on_panic, table::Table},
 };
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +26,10 @@ use serde::{Deserialize, Serialize};
 pub enum Probe {
     /// One system call, in the filter.
     Call { number: i64, arguments: [u64; 6] },
+    /// A panic, in the filter.
+    Panic,
+    /// Nothing, on a thread that the others wait for: it starts late.
+    Late,
     /// Everything in [`attempts`], in the jail but for its filter.
     Everything(Host),
     /// Nothing, in the closed jail, until the keeper has looked at it.
@@ -59,23 +64,15 @@ pub fn run(
     match probe {
         Probe::Call { number, arguments } => {
             let (number, arguments) = (*number, *arguments);
-            let mut threads = Vec::new();
-            let call = move || system_call(number, arguments);
-            if thread == ThreadKind::KvmSetup {
-                threads.push(std::thread::spawn(jail.confined(thread, call)));
-            }
-            jail.leave_host()?;
-            if [ThreadKind::Vcpu, ThreadKind::Disk].contains(&thread) {
-                threads.push(std::thread::spawn(jail.confined(thread, call)));
-            }
-            jail.close(NO_LIMITS)?;
-            if thread == ThreadKind::Main {
-                call();
-            }
-            for thread in threads {
-                let _ = thread.join();
-            }
+            on_thread(&mut jail, thread, Duration::ZERO, move || {
+                system_call(number, arguments);
+            })?;
         }
+        Probe::Panic => {
+            exit_on_panic("inmate");
+            on_thread(&mut jail, thread, Duration::ZERO, || panic!("as was asked for"))?;
+        }
+        Probe::Late => on_thread(&mut jail, thread, Duration::from_millis(200), || {})?,
         Probe::Everything(host) => {
             jail.leave_host()?;
             for (name, result) in attempts(host, kept) {
@@ -96,6 +93,41 @@ pub fn run(
             println!("ready");
             system_call(libc::SYS_epoll_wait, [epoll, event, 1, u64::MAX, 0, 0]);
         }
+    }
+    Ok(())
+}
+
+/// Closes the jail as a VMM does, with one thread of this kind that does `work`; it starts so much later.
+fn on_thread(
+    jail: &mut Jail,
+    kind: ThreadKind,
+    later: Duration,
+    work: impl FnOnce() + Send + 'static,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let mut work = Some(work);
+    let mut threads = Vec::new();
+    let mut start = |jail: &mut Jail| {
+        if let Some(work) = work.take() {
+            let confined = jail.confined(kind, work);
+            threads.push(std::thread::spawn(move || {
+                std::thread::sleep(later);
+                confined()
+            }));
+        }
+    };
+    if kind == ThreadKind::KvmSetup {
+        start(jail);
+    }
+    jail.leave_host()?;
+    if [ThreadKind::Vcpu, ThreadKind::Disk].contains(&kind) {
+        start(jail);
+    }
+    jail.close(NO_LIMITS)?;
+    for thread in threads {
+        let _ = thread.join();
+    }
+    if let Some(work) = work.take() {
+        work();
     }
     Ok(())
 }

@@ -24,6 +24,7 @@ use cloche_vmm::{Event, Jail, VmConfig, config::VsockPort, jail::ThreadKind, jai
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    conditions,
     hostile::{self, Probe},
     workloads,
 };
@@ -227,6 +228,7 @@ pub fn inmate(
             if let Some(vsock) = &mut config.vsock {
                 vsock.ports = vec![VsockPort { port: 7, fd: socket }];
             }
+            conditions::apply(&workload)?;
             // How the VM ended is in the events.
             let _ = cloche_vmm::run(config, b"embedded", Jail::with_table(table));
             Ok(())

@@ -1,18 +1,22 @@
 //! What VMs do, so that between them every line of the table is needed.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read},
     os::{fd::RawFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::Child,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use cloche_vmm::{
     VmConfig,
-    config::{DiskConfig, InitramfsPart, NetBackend, NetConfig, VsockConfig},
+    config::{
+        BalloonConfig, ConsoleConfig, DiskConfig, InitramfsPart, NetBackend, NetConfig, ShareConfig,
+        VsockConfig,
+    },
     control::{
-        api::{Request, Stop},
+        api::{Answer, Request, Stop},
         client::ask,
     },
 };
@@ -35,7 +39,17 @@ pub const ALL: &[&str] = &[
     "lost-vcpu",
     "unusable-kernel",
     "controlled",
+    "balloon",
+    "talkative",
+    "share",
+    "full-heap",
+    "clock-of-the-kernel",
+    "lesser-host",
+    TAP,
 ];
+
+/// The one that needs a host with tap devices.
+pub const TAP: &str = "tap";
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -43,6 +57,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const FLUSH: u32 = 1 << 9;
 const DISCARD: u32 = 1 << 13;
 const WRITE_ZEROES: u32 = 1 << 14;
+
+/// The feature bit of network devices whose driver takes frames without checksums (§5.1.3).
+const GUEST_CHECKSUM: u32 = 1 << 1;
 
 const REQUEST: u16 = 1;
 const SHUTDOWN: u16 = 4;
@@ -69,7 +86,7 @@ pub fn configure(name: &str, config: &mut VmConfig, folder: &Path, socket: RawFd
             guest.out(0x3f8, b'y');
             guest.exit(0);
         }
-        "devices" => {
+        "devices" | "full-heap" | "clock-of-the-kernel" | "lesser-host" => {
             let path = folder.join("disk");
             fs::write(&path, vec![0; 1 << 16])?;
             // A file in memory needs no thread, one on a disk does.
@@ -111,14 +128,7 @@ pub fn configure(name: &str, config: &mut VmConfig, folder: &Path, socket: RawFd
             guest.exit(0);
         }
         "network" => {
-            let mac = "02:00:00:00:00:01".parse().map_err(io::Error::other)?;
-            config.nets = vec![NetConfig {
-                backend: NetBackend::SocketFd(socket),
-                mac,
-                mtu: None,
-                receive_limit: None,
-                send_limit: None,
-            }];
+            config.nets = vec![network(NetBackend::SocketFd(socket))?];
             guest.start(0, 2);
             guest.receive_frame(0);
             guest.exit(0);
@@ -153,17 +163,67 @@ pub fn configure(name: &str, config: &mut VmConfig, folder: &Path, socket: RawFd
         }
         // out 0x80, al, for ever
         "controlled" => guest.instructions(&[0xe6, 0x80, 0xeb, 0xfc]),
+        "talkative" => {
+            config.console = Some(ConsoleConfig::default());
+            guest.start(0, 2);
+            guest.print_zeros(0);
+            guest.instructions(&[0xf4, 0xeb, 0xfd]);
+        }
+        "balloon" => {
+            config.balloon = Some(BalloonConfig::default());
+            guest.start(0, 2);
+            guest.inflate(0);
+            guest.exit(0);
+        }
+        "share" => {
+            config.share = Some(ShareConfig { tag: "files".into(), socket_fd: socket });
+            guest.start(0, 2);
+            guest.ask_file_server(0);
+            guest.exit(0);
+        }
+        TAP => {
+            config.nets = vec![network(NetBackend::TapName("tap0".into()))?];
+            guest.start_with(0, 2, GUEST_CHECKSUM);
+            guest.send_frame(0);
+            guest.exit(0);
+        }
         other => panic!("there is no workload {other}"),
     }
     Ok(guest)
 }
 
+fn network(backend: NetBackend) -> io::Result<NetConfig> {
+    let mac = "02:00:00:00:00:01".parse().map_err(io::Error::other)?;
+    Ok(NetConfig { backend, mac, mtu: None, receive_limit: None, send_limit: None })
+}
+
 /// The monitor's part in a workload.
 pub fn keep(name: &str, socket: &mut UnixStream, inmate: &Child, control: &Path) -> io::Result<()> {
     match name {
-        "devices" => {
+        "devices" | "full-heap" | "clock-of-the-kernel" | "lesser-host" => {
             receive(socket, 100)?;
             send(socket, PONG);
+        }
+        "share" => {
+            let mut request = [0; 40];
+            socket.set_read_timeout(Some(PATIENCE))?;
+            if socket.read_exact(&mut request).is_ok() {
+                // Length, no error, and the request's number.
+                let [length, error] = [16u32, 0].map(u32::to_le_bytes);
+                send(socket, &[&length, &error, &request[8..16]].concat());
+            }
+        }
+        "talkative" => {
+            let deadline = Instant::now() + PATIENCE;
+            // Each zero is shown as several characters, which are more than fit where text starts to be put.
+            let all = |answer: &Answer| matches!(answer, Answer::Console(text) if text.len() > 4 << 16);
+            while Instant::now() < deadline {
+                match ask(control, Request::Console { bytes: 1 << 16 }, PATIENCE) {
+                    Ok(answer) if !all(&answer) => std::thread::sleep(Duration::from_millis(10)),
+                    _ => break,
+                }
+            }
+            let _ = ask(control, Request::Stop(Stop::Kill), PATIENCE);
         }
         "network" => {
             // Its length in front of a frame.

@@ -6,13 +6,13 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, Sender, channel},
     },
 };
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{file::Disk, operation::Operation};
+use crate::mailbox::{Receiver, Sender, mailbox};
 
 /// What a disk's thread does until its [`IoThread`] is dropped.
 pub type Work = Box<dyn FnOnce() + Send>;
@@ -40,14 +40,14 @@ pub struct Done {
 impl IoThread {
     /// For this disk, and what a thread has to do for it.
     pub fn new(disk: Arc<Disk>) -> io::Result<(Self, Work)> {
-        let (jobs, given) = channel::<(u16, Operation)>();
-        let (report, done) = channel();
+        let (jobs, given) = mailbox::<(u16, Operation)>();
+        let (report, done) = mailbox();
         let wake = EventFd::new(EFD_NONBLOCK)?;
         let waker = wake.try_clone()?;
         let cancel = Arc::new(AtomicBool::new(false));
         let cancelled = cancel.clone();
         let work = move || {
-            while let Ok((token, mut operation)) = given.recv() {
+            while let Some((token, mut operation)) = given.recv() {
                 let result = if cancelled.load(Ordering::Acquire) {
                     Err(io::ErrorKind::Interrupted.into())
                 } else {
@@ -76,7 +76,7 @@ impl IoThread {
 
     /// The next operation that has ended; `None` if there is none now.
     pub fn next_done(&mut self) -> Option<Done> {
-        let done = self.done.try_recv().ok()?;
+        let done = self.done.try_recv()?;
         self.under_way = self.under_way.saturating_sub(1);
         Some(done)
     }
@@ -109,7 +109,7 @@ impl Drop for IoThread {
         drop(self.jobs.take());
         // A thread without work ends by itself, and a VM's end need not wait for it.
         if self.under_way > 0 {
-            while self.done.recv().is_ok() {}
+            while self.done.recv().is_some() {}
         }
     }
 }
