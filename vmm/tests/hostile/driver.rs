@@ -43,27 +43,45 @@ pub enum Device {
     Block = 0,
     Pmem = 1,
     Net = 2,
-    Memory = 3,
-    Console = 4,
-    Vsock = 5,
-    Rng = 6,
+    Balloon = 3,
+    Memory = 4,
+    Console = 5,
+    Vsock = 6,
+    Rng = 7,
+    Share = 8,
 }
 
 impl Device {
-    pub const ALL: [Self; 7] =
-        [Self::Block, Self::Pmem, Self::Net, Self::Memory, Self::Console, Self::Vsock, Self::Rng];
+    pub const ALL: [Self; 9] = [
+        Self::Block,
+        Self::Pmem,
+        Self::Net,
+        Self::Balloon,
+        Self::Memory,
+        Self::Console,
+        Self::Vsock,
+        Self::Rng,
+        Self::Share,
+    ];
+
+    /// Features of its own that a driver accepts: those of the balloon's queues for statistics and free pages (§5.5.3).
+    fn features(self) -> u32 {
+        if self == Self::Balloon { 1 << 1 | 1 << 5 } else { 0 }
+    }
 
     /// Address of a register.
     pub fn at(self, register: u64) -> u64 {
         0xd000_0000 + self as u64 * 0x1000 + register
     }
 
-    /// Queues; the socket and network devices' are for receiving, sending, events or commands.
+    /// Queues; the socket and network devices' are for receiving, sending, events or commands, the balloon's for pages
+    /// that go, pages that come, statistics and free pages, the file system's for urgent and for other requests.
     pub fn queues(self) -> Vec<Queue> {
         let sizes: &[u16] = match self {
             Self::Block => &[16],
             Self::Vsock | Self::Net => &[16, 16, 16],
-            Self::Console => &[16, 16],
+            Self::Balloon => &[16, 16, 16, 16],
+            Self::Console | Self::Share => &[16, 16],
             Self::Pmem | Self::Memory | Self::Rng => &[16],
         };
         (0..).zip(sizes).map(|(index, size)| Queue { device: self, index, size: *size }).collect()
@@ -71,7 +89,7 @@ impl Device {
 
     /// The queue into which a driver puts requests.
     pub fn requests(self) -> Queue {
-        self.queues()[usize::from(matches!(self, Self::Vsock | Self::Net | Self::Console))]
+        self.queues()[usize::from(matches!(self, Self::Vsock | Self::Net | Self::Console | Self::Share))]
     }
 }
 
@@ -141,11 +159,18 @@ impl Guest {
         self.expect(Width::Four, device.at(register::STATUS), 0, "a device that was reset");
     }
 
-    /// From reset to FEATURES_OK, with version 1 and no other feature.
+    /// From reset to FEATURES_OK, with version 1 and what the device's queues need.
     pub fn negotiate(&mut self, device: Device) {
+        self.negotiate_with(device, 0);
+    }
+
+    /// As [`Guest::negotiate`], with these of the first 32 features too.
+    pub fn negotiate_with(&mut self, device: Device, features: u32) {
         self.reset(device);
         self.status(device, status::ACKNOWLEDGE);
         self.status(device, status::DRIVER);
+        self.register(device, register::DRIVER_FEATURES_SELECT, 0);
+        self.register(device, register::DRIVER_FEATURES, features | device.features());
         self.register(device, register::DRIVER_FEATURES_SELECT, 1);
         self.register(device, register::DRIVER_FEATURES, 1);
         self.status(device, status::FEATURES_OK);
@@ -182,7 +207,12 @@ impl Guest {
 
     /// From reset to a running device.
     pub fn start(&mut self, device: Device) {
-        self.negotiate(device);
+        self.start_with(device, 0);
+    }
+
+    /// As [`Guest::start`], with these of the first 32 features too.
+    pub fn start_with(&mut self, device: Device, features: u32) {
+        self.negotiate_with(device, features);
         for queue in device.queues() {
             self.set_up(queue);
         }
@@ -265,6 +295,19 @@ impl Guest {
                 self.descriptor(queue, 0, buffer, 64, 0, 0);
                 self.request(queue, 0);
             }
+            Device::Balloon => {
+                // A page that is given away is empty when it is touched again.
+                self.store64(GIVEN_PAGE, 1);
+                self.store32(buffer, (GIVEN_PAGE >> 12) as u32);
+                self.descriptor(queue, 0, buffer, 4, 0, 0);
+                self.request(queue, 0);
+                self.expect(Width::Eight, GIVEN_PAGE, 0, "a page that was given away");
+            }
+            Device::Share => {
+                self.file_request(40, ANSWERED, 16);
+                self.expect(Width::Eight, buffer + 0x100, 16, "a reply's length and error");
+                self.expect(Width::Eight, buffer + 0x108, FILE_REQUEST, "a reply's number");
+            }
             Device::Memory => self.memory_request(3, ADDED_MEMORY + ADDED_BYTES - BLOCK_BYTES, 1, 0),
             Device::Net => {
                 // The host sends the frame back.
@@ -309,6 +352,24 @@ impl Guest {
         self.request(queue, 0);
         let what = format!("the answer to memory request {kind} of {blocks} blocks at {address:#x}");
         self.expect(Width::Two, buffer + 64, answer, &what);
+    }
+
+    /// Asks the file server, by a request of so many bytes with this opcode and room for a reply of so many, which comes
+    /// to `buffer + 0x900`.
+    pub fn file_request(&mut self, bytes: u32, opcode: u32, room: u32) {
+        let queue = Device::Share.requests();
+        self.file_header(opcode);
+        let buffer = queue.buffer() + 0x800;
+        self.descriptor(queue, 0, buffer, bytes, if room > 0 { NEXT } else { 0 }, 1);
+        self.descriptor(queue, 1, buffer + 0x100, room, WRITE, 0);
+        self.request(queue, 0);
+    }
+
+    /// Writes the header of a request to the file server, which claims to be 4 GiB long (§5.11.6.1).
+    pub fn file_header(&mut self, opcode: u32) {
+        let buffer = Device::Share.requests().buffer() + 0x800;
+        self.store64(buffer, u64::from(u32::MAX) | u64::from(opcode) << 32);
+        self.store64(buffer + 8, FILE_REQUEST);
     }
 
     /// A block request that is well-formed; its status byte is at `buffer + 0x880`.
@@ -357,6 +418,17 @@ pub const ADDED_BYTES: u64 = 384 << 20;
 pub const BLOCK_BYTES: u64 = 4 << 20;
 pub const REQUESTED_BLOCKS: u16 = 40;
 pub const READ_ONLY_FILE: u64 = ADDED_MEMORY + ADDED_BYTES + (128 << 20);
+
+/// A page that a driver gives away.
+pub const GIVEN_PAGE: u64 = 0x70_0000;
+
+/// The number of requests to the file server, and opcodes of those that it answers well, with much that nobody has asked
+/// for, or never. It hangs up on [`INSULT`].
+pub const FILE_REQUEST: u64 = 0x0102_0304_0506_0708;
+pub const ANSWERED: u32 = 26;
+pub const BABBLED: u32 = 27;
+pub const IGNORED: u32 = 28;
+pub const INSULT: u32 = 29;
 
 /// How a frame starts that the host sends back.
 pub const ECHO: u32 = 0x1234_5678;

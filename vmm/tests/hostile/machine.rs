@@ -9,7 +9,7 @@ use std::{
     fs,
     io::{Read, Write},
     os::{
-        fd::AsRawFd,
+        fd::{AsRawFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
@@ -27,11 +27,12 @@ use cloche_vmm::{
     config::{ConsoleConfig, DiskConfig, NetConfig, PmemConfig, VsockConfig},
 };
 use libtest_mimic::Failed;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     allocator,
-    driver::{ADDED_BYTES, ECHO, Guest, REQUESTED_BLOCKS, SERVED},
+    driver::{ADDED_BYTES, ANSWERED, BABBLED, ECHO, Guest, INSULT, REQUESTED_BLOCKS, SERVED},
 };
 
 /// By which this program knows that it is to be the VMM.
@@ -127,6 +128,10 @@ pub fn run(guest: &Guest, setting: &Setting) -> Result<Ended, Failed> {
     rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty())?;
     let dialled = UnixListener::bind(folder.path().join("vsock"))?;
     rustix::io::fcntl_setfd(&dialled, rustix::io::FdFlags::empty())?;
+    let (file_server, files) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    rustix::io::fcntl_setfd(&files, rustix::io::FdFlags::empty())?;
+    let serving_files = thread::spawn(move || serve_files(&file_server));
     let cable = UnixListener::bind(folder.path().join("net"))?;
     let echoing = thread::spawn(move || echo(&cable));
     let served = Arc::new(AtomicUsize::new(0));
@@ -143,11 +148,12 @@ pub fn run(guest: &Guest, setting: &Setting) -> Result<Ended, Failed> {
         .arg(folder.path())
         .arg(theirs.as_raw_fd().to_string())
         .arg(dialled.as_raw_fd().to_string())
+        .arg(files.as_raw_fd().to_string())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    drop((theirs, dialled));
+    drop((theirs, dialled, files));
     let output = reader(child.stdout.take());
     let errors = reader(child.stderr.take());
     let deadline = Instant::now() + PATIENCE;
@@ -171,6 +177,7 @@ pub fn run(guest: &Guest, setting: &Setting) -> Result<Ended, Failed> {
     drop(UnixStream::connect(folder.path().join("net")));
     echoing.join().map_err(|_| "the cable's other end failed")?;
     serving.join().map_err(|_| "the server failed")?;
+    serving_files.join().map_err(|_| "the file server failed")?;
     let report: Report =
         serde_json::from_str(&output).map_err(|error| format!("{error}: {output:?} {log}"))?;
     check(&report, setting).map_err(|problem| format!("{problem}; {report:?}; its log: {log}"))?;
@@ -232,6 +239,39 @@ fn echo(listener: &UnixListener) {
     }
 }
 
+/// A file server that has no files, and no manners.
+fn serve_files(socket: &OwnedFd) {
+    let mut message = vec![0; 1 << 20];
+    while let Ok((length @ 1.., _)) = recv(socket, message.as_mut_slice(), RecvFlags::empty()) {
+        let Some(header) = message.get(..length).and_then(|message| message.first_chunk::<40>()) else {
+            return;
+        };
+        let [opcode, number] = [&header[4..8], &header[8..16]];
+        // Length, error, number, and so many bytes more.
+        let reply = |number: &[u8], more: usize| {
+            let words = [16 + more as u32, 0].map(u32::to_le_bytes).concat();
+            [words, number.to_vec(), vec![0xa5; more]].concat()
+        };
+        let replies = match u32::from_le_bytes(opcode.try_into().unwrap_or_default()) {
+            ANSWERED => vec![reply(number, 0)],
+            BABBLED => vec![
+                reply(&[0xff; 8], 0),
+                reply(&[0; 8], 100_000),
+                reply(&u64::from(u32::MAX).to_le_bytes(), 1),
+                reply(number, 100_000),
+                reply(number, 0),
+            ],
+            INSULT => vec![vec![1; 5]],
+            _ => vec![],
+        };
+        for reply in replies {
+            if send(socket, &reply, SendFlags::NOSIGNAL).is_err() {
+                return;
+            }
+        }
+    }
+}
+
 fn serve(mut stream: UnixStream, host: Host, programs: &Path, served: &AtomicUsize, ended: &AtomicBool) {
     match host {
         Host::Dials(count) => served.store(dial(programs, count), Ordering::Relaxed),
@@ -278,12 +318,13 @@ fn dial(programs: &Path, count: u32) -> usize {
     bytes.len()
 }
 
-/// The VMM process: `VCPUS FOLDER SOCKET LISTENER` are its arguments.
+/// The VMM process: `VCPUS FOLDER SOCKET LISTENER FILES` are its arguments.
 pub fn vmm(
     vcpus: &str,
     folder: &Path,
     socket: &str,
     listener: &str,
+    files: &str,
 ) -> Result<(), Box<dyn std::error::Error>> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
     // A panic in any thread is the end, and a failed test.
@@ -292,7 +333,7 @@ pub fn vmm(
         report_panic(panic);
         std::process::abort();
     }));
-    let config = config(vcpus.parse()?, folder, socket.parse()?, listener.parse()?);
+    let config = config(vcpus.parse()?, folder, socket.parse()?, listener.parse()?, files.parse()?);
     let watch = Watch::new();
     let (fds_before, threads_before) = (count("fd"), count("task"));
     let before = allocator::live();
@@ -323,7 +364,7 @@ pub fn vmm(
     Ok(std::io::stdout().write_all(&serde_json::to_vec(&report)?)?)
 }
 
-fn config(vcpus: u8, folder: &Path, socket: i32, listener: i32) -> VmConfig {
+fn config(vcpus: u8, folder: &Path, socket: i32, listener: i32, files: i32) -> VmConfig {
     let mut config = VmConfig::new(vcpus, 32, folder.join("kernel"));
     // JSON, so that fields which a test does not care about may come and go.
     let disk = serde_json::json!({ "path": folder.join("disk"), "id": "disk" });
@@ -337,6 +378,9 @@ fn config(vcpus: u8, folder: &Path, socket: i32, listener: i32) -> VmConfig {
     });
     config.nets = serde_json::from_value::<NetConfig>(net).into_iter().collect();
     config.rng = true;
+    let balloon = serde_json::json!({ "free_page_reporting": true, "statistics_interval_s": 1 });
+    config.balloon = serde_json::from_value(balloon).ok();
+    config.share = serde_json::from_value(serde_json::json!({ "tag": "files", "socket_fd": files })).ok();
     let memory = serde_json::json!({ "size_mib": ADDED_BYTES >> 20, "requested_mib": 4 * REQUESTED_BLOCKS });
     config.memory_device = serde_json::from_value(memory).ok();
     config.console = Some(ConsoleConfig::default());

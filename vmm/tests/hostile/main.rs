@@ -18,10 +18,10 @@ use machine::End;
 
 fn main() {
     let words: Vec<String> = env::args().collect();
-    if let [_, argument, vcpus, folder, socket, listener] = words.as_slice()
+    if let [_, argument, vcpus, folder, socket, listener, files] = words.as_slice()
         && argument == machine::VMM_ARGUMENT
     {
-        if let Err(error) = machine::vmm(vcpus, Path::new(folder), socket, listener) {
+        if let Err(error) = machine::vmm(vcpus, Path::new(folder), socket, listener, files) {
             eprintln!("{error}");
             std::process::exit(1);
         }
