@@ -335,6 +335,69 @@ mod tests {
         }
     }
 
+    /// All names in a JSON value, of variants and of fields.
+    fn names(value: &serde_json::Value, found: &mut Vec<String>) {
+        match value {
+            serde_json::Value::Object(fields) => {
+                for (name, value) in fields {
+                    found.push(name.clone());
+                    names(value, found);
+                }
+            }
+            serde_json::Value::Array(values) => values.iter().for_each(|value| names(value, found)),
+            _ => {}
+        }
+    }
+
+    /// `docs/control-api.md` is what clients are written by: it has each request, each answer's fields, each state and
+    /// each code in backquotes, or in an example.
+    #[test]
+    fn documentation_names_everything_that_is_on_the_socket() {
+        let documentation = include_str!("../../../docs/control-api.md");
+        let stats = MachineStats {
+            vcpus: vec![VcpuStats::default()],
+            memory: MemoryStats {
+                dirty_pages: Some(1),
+                balloon: Some(BalloonStats::default()),
+                device: Some(MemoryDeviceStats::default()),
+                ..MemoryStats::default()
+            },
+            devices: vec![DeviceStats { queues: vec![QueueStats::default()], ..DeviceStats::default() }],
+            ..MachineStats::default()
+        };
+        let mut found = Vec::new();
+        let resize = Resize { memory_mib: Some(1), vcpus: Some(1) };
+        let requests = [
+            Request::Stop(Stop::Orderly),
+            Request::Stop(Stop::Kill),
+            Request::Resize(resize),
+            Request::DirtyLog { enabled: true },
+            Request::Console { bytes: 1 },
+        ];
+        for request in requests {
+            names(&serde_json::to_value(Call::new(request)).unwrap(), &mut found);
+        }
+        for outcome in [
+            Outcome::Answer(Answer::Stats(Box::new(stats))),
+            Outcome::Answer(Answer::State(RunState::Running)),
+            Outcome::refused(RefusalCode::State, ""),
+        ] {
+            names(&serde_json::to_value(Reply::new(outcome)).unwrap(), &mut found);
+        }
+        let states = [RunState::Running, RunState::Pausing, RunState::Paused, RunState::Ending];
+        found.extend(states.map(|state| state.to_string()));
+        for code in
+            ["bad-request", "version", "unsupported", "state", "host", "info", "pause", "resume", "stats"]
+        {
+            found.push(code.into());
+        }
+        let is_named = |name: &String| {
+            ["`", "\"", "."].iter().any(|before| documentation.contains(&format!("{before}{name}")))
+        };
+        let missing: Vec<_> = found.into_iter().filter(|name| !is_named(name)).collect();
+        assert!(missing.is_empty(), "docs/control-api.md does not name {missing:?}");
+    }
+
     #[test]
     fn call_with_anything_unknown_is_refused() {
         for json in [

@@ -5,13 +5,14 @@
 
 use std::{
     fs, io,
-    net::TcpStream,
+    net::{TcpStream, UdpSocket},
     os::{
-        fd::RawFd,
+        fd::{AsRawFd, RawFd},
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixStream},
     },
     path::Path,
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
@@ -47,6 +48,8 @@ pub struct Host {
     pub socket: String,
     /// A file that everybody can read.
     pub file: String,
+    /// The key of shared memory that everybody can read (shmget(2)).
+    pub memory: i32,
 }
 
 const NO_LIMITS: Limits = Limits { file_bytes: 1 << 20, more_files: 16 };
@@ -189,10 +192,14 @@ fn attempts(host: &Host, kept: &[RawFd]) -> Vec<(&'static str, Result<String, io
         ("make a network namespace", tried(libc::SYS_unshare, [libc::CLONE_NEWNET as u64, 0, 0, 0, 0, 0])),
         ("connect to a port", done(TcpStream::connect(("127.0.0.1", host.port)).map(drop))),
         ("connect to an abstract socket", done(abstract_socket)),
+        ("find an interface of the network", find_interface()),
+        ("attach shared memory", tried(libc::SYS_shmget, [host.memory as u64, 0, 0, 0, 0, 0])),
+        ("open a file by its number", tried(libc::SYS_open_by_handle_at, [0, address(root), 0, 0, 0, 0])),
         ("signal a process", tried(libc::SYS_kill, victim)),
         ("signal all processes", tried(libc::SYS_kill, [u64::MAX, 0, 0, 0, 0, 0])),
         ("trace a process", tried(libc::SYS_ptrace, attach)),
         ("open a process", tried(libc::SYS_pidfd_open, victim)),
+        ("take a process's descriptor", take_descriptor(host.process)),
         ("read a process's memory", tried(libc::SYS_process_vm_readv, [process, piece, 1, piece, 1, 0])),
         ("find a descriptor that was not given", absent(foreign.map(|fd| fd.to_string()))),
         ("become another user", tried(libc::SYS_setuid, [1, 0, 0, 0, 0, 0])),
@@ -207,6 +214,27 @@ fn attempts(host: &Host, kept: &[RawFd]) -> Vec<(&'static str, Result<String, io
 
 fn rustix_is_open(fd: RawFd) -> bool {
     system_call(libc::SYS_fcntl, [fd as u64, libc::F_GETFD as u64, 0, 0, 0, 0]) >= 0
+}
+
+/// An interface other than the first of a network namespace, which is its own loopback.
+fn find_interface() -> Result<String, io::Error> {
+    /// netdevice(7): finds an interface's name by its number, which is behind 16 bytes for the name.
+    const SIOCGIFNAME: u64 = 0x8910;
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    let named = |index: u32| {
+        let mut request = [0u8; 40];
+        request[16..20].copy_from_slice(&index.to_ne_bytes());
+        let arguments = [socket.as_raw_fd() as u64, SIOCGIFNAME, request.as_mut_ptr().addr() as u64, 0, 0, 0];
+        system_call(libc::SYS_ioctl, arguments) == 0
+    };
+    let found = (2..100).find(|index| named(*index));
+    found.map(|index| format!("number {index}")).ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// By the process's own number in this PID namespace, whatever that is there.
+fn take_descriptor(process: i32) -> Result<String, io::Error> {
+    let process = system_call(libc::SYS_pidfd_open, [process as u64, 0, 0, 0, 0, 0]);
+    tried(libc::SYS_pidfd_getfd, [process as u64, 0, 0, 0, 0, 0])
 }
 
 fn gain_capabilities() -> Result<String, io::Error> {
@@ -224,9 +252,16 @@ fn raise_limit() -> Result<String, io::Error> {
     Ok("done".into())
 }
 
+impl Drop for Decoys {
+    fn drop(&mut self) {
+        system_call(libc::SYS_shmctl, [self.shared as u64, libc::IPC_RMID as u64, 0, 0, 0, 0]);
+    }
+}
+
 /// A host's things, for [`Probe::Everything`]; they last as long as this does.
 pub struct Decoys {
     pub host: Host,
+    shared: i64,
     _port: std::net::TcpListener,
     _socket: std::os::unix::net::UnixListener,
 }
@@ -235,18 +270,29 @@ impl Decoys {
     /// Lays them out.
     pub fn new(folder: &Path) -> io::Result<Self> {
         let port = std::net::TcpListener::bind(("127.0.0.1", 0))?;
-        let socket = format!("cloche-jail-test-{}", std::process::id());
+        // Of each test, since they run at the same time.
+        static DECOYS: AtomicU32 = AtomicU32::new(0);
+        let number = DECOYS.fetch_add(1, Ordering::Relaxed);
+        let socket = format!("cloche-jail-test-{}-{number}", std::process::id());
         let listener =
             std::os::unix::net::UnixListener::bind_addr(&SocketAddr::from_abstract_name(&socket)?)?;
         let file = folder.join("everybodys");
         fs::write(&file, "x")?;
+        let memory = (0x6000_0000 | (std::process::id() & 0xff_ffff) << 4 | number & 0xf) as i32;
+        let flags = (libc::IPC_CREAT | 0o666) as u64;
+        let shared = system_call(libc::SYS_shmget, [memory as u64, 4096, flags, 0, 0, 0]);
+        if shared < 0 {
+            return Err(io::Error::last_os_error());
+        }
         Ok(Self {
             host: Host {
                 process: std::process::id() as i32,
                 port: port.local_addr()?.port(),
                 socket,
                 file: file.display().to_string(),
+                memory,
             },
+            shared,
             _port: port,
             _socket: listener,
         })
