@@ -18,6 +18,7 @@ mod input;
 mod memory;
 mod net;
 mod queues;
+mod share;
 
 pub use boot::kernel_file;
 pub use bus::mmio_bus;
@@ -25,12 +26,13 @@ pub use control::control_session;
 pub use memory::{console_queue, mem_queue, pmem_queue};
 pub use net::net_queue;
 pub use queues::{balloon_queue, block_queue, rng_queue, vsock_queue};
+pub use share::share_queue;
 
 /// Inputs from which a fuzzer should start, for the target of this name.
 pub fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
         "balloon_queue" | "block_queue" | "console_queue" | "mem_queue" | "net_queue" | "pmem_queue"
-        | "rng_queue" | "vsock_queue" => queues::seeds(target),
+        | "rng_queue" | "share_queue" | "vsock_queue" => queues::seeds(target),
         "mmio_bus" => bus::seeds(),
         "kernel_file" => boot::seeds(),
         "control_session" => control::seeds(),
@@ -107,6 +109,11 @@ mod tests {
     #[test]
     fn rng_queue_survives_seeds_and_noise() {
         exercise("rng_queue", rng_queue, 300);
+    }
+
+    #[test]
+    fn share_queue_survives_seeds_and_noise() {
+        exercise("share_queue", share_queue, 300);
     }
 
     #[test]

@@ -308,10 +308,13 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "mem_queue" => &[0, 0, 20],
         "pmem_queue" => &[0],
         "console_queue" => &[9, 1, 2, 3, 4, 5, 6, 7, 8, 9],
+        // A length that is not believed, an opcode, a number.
+        "share_queue" => &[255, 1, 2, 3, 4, 26, 1, 2, 3, 4, 5, 6, 7, 8],
         _ => &[],
     };
-    // The guest's sending queue is the second of a socket or network device, the only one of the others.
-    let queue = u8::from(matches!(target, "vsock_queue" | "net_queue" | "console_queue"));
+    // The guest's sending queue is the second of a socket, network, console or file system device, the only one of the
+    // others.
+    let queue = u8::from(matches!(target, "vsock_queue" | "net_queue" | "console_queue" | "share_queue"));
     let address = |at: u16| [&[0][..], &at.to_le_bytes()].concat();
     let descriptor = |queue: u8, index: u8, at: u16, length: u8, flags: u8, next: u8| {
         [&[op::DESCRIPTOR, queue, index][..], &address(at), &[0, length, flags, next]].concat()

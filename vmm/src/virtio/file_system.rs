@@ -26,13 +26,13 @@ const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE; QUEUES];
 /// High priority and requests (§5.11.2).
 const QUEUES: usize = 2;
 /// Requests at the server at once. More wait in their queue.
-const MAX_PENDING: usize = 128;
+pub const MAX_PENDING: usize = 128;
 /// §5.11.4: the tag, padded with zeros.
 const TAG_BYTES: usize = 36;
 /// A request's header (§5.11.6.1: `struct fuse_in_header`): length at 0, opcode at 4, number at 8.
 const HEADER_BYTES: usize = 40;
 /// The longest request: a write of 128 KiB, as the server agrees with the guest, with its header.
-const MAX_REQUEST_BYTES: usize = (128 << 10) + 4096;
+pub const MAX_REQUEST_BYTES: usize = (128 << 10) + 4096;
 /// The number of a request for which no reply comes.
 const NO_REPLY: u64 = u64::MAX;
 
