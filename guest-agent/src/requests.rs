@@ -236,7 +236,7 @@ fn make(
     let failed = |error: &dyn std::error::Error| (125, chain(error));
     let mut streams = Streams::new(streams, has_terminal).map_err(|error| failed(&error))?;
     let below =
-        cgroup.map(|path| container.cgroup().below(path)).transpose().map_err(|error| failed(&error))?;
+        cgroup.map(|path| container.cgroup().below(&[path])).transpose().map_err(|error| failed(&error))?;
     let Some(stdio) = streams.take_given() else { return Err((125, "its streams are taken".into())) };
     let linux = spec.linux().as_ref();
     let joined = join(Join {

@@ -36,6 +36,8 @@ pub struct Creation<'a> {
     pub keep_keyring: bool,
     /// Called with warnings.
     pub warn: &'a dyn Fn(&str),
+    /// Called with what is done, step by step.
+    pub debug: &'a dyn Fn(&str),
 }
 
 /// Descriptors from 3 up that were open when this process started.
@@ -170,7 +172,13 @@ fn start(
         Style::Detached | Style::Foreground => None,
     };
     let record = known.borrow().record.clone();
+    (creation.debug)(&format!(
+        "container setup: the bundle {}, in the cgroup {}",
+        record.bundle.display(),
+        record.cgroup.display()
+    ));
     let created = |pid, cgroup: &Cgroup| {
+        (creation.debug)(&format!("child process in init(): {pid}, which has its namespaces"));
         let mut known = known.borrow_mut();
         known.record.process = ProcessId::of(pid);
         known.record.cgroup_identity = cgroup.identity();
@@ -196,6 +204,8 @@ fn start(
         listener: &listener,
         warn: creation.warn,
     })?;
+    let next = if gate.is_some() { "waits to be started" } else { "has become the program" };
+    (creation.debug)(&format!("init: closing the pipe to signal completion: {} {next}", container.pid()));
     if let Some(path) = creation.pid_file
         && let Err(error) = write_pid_file(path, container.pid())
     {

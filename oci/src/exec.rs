@@ -28,12 +28,14 @@ pub struct Execution<'a> {
     pub console_socket: Option<&'a Path>,
     /// Descriptors that it keeps.
     pub preserved: &'a Preserved,
-    /// A cgroup below the container's to run in.
-    pub cgroup: Option<&'a str>,
+    /// Cgroups below the container's to run in, as [`Cgroup::below`] has them; none for the container's own.
+    pub cgroup: &'a [String],
     /// Whether a paused container is no obstacle.
     pub ignore_paused: bool,
     /// Called with warnings.
     pub warn: &'a dyn Fn(&str),
+    /// Called with what is done, step by step.
+    pub debug: &'a dyn Fn(&str),
 }
 
 /// Runs a process in a container; returns its exit code, 0 in the background.
@@ -65,6 +67,9 @@ pub fn exec(home: &Home<'_>, execution: &Execution<'_>) -> Result<u8, Error> {
     let listener = |pid, listener| {
         listener::send(&known.record, listener::policy(&spec), (first.pid, status), pid, listener)
     };
+    let program = process.args().iter().flatten().next().map_or("", String::as_str);
+    (execution.debug)(&format!("container setup: joining {} by its process {}", execution.id, first.pid));
+    (execution.debug)(&format!("about to exec {program:?}"));
     let mut joined = home.isolation.join(Further {
         known: &known,
         spec: &spec,
@@ -78,6 +83,7 @@ pub fn exec(home: &Home<'_>, execution: &Execution<'_>) -> Result<u8, Error> {
         preserved_fds: execution.preserved.fds(),
         warn: execution.warn,
     })?;
+    (execution.debug)(&format!("child process in init() has become the program: {}", joined.pid()));
     if let Some(path) = execution.pid_file {
         write_pid_file(path, joined.pid())?;
     }

@@ -63,8 +63,8 @@ pub struct Further<'a> {
     pub pidfd: BorrowedFd<'a>,
     /// What to run.
     pub process: &'a Process,
-    /// A cgroup below the container's to run in.
-    pub cgroup: Option<&'a str>,
+    /// Cgroups below the container's to run in, as [`Cgroup::below`] has them; none for the container's own.
+    pub cgroup: &'a [String],
     /// What becomes its stdio, if it has no terminal.
     pub stdio: Stdio,
     /// Gets its terminal.
@@ -174,10 +174,8 @@ impl Isolation for OnHost {
     }
 
     fn join(&self, further: Further<'_>) -> Result<Box<dyn Child>, Error> {
-        let cgroup = match further.cgroup {
-            Some(below) => further.known.cgroup()?.below(below)?,
-            None => further.known.cgroup()?,
-        };
+        let own = further.known.cgroup()?;
+        let cgroup = if further.cgroup.is_empty() { own } else { own.below(further.cgroup)? };
         let linux = further.spec.linux().as_ref();
         let joined = cloche_runtime::join(Join {
             id: further.known.id(),

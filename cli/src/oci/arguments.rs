@@ -2,23 +2,39 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Command, CommandFactory, Parser, Subcommand, ValueEnum};
 
-/// An OCI runtime: runs bundles as Linux containers, or each in a virtual machine, for engines and for people.
+/// Open Container Initiative runtime: runs bundles as Linux containers, or each in a virtual machine, for engines and
+/// for people
 #[derive(Debug, Parser)]
-#[command(version = VERSION, max_term_width = 110, arg_required_else_help = true)]
+#[command(version = VERSION, disable_version_flag = true, max_term_width = 110, arg_required_else_help = true)]
 pub struct Arguments {
+    /// Print version
+    #[arg(short, short_alias = 'V', long, action = ArgAction::Version)]
+    version: (),
     #[command(flatten)]
     pub global: Global,
     #[command(subcommand)]
     pub verb: Verb,
 }
 
-const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0");
+/// As engines read it: dockerd looks for `version` and `commit:`. The commit is that which `CLOCHE_COMMIT` named at build.
+const VERSION: &str =
+    concat!("version ", env!("CARGO_PKG_VERSION"), "\ncommit: ", env!("CLOCHE_COMMIT"), "\nspec: 1.2.0");
 
-/// Examples for the runtime of this name.
-pub fn examples(name: &str) -> String {
-    EXAMPLES.replace("cloche-container", name)
+/// The command line of the runtime of this name.
+pub fn command(name: &'static str) -> Command {
+    let page = |of: &str| {
+        format!(
+            "{{before-help}}NAME:\n   {of} - {{about}}\n\n{{usage-heading}} {{usage}}\n\n{{all-args}}{{after-help}}"
+        )
+    };
+    let command = Arguments::command().name(name).after_help(EXAMPLES.replace("cloche-container", name));
+    let verbs: Vec<String> = command.get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
+    verbs.into_iter().fold(command.help_template(page(name)), |command, verb| {
+        let page = page(&format!("{name} {verb}"));
+        command.mut_subcommand(verb, |verb| verb.help_template(page))
+    })
 }
 
 const EXAMPLES: &str = "\
@@ -37,7 +53,7 @@ pub struct Global {
     /// Directory of the containers' state (default: /run and this runtime's name; in $XDG_RUNTIME_DIR for a plain user)
     #[arg(long, value_name = "DIR")]
     pub root: Option<PathBuf>,
-    /// File to write log messages to, besides stderr
+    /// File to write log messages to; of these, only why a command failed is then on stderr, too
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
     /// Format of the log file
@@ -157,6 +173,17 @@ pub enum Verb {
     },
     /// Print what this runtime can do, as JSON
     Features,
+    /// Refused: the processes of a container are not saved
+    Checkpoint(Unsupported),
+    /// Refused: the processes of a container are not saved
+    Restore(Unsupported),
+}
+
+#[derive(Debug, Args)]
+pub struct Unsupported {
+    /// Whatever is asked of it
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub words: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -250,9 +277,9 @@ pub struct Exec {
     /// Number of open descriptors from 3 up that it gets
     #[arg(long, value_name = "NUMBER", default_value_t = 0)]
     pub preserve_fds: u32,
-    /// Cgroup below the container's to run in
-    #[arg(long, value_name = "PATH")]
-    pub cgroup: Option<String>,
+    /// Cgroup below the container's to run in, of these controllers or of all
+    #[arg(long, value_name = "[CONTROLLER,…:]PATH")]
+    pub cgroup: Vec<String>,
     /// Do not mind if the container is paused
     #[arg(long)]
     pub ignore_paused: bool,

@@ -7,7 +7,13 @@ use oci_spec::runtime::{Capability, Process};
 
 use super::arguments::Exec;
 
-pub fn exec(home: &Home<'_>, exec: &Exec, preserved: &Preserved, warn: &dyn Fn(&str)) -> Result<u8, Error> {
+pub fn exec(
+    home: &Home<'_>,
+    exec: &Exec,
+    preserved: &Preserved,
+    warn: &dyn Fn(&str),
+    debug: &dyn Fn(&str),
+) -> Result<u8, Error> {
     let process = |own: &Process| match &exec.process {
         Some(path) => {
             let text = fs::read(path).map_err(|source| Error::File {
@@ -28,9 +34,10 @@ pub fn exec(home: &Home<'_>, exec: &Exec, preserved: &Preserved, warn: &dyn Fn(&
             pid_file: exec.pid_file.as_deref(),
             console_socket: exec.console_socket.as_deref(),
             preserved,
-            cgroup: exec.cgroup.as_deref(),
+            cgroup: &exec.cgroup,
             ignore_paused: exec.ignore_paused,
             warn,
+            debug,
         },
     )
 }

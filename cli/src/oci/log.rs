@@ -63,8 +63,11 @@ impl Log {
         ExitCode::from(code)
     }
 
+    /// With a log, stderr is the container's, as engines call this; its output is not the place for a warning.
     pub fn warn(&self, message: &str) {
-        eprintln!("{}: warning: {message}", self.name);
+        if self.file.is_none() {
+            eprintln!("{}: warning: {message}", self.name);
+        }
         self.write("warning", message);
     }
 

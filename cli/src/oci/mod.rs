@@ -13,7 +13,10 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{CommandFactory, FromArgMatches};
+use clap::{
+    FromArgMatches,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 use cloche_engine::OciVm;
 use cloche_oci::{Creation, Error, Home, Isolation, Known, OnHost, Preserved};
 use regex_lite::Regex;
@@ -30,8 +33,7 @@ pub fn called(program: Option<&OsString>) -> Option<&'static dyn Isolation> {
 /// The whole command.
 pub fn main(isolation: &dyn Isolation) -> ExitCode {
     let name = isolation.name();
-    let command = Arguments::command().name(name).after_help(arguments::examples(name));
-    let matches = command.get_matches();
+    let matches = arguments::command(name).try_get_matches().unwrap_or_else(|error| leave(name, &error));
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     // Before anything is opened: see `Preserved`.
     let preserved = preserve(&arguments.verb);
@@ -39,7 +41,6 @@ pub fn main(isolation: &dyn Isolation) -> ExitCode {
         Ok(log) => log,
         Err(error) => return log::Log::of(name).fail(&error, 1),
     };
-    log.debug(|| format!("{name} {:?}", arguments.verb));
     match carry_out(isolation, &arguments, &preserved, &log) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
@@ -51,6 +52,20 @@ pub fn main(isolation: &dyn Isolation) -> ExitCode {
             log.fail(&error, code)
         }
     }
+}
+
+/// Says what is wrong with the arguments, or the help that they ask for.
+fn leave(name: &str, error: &clap::Error) -> ! {
+    let asks_for_help =
+        std::env::args().skip(1).any(|word| ["-h", "--help", "help"].contains(&word.as_str()));
+    if error.kind() == ErrorKind::InvalidSubcommand
+        && asks_for_help
+        && let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidSubcommand)
+    {
+        eprintln!("No help topic for '{unknown}'; {name} --help lists the commands");
+        std::process::exit(2);
+    }
+    error.exit()
 }
 
 fn preserve(verb: &Verb) -> Preserved {
@@ -83,11 +98,14 @@ fn carry_out(
     {
         cloche_oci::protect_own_binary()?;
     }
+    // After that, which may start this program once more.
+    log.debug(|| format!("{} {:?}", isolation.name(), arguments.verb));
     let warn = |message: &str| log.warn(message);
+    let debug = |message: &str| log.debug(|| message.to_owned());
     match &arguments.verb {
-        Verb::Create(create) => cloche_oci::create(&home, &creation(create, preserved, &warn)).map(|()| 0),
+        Verb::Create(create) => cloche_oci::create(&home, &creation(create, preserved, &warn, &debug)).map(|()| 0),
         Verb::Run(run) => {
-            cloche_oci::run(&home, &creation(&run.create, preserved, &warn), run.detach, run.keep)
+            cloche_oci::run(&home, &creation(&run.create, preserved, &warn, &debug), run.detach, run.keep)
         }
         Verb::Start { id } => cloche_oci::start(&home, id).map(|()| 0),
         Verb::State { id } => cloche_oci::state(&home, id).map(|state| show::line(&state)),
@@ -99,7 +117,7 @@ fn carry_out(
             matching.try_for_each(|id| cloche_oci::delete(&home, id, *force)).map(|()| 0)
         }
         Verb::Delete { force, id, .. } => cloche_oci::delete(&home, id, *force).map(|()| 0),
-        Verb::Exec(exec) => exec::exec(&home, exec, preserved, &warn),
+        Verb::Exec(exec) => exec::exec(&home, exec, preserved, &warn, &debug),
         Verb::List { format, quiet } => show::list(&home, *format, *quiet),
         Verb::Ps { format, id, options } => show::processes(&home, id, *format, options),
         Verb::Pause { id } => cloche_oci::pause(&home, id).map(|()| 0),
@@ -114,11 +132,21 @@ fn carry_out(
         })
         .map(|()| 0),
         Verb::Spec { bundle, rootless } => cloche_oci::template::write(bundle, *rootless).map(|()| 0),
+        Verb::Checkpoint(_) | Verb::Restore(_) => Err(Error::Request(
+            "the processes of a container cannot be saved and restored by this runtime; a file system can, by commit or \
+             export of your engine"
+                .into(),
+        )),
         Verb::Features => Ok(show::line(&format!("{:#}", cloche_oci::features()))),
     }
 }
 
-fn creation<'a>(create: &'a Create, preserved: &'a Preserved, warn: &'a dyn Fn(&str)) -> Creation<'a> {
+fn creation<'a>(
+    create: &'a Create,
+    preserved: &'a Preserved,
+    warn: &'a dyn Fn(&str),
+    debug: &'a dyn Fn(&str),
+) -> Creation<'a> {
     Creation {
         id: &create.id,
         bundle: &create.bundle,
@@ -128,6 +156,7 @@ fn creation<'a>(create: &'a Create, preserved: &'a Preserved, warn: &'a dyn Fn(&
         preserved,
         keep_keyring: create.no_new_keyring,
         warn,
+        debug,
     }
 }
 

@@ -9,21 +9,11 @@ use std::{
 
 use crate::{
     Test,
-    fixture::{self, Bundle, await_that, text},
+    fixture::{self, Bundle, await_that, has, text},
 };
 
 pub fn all() -> Vec<Test> {
     crate::tests![podman_runs_containers, containerd_runs_containers]
-}
-
-/// Whether a program is there; says so if not.
-fn has(program: &str, package: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).any(|directory| directory.join(program).exists());
-    if !found {
-        eprintln!("not run: needs {program} (install {package})");
-    }
-    found
 }
 
 /// This runtime under the name that engines call it by.

@@ -3,7 +3,10 @@
 
 use std::{
     fs,
-    os::unix::{fs::symlink, process::CommandExt},
+    os::unix::{
+        fs::{PermissionsExt, symlink},
+        process::CommandExt,
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -87,8 +90,12 @@ impl Bundle {
 
     /// The runtime, with state in this bundle's directory; not run yet.
     pub fn command(&self, words: &[&str]) -> Command {
+        self.command_of(runtime(), words)
+    }
+
+    /// As [`Bundle::command`], of another runtime.
+    pub fn command_of(&self, mut command: Command, words: &[&str]) -> Command {
         fs::write(self.path("config.json"), self.config.to_string()).unwrap();
-        let mut command = runtime();
         command.arg("--root").arg(self.path("state")).args(words);
         command.current_dir(self.directory.path()).stdin(Stdio::null());
         command
@@ -180,6 +187,30 @@ pub fn await_that(what: &str, mut is_so: impl FnMut() -> bool) {
 
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).trim_end().to_owned()
+}
+
+/// Whether a program is there; says so if not.
+pub fn has(program: &str, package: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|directory| directory.join(program).exists());
+    if !found {
+        eprintln!("not run: needs {program} (install {package})");
+    }
+    found
+}
+
+/// More of busybox's applets in a bundle's root file system.
+pub fn link_applets(bundle: &Bundle, applets: &[&str]) {
+    for applet in applets {
+        symlink("busybox", bundle.path("rootfs/bin").join(applet)).unwrap();
+    }
+}
+
+/// Lets users of a namespace reach the root file system.
+pub fn open_to_all(bundle: &Bundle) {
+    for path in [bundle.path(""), bundle.path("rootfs")] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
 }
 
 fn runtime() -> Command {

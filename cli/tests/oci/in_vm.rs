@@ -43,7 +43,8 @@ const OF_ONE_KERNEL: [&str; 21] = [
 pub fn of(all: Vec<Test>) -> Vec<Test> {
     let is_shared = |(name, _): &Test| {
         let (module, name) = name.rsplit_once("::").unwrap();
-        let is_of_one_kernel = ["attacks", "failures", "seccomp"].iter().any(|other| module.ends_with(other));
+        let others = ["attacks", "differential", "failures", "seccomp"];
+        let is_of_one_kernel = others.iter().any(|other| module.ends_with(other));
         !is_of_one_kernel && !OF_ONE_KERNEL.contains(&name)
     };
     let own: Vec<Test> = crate::tests![

@@ -178,7 +178,7 @@ fn failed_create_leaves_a_container_with_the_same_cgroup_alone() {
     let path = format!("/cloche/{}", bundle.id);
     let other = Bundle::new(&["true"]).with("/linux/cgroupsPath", json!(path));
     for verb in ["create", "run"] {
-        assert!(other.refused(&[verb, &other.id]).contains("in use already"));
+        assert!(other.refused(&[verb, &other.id]).contains("cgroup is not empty"));
         assert_eq!(fs::read_dir(other.path("state")).unwrap().count(), 0);
         assert_eq!(bundle.status(), "running");
     }

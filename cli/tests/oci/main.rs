@@ -1,6 +1,7 @@
 //! The OCI runtime's command line, as engines use it. Needs root and busybox; says so where they are missing.
 
 mod attacks;
+mod differential;
 mod engines;
 mod failures;
 mod fixture;
@@ -37,6 +38,7 @@ fn main() {
         failures::all(),
         seccomp::all(),
         engines::all(),
+        differential::all(),
     ]
     .concat();
     let all = if fixture::in_vm() { in_vm::of(all) } else { all };

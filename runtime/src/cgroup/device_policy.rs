@@ -153,6 +153,10 @@ fn devices(rule: &LinuxDeviceCgroup) -> Result<Vec<Devices>, DeviceRuleError> {
             'r' => Ok(access | READ),
             'w' => Ok(access | WRITE),
             'm' => Ok(access | MKNOD),
+            // Of a device's kind it means any, and some write it here, too, where other runtimes pass over it. What is
+            // meant is not known, so it takes everything away, and gives nothing.
+            'a' if rule.allow() => Ok(access),
+            'a' => Ok(READ | WRITE | MKNOD),
             _ => Err(malformed("the access is not made of r, w and m")),
         })?,
     };

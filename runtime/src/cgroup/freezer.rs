@@ -37,6 +37,12 @@ pub(super) fn is_frozen(cgroup: &Cgroup) -> bool {
     }
 }
 
+/// Whether processes in this directory of a hierarchy stand still, by its own state or that of one above it.
+pub(super) fn stands_still(directory: &Path) -> bool {
+    files::read_field(directory, "cgroup.events", "frozen") == Some(1)
+        || files::read(directory, "freezer.state").is_ok_and(|state| state.trim() != "THAWED")
+}
+
 /// Thaws the v1 freezer cgroup that a process is in, wherever that is: frozen there, it does not even die.
 pub fn thaw_process(pid: i32) {
     let listed = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();

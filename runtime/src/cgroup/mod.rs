@@ -34,6 +34,7 @@ use limits::Limits;
 pub use oom::OomWatch;
 pub use removal::signal;
 pub use usage::Usage;
+pub(crate) use v1::SYSTEMD;
 
 use crate::user_namespace;
 
@@ -105,8 +106,35 @@ pub enum CgroupError {
         source: io::Error,
     },
     /// Processes or cgroups of somebody else are in it.
-    #[error("the cgroup {0} is in use already; is a container of this id still running?")]
+    #[error(
+        "the container's cgroup is not empty: {0} has processes or cgroups of somebody else; is a container of this id \
+         still running?"
+    )]
     InUse(PathBuf),
+    /// Whatever went into it would stand still.
+    #[error(
+        "the container's cgroup unexpectedly frozen: {0} was frozen by somebody else; thaw it, or that above it, or \
+         remove it"
+    )]
+    Frozen(PathBuf),
+    /// No cgroup below the container's.
+    #[error("{0} is not a sub cgroup path: it must name a cgroup below the container's, without `..`")]
+    NotBelow(String),
+    /// A cgroup below the container's that is not there.
+    #[error(
+        "failed adding pid of the process to {0}/cgroup.procs: no such file or directory; make that cgroup first"
+    )]
+    NothingBelow(PathBuf),
+    /// A hierarchy that the container has no cgroup in.
+    #[error("unknown controller {controller:?} of the cgroup {asked:?}; {known}")]
+    UnknownController {
+        /// The controller's name.
+        controller: String,
+        /// What was asked for.
+        asked: String,
+        /// Which ones there are.
+        known: String,
+    },
     /// There is nothing to freeze with.
     #[error("this kernel cannot freeze the cgroup {0}; it needs Linux 5.2 with cgroup v2, or the v1 freezer")]
     NoFreezer(PathBuf),
@@ -373,23 +401,57 @@ impl Cgroup {
         self.paths().next().is_none()
     }
 
-    /// A cgroup below this one, which must be there already.
-    pub fn below(&self, path: &str) -> Result<Self, CgroupError> {
-        let is_inside = Path::new(path)
-            .components()
-            .all(|part| matches!(part, Component::Normal(_) | Component::RootDir));
-        if !is_inside {
-            return Err(CgroupError::Path(path.into()));
+    /// Cgroups below this one, which must be there already: each `[CONTROLLER,…:]PATH`. Where no controller is named, in
+    /// all hierarchies that no other of them names.
+    pub fn below(&self, asked: &[impl AsRef<str>]) -> Result<Self, CgroupError> {
+        let mut everywhere = None;
+        let mut named: Vec<(&str, &str)> = Vec::new();
+        for asked in asked.iter().map(AsRef::as_ref) {
+            let (controllers, path) =
+                asked.split_once(':').map_or((None, asked), |(controllers, path)| (Some(controllers), path));
+            let is_inside = Path::new(path)
+                .components()
+                .all(|part| matches!(part, Component::Normal(_) | Component::RootDir));
+            if !is_inside {
+                return Err(CgroupError::NotBelow(path.into()));
+            }
+            let Some(controllers) = controllers else {
+                everywhere = Some(path);
+                continue;
+            };
+            for controller in controllers.split(',') {
+                if v1::of(&self.v1, controller).is_none() {
+                    let listed: Vec<_> = self.v1.iter().map(v1::Directory::controllers).collect();
+                    let known = if listed.is_empty() {
+                        "there is one hierarchy for all, so name none".to_owned()
+                    } else {
+                        format!("the container has {}", listed.join(" "))
+                    };
+                    let controller = controller.to_owned();
+                    return Err(CgroupError::UnknownController { controller, asked: asked.into(), known });
+                }
+                named.push((controller, path));
+            }
         }
-        let enter = |directory: &Path| {
+        let enter = |directory: &Path, path: &str| {
             let below = directory.join(path.trim_start_matches('/'));
-            fs::metadata(&below)
-                .map_err(|source| CgroupError::Io { action: "find".into(), path: below.clone(), source })
-                .map(|_| below)
+            if below.is_dir() { Ok(below) } else { Err(CgroupError::NothingBelow(below)) }
         };
-        let unified = self.unified.as_deref().map(enter).transpose()?;
-        let v1 = self.v1.iter().map(|directory| Ok(directory.replaced(enter(directory.path())?)));
-        Ok(Self { unified, v1: v1.collect::<Result<_, CgroupError>>()?, layout: self.layout })
+        let unified = match (&self.unified, everywhere) {
+            (Some(unified), Some(path)) => match enter(unified, path) {
+                // Nothing is limited there if there are other hierarchies.
+                Err(_) if self.layout == Layout::Hybrid => Some(unified.clone()),
+                result => Some(result?),
+            },
+            (unified, _) => unified.clone(),
+        };
+        let mut v1 = Vec::with_capacity(self.v1.len());
+        for directory in &self.v1 {
+            let own = named.iter().rev().find(|(controller, _)| directory.has(controller));
+            let path = own.map(|(_, path)| *path).or(everywhere).unwrap_or_default();
+            v1.push(directory.replaced(enter(directory.path(), path)?));
+        }
+        Ok(Self { unified, v1, layout: self.layout })
     }
 
     /// Its directories, one for each hierarchy.
@@ -572,16 +634,31 @@ fn relative(path: &Path) -> Result<PathBuf, CgroupError> {
 }
 
 /// Makes a container's directory in one hierarchy. An empty one of that name is a leftover whose limits are
-/// unknown, so it is made anew.
+/// unknown, so it is made anew; but not if it is frozen, since somebody did that for a reason.
 fn make_leaf(directory: &Path) -> Result<(), CgroupError> {
-    let made = fs::create_dir(directory).or_else(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => fs::remove_dir(directory).and_then(|()| fs::create_dir(directory)),
-        _ => Err(error),
-    });
+    let made = match fs::create_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            if freezer::stands_still(directory) {
+                return Err(CgroupError::Frozen(directory.to_owned()));
+            }
+            fs::remove_dir(directory).and_then(|()| fs::create_dir(directory))
+        }
+        made => made,
+    };
     made.map_err(|source| match source.raw_os_error() {
         Some(libc::EBUSY | libc::ENOTEMPTY) => CgroupError::InUse(directory.to_owned()),
         _ => CgroupError::Io { action: "create".into(), path: directory.to_owned(), source },
     })
+}
+
+/// As [`make_leaf`], where there is a freezer: a process would stand still in a cgroup below one that is frozen.
+fn make_leaf_that_moves(directory: &Path) -> Result<(), CgroupError> {
+    make_leaf(directory)?;
+    if freezer::stands_still(directory) {
+        let _ = fs::remove_dir(directory);
+        return Err(CgroupError::Frozen(directory.to_owned()));
+    }
+    Ok(())
 }
 
 /// Makes a directory between the root and a container's, if it is not there yet.
@@ -602,6 +679,34 @@ mod tests {
     fn relative_of_usable_paths_drops_the_root() {
         assert_eq!(relative(Path::new("/cloche/a")).unwrap(), Path::new("cloche/a"));
         assert_eq!(relative(Path::new("//cloche/./a/")).unwrap(), Path::new("cloche/a"));
+    }
+
+    #[test]
+    fn cgroup_below_is_there_and_inside() {
+        let top = tempfile::tempdir().unwrap();
+        let own = |hierarchy: &str| {
+            let own = top.path().join(hierarchy).join("own");
+            fs::create_dir_all(own.join("low")).unwrap();
+            own
+        };
+        let v1 = ["memory", "cpu,cpuacct"].map(|name| v1::Directory::new(name, own(name))).into();
+        let cgroup = Cgroup { unified: Some(own("unified")), v1, layout: Layout::Hybrid };
+        fs::create_dir(top.path().join("memory/own/alone")).unwrap();
+        let below = |asked: &[&str]| {
+            let below = cgroup.below(asked)?;
+            let name = |path: &Path| path.strip_prefix(top.path()).unwrap().display().to_string();
+            Ok(below.paths().map(name).collect::<Vec<_>>())
+        };
+        assert_eq!(below(&["/"]).unwrap(), ["unified/own", "memory/own", "cpu,cpuacct/own"]);
+        assert_eq!(below(&["low"]).unwrap(), ["unified/own/low", "memory/own/low", "cpu,cpuacct/own/low"]);
+        assert_eq!(below(&["cpu:low"]).unwrap(), ["unified/own", "memory/own", "cpu,cpuacct/own/low"]);
+        let both = ["memory:alone", "low"];
+        assert_eq!(below(&both).unwrap(), ["unified/own/low", "memory/own/alone", "cpu,cpuacct/own/low"]);
+        let refused = |asked: &str| below(&[asked]).map_err(|error: CgroupError| error).unwrap_err();
+        assert!(matches!(refused("../other"), CgroupError::NotBelow(_)));
+        assert!(matches!(refused("alone"), CgroupError::NothingBelow(_)));
+        assert!(matches!(refused("cpuacct:alone"), CgroupError::NothingBelow(_)));
+        assert!(matches!(refused("blkio:low"), CgroupError::UnknownController { .. }));
     }
 
     #[test]

@@ -13,14 +13,29 @@ use super::{
     device_policy::DevicePolicy,
     files,
     limits::{Limit, Limits},
-    make_leaf, make_parent,
+    make_leaf, make_leaf_that_moves, make_parent,
 };
 
-/// Controllers that this runtime sets anything in.
-pub(super) const CONTROLLERS: [&str; 12] = [
-    "memory", "pids", "devices", "cpu", "cpuset", "freezer", "cpuacct", "blkio", "hugetlb", "rdma",
-    "net_cls", "net_prio",
+/// The hierarchies that a container can have a cgroup in: controllers, and systemd's own, which has none.
+pub(super) const CONTROLLERS: [&str; 15] = [
+    "memory",
+    "pids",
+    "devices",
+    "cpu",
+    "cpuset",
+    "freezer",
+    "cpuacct",
+    "blkio",
+    "hugetlb",
+    "rdma",
+    "net_cls",
+    "net_prio",
+    "perf_event",
+    "misc",
+    SYSTEMD,
 ];
+/// The hierarchy by which systemd keeps processes apart, as it is mounted; the kernel calls it `name=systemd`.
+pub(crate) const SYSTEMD: &str = "systemd";
 /// Used for every container where they exist: for its memory, and to find and kill its processes.
 pub(super) const WANTED: [&str; 2] = ["memory", "pids"];
 /// As [`WANTED`] where there is no v2 hierarchy beside them, which freezes and tells of CPU time.
@@ -35,6 +50,11 @@ pub(super) struct Directory {
 }
 
 impl Directory {
+    #[cfg(test)]
+    pub(super) fn new(controllers: &str, path: PathBuf) -> Self {
+        Self { controllers: controllers.into(), path }
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -48,7 +68,7 @@ impl Directory {
         Self { controllers: self.controllers.clone(), path }
     }
 
-    fn has(&self, controller: &str) -> bool {
+    pub(super) fn has(&self, controller: &str) -> bool {
         self.controllers.split(',').any(|listed| listed == controller)
     }
 }
@@ -117,7 +137,8 @@ pub(super) fn create(
             make_parent(parent)?;
             inherit_cpuset(controller, parent)?;
         }
-        make_leaf(&path)?;
+        let make = if controller == "freezer" { make_leaf_that_moves } else { make_leaf };
+        make(&path)?;
         made.push(Directory { controllers: name, path: path.clone() });
         inherit_cpuset(controller, &path)?;
     }

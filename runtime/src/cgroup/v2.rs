@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::{
     CgroupError, files,
     limits::{Limit, Limits},
-    make_leaf, make_parent,
+    make_leaf_that_moves, make_parent,
 };
 
 /// Wanted for every container where they exist: for what it uses, and so that out-of-memory is seen.
@@ -22,7 +22,7 @@ pub(super) fn create(root: &Path, relative: &Path, limits: &Limits) -> Result<Pa
         if names.peek().is_some() {
             make_parent(&directory)?;
         } else {
-            make_leaf(&directory)?;
+            make_leaf_that_moves(&directory)?;
         }
     }
     Ok(directory)
@@ -51,7 +51,7 @@ pub(super) fn create_bare(root: &Path, relative: &Path) -> Result<PathBuf, Cgrou
     let directory = root.join(relative);
     let parents: Vec<_> = directory.ancestors().skip(1).take_while(|parent| *parent != root).collect();
     parents.into_iter().rev().try_for_each(make_parent)?;
-    make_leaf(&directory)?;
+    make_leaf_that_moves(&directory)?;
     Ok(directory)
 }
 

@@ -11,7 +11,7 @@ use rustix::fs::{Mode, mkdirat, symlinkat};
 
 use super::{Make, Mount, MountError, Options, Symlinks, attach, attach_at, make, options::Datum, paths};
 use crate::{
-    cgroup::{Cgroup, Layout},
+    cgroup::{Cgroup, Layout, SYSTEMD},
     syscalls::mount_setattr,
 };
 
@@ -51,7 +51,11 @@ fn view_mount(
         return Ok(clone);
     }
     let of_controllers = controllers.into_iter().flat_map(|list| list.split(','));
-    let data = of_controllers.map(|controller| Datum { key: controller.into(), value: None }).collect();
+    let option = |name: &str| match name {
+        SYSTEMD => Datum { key: "name".into(), value: Some(name.into()) },
+        controller => Datum { key: controller.into(), value: None },
+    };
+    let data = of_controllers.map(option).collect();
     let options = Options { attr: mount.options.attr, data, ..Options::default() };
     let name = if controllers.is_some() { "cgroup" } else { "cgroup2" };
     make(name, "cgroup", &options).map_err(|(step, error)| mount.failed(step)(error))

@@ -147,7 +147,7 @@ fn cgroup_in_use_is_not_taken_over() {
     let running = sandbox.start().unwrap();
     let (code, message) = sandbox.refusal();
     assert_eq!(code, 125);
-    assert!(message.contains("is in use already"), "{message}");
+    assert!(message.contains("cgroup is not empty"), "{message}");
     // Nor is it harmed.
     assert_eq!(running.read_line(), "ready");
     running.container.signal(0).unwrap();

@@ -119,7 +119,15 @@ impl Isolation for OciVm {
         let plan = further::Plan {
             directory: &directory,
             process: further.process,
-            cgroup: further.cgroup,
+            cgroup: match further.cgroup {
+                [] => None,
+                [path] => Some(path),
+                [..] => {
+                    return Err(Error::Request(
+                        "--cgroup: in a virtual machine there is one hierarchy".into(),
+                    ));
+                }
+            },
             console_socket: further.console_socket,
         };
         let attendant =
