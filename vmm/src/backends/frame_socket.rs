@@ -14,7 +14,7 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use vm_memory::VolatileSlice;
 
 use super::link::{HEADER_BYTES, Link, MAX_FRAME_BYTES, Offloads, ReceiveError, SendError};
-use crate::guest_memory;
+use crate::guest_memory::{self, transfer::Room};
 
 const LENGTH_BYTES: usize = 4;
 /// Room for one frame of the largest size, or many small ones in one system call.
@@ -103,11 +103,11 @@ impl Link for FrameSocket {
         Ok(())
     }
 
-    fn receive(&mut self, into: &[VolatileSlice]) -> Result<usize, ReceiveError> {
+    fn receive(&mut self, into: &Room) -> Result<usize, ReceiveError> {
         loop {
             if let Some(frame) = self.whole_frame()? {
                 let length = frame.len();
-                scatter(&[&[0; HEADER_BYTES], frame], into);
+                scatter(&[&[0; HEADER_BYTES], frame], into.slices());
                 self.start += LENGTH_BYTES + length;
                 return Ok(HEADER_BYTES + length);
             }
@@ -166,8 +166,8 @@ fn after<'a>(buffers: &[VolatileSlice<'a>], mut skip: usize) -> Vec<VolatileSlic
 }
 
 /// Copies `parts`, one after the other, into `buffers`, as far as they reach.
-pub fn scatter(parts: &[&[u8]], buffers: &[VolatileSlice]) {
-    let mut buffers = buffers.iter().copied();
+pub fn scatter<'a>(parts: &[&[u8]], buffers: impl IntoIterator<Item = VolatileSlice<'a>>) {
+    let mut buffers = buffers.into_iter();
     let mut room = buffers.next();
     for part in parts {
         let mut part = *part;
@@ -186,11 +186,13 @@ pub fn scatter(parts: &[&[u8]], buffers: &[VolatileSlice]) {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::{io::Write, sync::Arc};
 
     use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
     use super::*;
+    use crate::guest_memory::transfer::Kept;
 
     fn pair() -> (FrameSocket, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -198,11 +200,17 @@ mod tests {
     }
 
     fn receive(socket: &mut FrameSocket) -> Result<Vec<u8>, ReceiveError> {
-        let mut memory = vec![1; HEADER_BYTES + MAX_FRAME_BYTES];
-        let (head, tail) = memory.split_at_mut(7);
-        let bytes = socket.receive(&[VolatileSlice::from(head), VolatileSlice::from(tail)])?;
-        assert_eq!(memory[..HEADER_BYTES], [0; HEADER_BYTES]);
-        Ok(memory[HEADER_BYTES..bytes].to_vec())
+        let memory = Arc::new(guest_memory::map(&[(GuestAddress(0), 2 << 20)]).unwrap());
+        memory.write_slice(&[1; 7], GuestAddress(0)).unwrap();
+        let mut kept = Kept::new(memory.clone());
+        assert!(kept.push(&memory.get_slice(GuestAddress(0), 7).unwrap()));
+        let mut spare = vec![1; HEADER_BYTES + MAX_FRAME_BYTES];
+        let bytes = socket.receive(&kept.room(&mut spare))?;
+        let mut received = vec![0; 7];
+        memory.read_slice(&mut received, GuestAddress(0)).unwrap();
+        received.extend(spare);
+        assert_eq!(received[..HEADER_BYTES], [0; HEADER_BYTES]);
+        Ok(received[HEADER_BYTES..bytes].to_vec())
     }
 
     fn send(socket: &mut FrameSocket, frame: &[u8]) -> Result<(), SendError> {
@@ -304,7 +312,7 @@ mod tests {
                 rest = after;
             }
             let slices: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
-            scatter(&slices, &buffers);
+            scatter(&slices, buffers);
             let mut expected = parts.concat();
             expected.resize(expected.len().max(total), 0);
             expected.truncate(total);

@@ -7,6 +7,8 @@ use std::{io, os::fd::RawFd};
 
 use vm_memory::VolatileSlice;
 
+use crate::guest_memory::transfer::Room;
+
 /// Bytes in front of each frame.
 pub const HEADER_BYTES: usize = 12;
 /// Bytes of the largest frame, that of a segment as large as IP allows: 65,535 and Ethernet's header with a VLAN tag.
@@ -56,7 +58,7 @@ pub trait Link: Send {
     /// Says which work may be left undone for what is received; at first, none.
     fn set_receive_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
     /// Fills `into` with the next frame and its header; returns the bytes of both. What does not fit is lost.
-    fn receive(&mut self, into: &[VolatileSlice]) -> Result<usize, ReceiveError>;
+    fn receive(&mut self, into: &Room) -> Result<usize, ReceiveError>;
     /// Sends a frame with its header.
     fn send(&mut self, frame: &[VolatileSlice]) -> Result<(), SendError>;
     /// Goes on with what an earlier [`Link::send`] has begun, now that the file descriptor is writable.

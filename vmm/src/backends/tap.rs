@@ -13,7 +13,7 @@ use super::{
     link::{HEADER_BYTES, Link, Offloads, ReceiveError, SendError},
     tap_ioctls::{self as ioctls, flag, offload},
 };
-use crate::guest_memory;
+use crate::guest_memory::{self, transfer::Room};
 
 /// Longest name of an interface.
 pub const MAX_NAME_BYTES: usize = ioctls::NAME_BYTES - 1;
@@ -116,8 +116,8 @@ impl Link for Tap {
         ioctls::set_offloads(self.file.as_fd(), bits(offloads))
     }
 
-    fn receive(&mut self, into: &[VolatileSlice]) -> Result<usize, ReceiveError> {
-        match guest_memory::read(self.file.as_fd(), into) {
+    fn receive(&mut self, into: &Room) -> Result<usize, ReceiveError> {
+        match into.read(self.file.as_fd()) {
             Ok(bytes) => Ok(bytes),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ReceiveError::Empty),
             // EBADFD: the interface was deleted. Whatever else it is, trying again would spin.

@@ -19,6 +19,7 @@ use crate::{
         link::{HEADER_BYTES, Link, MAX_FRAME_BYTES, Offloads, ReceiveError, SendError},
     },
     config::MacAddress,
+    guest_memory::transfer::Room,
     virtio::{driver_model::Watched, limiter::Limiter, net::Net},
 };
 
@@ -46,14 +47,14 @@ impl Link for CableEnd {
         Ok(())
     }
 
-    fn receive(&mut self, into: &[VolatileSlice]) -> Result<usize, ReceiveError> {
+    fn receive(&mut self, into: &Room) -> Result<usize, ReceiveError> {
         let mut cable = self.0.lock().unwrap();
         if cable.gone {
             return Err(ReceiveError::Gone);
         }
         let bytes = cable.to_guest.pop_front().ok_or(ReceiveError::Empty)?;
-        scatter(&[&vec![7; bytes]], into);
-        let room: usize = into.iter().map(VolatileSlice::len).sum();
+        scatter(&[&vec![7; bytes]], into.slices());
+        let room: usize = into.slices().map(|slice| slice.len()).sum();
         Ok(bytes.min(room))
     }
 

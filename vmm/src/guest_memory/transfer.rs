@@ -6,8 +6,9 @@
 #![allow(unsafe_code)]
 
 use std::{
-    collections::VecDeque,
     io,
+    marker::PhantomData,
+    ops::Range,
     os::fd::{AsRawFd, BorrowedFd},
     ptr,
     sync::Arc,
@@ -22,6 +23,8 @@ use super::{GuestMemory, MAX_BUFFERS, Region, is_fixed};
 pub struct Transfer {
     /// Each lies in `memory`, whole.
     buffers: Vec<libc::iovec>,
+    /// How many of them are moved.
+    moved: usize,
     /// Keeps the buffers mapped.
     memory: Arc<GuestMemory>,
 }
@@ -33,109 +36,129 @@ impl Transfer {
     /// Takes over `slices`; `None` if one of them is not of `memory`.
     pub fn new(memory: &Arc<GuestMemory>, slices: &[VolatileSlice]) -> Option<Self> {
         let mut buffers = Vec::with_capacity(slices.len());
-        for slice in slices {
+        for slice in slices.iter().filter(|slice| !slice.is_empty()) {
             buffers.push(iovec_in(memory, slice)?);
         }
-        Some(Self { buffers, memory: memory.clone() })
+        Some(Self { buffers, moved: 0, memory: memory.clone() })
+    }
+
+    fn rest(&self) -> &[libc::iovec] {
+        self.buffers.get(self.moved..).unwrap_or_default()
     }
 
     /// Bytes left.
     pub fn len(&self) -> usize {
-        self.buffers.iter().map(|buffer| buffer.iov_len).sum()
+        self.rest().iter().map(|buffer| buffer.iov_len).sum()
     }
 
     /// Whether no byte is left.
     pub fn is_empty(&self) -> bool {
-        self.buffers.is_empty()
+        self.rest().is_empty()
     }
 
     /// Whether all buffers begin and end at multiples of `bytes`.
     pub fn is_aligned(&self, bytes: usize) -> bool {
-        self.buffers.iter().all(|buffer| {
+        self.rest().iter().all(|buffer| {
             buffer.iov_base.addr().is_multiple_of(bytes) && buffer.iov_len.is_multiple_of(bytes)
         })
     }
 
     /// Drops the first `bytes` bytes, which have been moved.
     pub fn advance(&mut self, mut bytes: usize) {
-        self.buffers.retain_mut(|buffer| {
-            let moved = bytes.min(buffer.iov_len);
-            bytes -= moved;
-            buffer.iov_base = buffer.iov_base.wrapping_byte_add(moved);
-            buffer.iov_len -= moved;
-            buffer.iov_len > 0
-        });
+        for buffer in self.buffers.iter_mut().skip(self.moved) {
+            if buffer.iov_len > bytes {
+                buffer.iov_base = buffer.iov_base.wrapping_byte_add(bytes);
+                buffer.iov_len -= bytes;
+                return;
+            }
+            bytes -= buffer.iov_len;
+            self.moved += 1;
+        }
     }
 
-    /// Reads into the buffers from `fd` at `offset`, like `preadv2(2)`. At most 1024 buffers are filled.
-    pub fn read_at(&mut self, fd: BorrowedFd, offset: u64, flags: libc::c_int) -> io::Result<usize> {
-        let (buffers, count, offset) = self.arguments(offset)?;
-        self.while_there(|| {
-            // SAFETY: the iovecs lead into writable guest memory (`new`), which tolerates any change and stays mapped
-            // as long as `self` lives.
-            unsafe { libc::preadv2(fd.as_raw_fd(), buffers, count, offset, flags) }
-        })
-    }
-
-    /// As [`Transfer::read_at`], but no more than `most` bytes.
-    pub fn read_at_most(
+    /// Reads at most `most` bytes into the buffers from `fd` at `offset`, like `preadv2(2)`. At most 1024 buffers are
+    /// filled.
+    pub fn read_at(
         &mut self,
         fd: BorrowedFd,
         offset: u64,
         most: u64,
         flags: libc::c_int,
     ) -> io::Result<usize> {
-        let mut most = usize::try_from(most).unwrap_or(usize::MAX);
-        if self.len() <= most {
-            return self.read_at(fd, offset, flags);
-        }
-        let mut buffers = Vec::new();
-        for buffer in &self.buffers {
-            let iov_len = buffer.iov_len.min(most);
-            if iov_len == 0 {
-                break;
-            }
-            most -= iov_len;
-            buffers.push(libc::iovec { iov_base: buffer.iov_base, iov_len });
-        }
-        Self { buffers, memory: self.memory.clone() }.read_at(fd, offset, flags)
+        self.call(offset, most, |buffers, count, offset| {
+            // SAFETY: the iovecs lead into writable guest memory (`new`), which tolerates any change and stays mapped
+            // as long as `self` lives.
+            unsafe { libc::preadv2(fd.as_raw_fd(), buffers, count, offset, flags) }
+        })
     }
 
-    /// Writes the buffers to `fd` at `offset`, like `pwritev2(2)`. At most 1024 buffers are taken.
-    pub fn write_at(&mut self, fd: BorrowedFd, offset: u64, flags: libc::c_int) -> io::Result<usize> {
-        let (buffers, count, offset) = self.arguments(offset)?;
-        self.while_there(|| {
+    /// Writes at most `most` bytes of the buffers to `fd` at `offset`, like `pwritev2(2)`. At most 1024 buffers are
+    /// taken.
+    pub fn write_at(
+        &mut self,
+        fd: BorrowedFd,
+        offset: u64,
+        most: u64,
+        flags: libc::c_int,
+    ) -> io::Result<usize> {
+        self.call(offset, most, |buffers, count, offset| {
             // SAFETY: the iovecs lead into readable guest memory (`new`), which stays mapped as long as `self` lives.
             unsafe { libc::pwritev2(fd.as_raw_fd(), buffers, count, offset, flags) }
         })
     }
 
-    /// Moves bytes if all memory of the buffers is there; EFAULT if it is not, as for memory that is not mapped.
-    fn while_there(&self, call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
-        if is_fixed(&self.memory) {
-            return repeat(call);
-        }
-        let are_there = || {
-            self.buffers.iter().all(|buffer| is_there(&self.memory, buffer.iov_base.addr(), buffer.iov_len))
-        };
-        if !are_there() {
-            return Err(io::Error::from_raw_os_error(libc::EFAULT));
-        }
-        let moved = repeat(call);
-        if !are_there() {
-            // Whoever takes a chunk away says so first and discards it then: it is that one, or this.
-            for buffer in &self.buffers {
-                discard_gone(&self.memory, buffer.iov_base.addr(), buffer.iov_len);
+    /// Has the first buffers moved, of `most` bytes together, the last of them perhaps not whole.
+    fn call(
+        &mut self,
+        offset: u64,
+        most: u64,
+        mut call: impl FnMut(*const libc::iovec, libc::c_int, libc::off_t) -> libc::ssize_t,
+    ) -> io::Result<usize> {
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut room = usize::try_from(most).unwrap_or(usize::MAX);
+        let (mut count, mut cut) = (0, 0);
+        for buffer in self.rest().iter().take(MAX_BUFFERS) {
+            if room == 0 {
+                break;
             }
+            count += 1;
+            cut = buffer.iov_len.saturating_sub(room);
+            room = room.saturating_sub(buffer.iov_len);
+        }
+        let buffers = self.buffers.get_mut(self.moved..self.moved + count).unwrap_or_default();
+        if let Some(last) = buffers.last_mut() {
+            last.iov_len -= cut;
+        }
+        let number = libc::c_int::try_from(count).unwrap_or(0);
+        let moved = while_there(&self.memory, buffers, || call(buffers.as_ptr(), number, offset));
+        if let Some(last) = buffers.last_mut() {
+            last.iov_len += cut;
         }
         moved
     }
+}
 
-    fn arguments(&self, offset: u64) -> io::Result<(*const libc::iovec, libc::c_int, libc::off_t)> {
-        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let count = libc::c_int::try_from(self.buffers.len().min(MAX_BUFFERS)).unwrap_or(0);
-        Ok((self.buffers.as_ptr(), count, offset))
+/// Moves bytes if all memory of the buffers is there; EFAULT if it is not, as for memory that is not mapped.
+fn while_there(
+    memory: &GuestMemory,
+    buffers: &[libc::iovec],
+    call: impl FnMut() -> libc::ssize_t,
+) -> io::Result<usize> {
+    if is_fixed(memory) {
+        return repeat(call);
     }
+    let are_there = || buffers.iter().all(|buffer| is_there(memory, buffer.iov_base.addr(), buffer.iov_len));
+    if !are_there() {
+        return Err(io::Error::from_raw_os_error(libc::EFAULT));
+    }
+    let moved = repeat(call);
+    if !are_there() {
+        // Whoever takes a chunk away says so first and discards it then: it is that one, or this.
+        for buffer in buffers {
+            discard_gone(memory, buffer.iov_base.addr(), buffer.iov_len);
+        }
+    }
+    moved
 }
 
 fn repeat(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
@@ -153,8 +176,10 @@ fn repeat(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
 /// Buffers of one guest that a device keeps until it has use for them; first in, first out.
 #[derive(Debug)]
 pub struct Kept {
-    /// Each lies in `memory`, whole.
-    buffers: VecDeque<libc::iovec>,
+    /// As the kernel takes them, so that a read needs no list of its own. Those of `held` lie in `memory`, each whole;
+    /// before them are some that were dropped, and behind them may be the spare one of a [`Room`] that is no more.
+    buffers: Vec<libc::iovec>,
+    held: Range<usize>,
     /// Keeps the buffers mapped.
     memory: Arc<GuestMemory>,
 }
@@ -165,39 +190,83 @@ unsafe impl Send for Kept {}
 impl Kept {
     /// Without buffers, for those of this guest.
     pub fn new(memory: Arc<GuestMemory>) -> Self {
-        Self { buffers: VecDeque::new(), memory }
+        Self { buffers: Vec::new(), held: 0..0, memory }
     }
 
     /// Appends one; false, and nothing is kept, if it is not of this guest.
     pub fn push(&mut self, slice: &VolatileSlice) -> bool {
-        let buffer = iovec_in(&self.memory, slice);
-        self.buffers.extend(buffer);
-        buffer.is_some()
+        let Some(buffer) = iovec_in(&self.memory, slice) else { return false };
+        self.buffers.truncate(self.held.end);
+        self.buffers.push(buffer);
+        self.held.end += 1;
+        true
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.buffers.len()
+        self.held.len()
     }
 
-    /// The first `count` of them.
-    pub fn slices(&self, count: usize) -> impl Iterator<Item = VolatileSlice<'_>> {
-        self.buffers.iter().take(count).map(|buffer| {
-            // SAFETY: it lies in guest memory (`push`), which is mapped for as long as `self` is borrowed.
-            unsafe { VolatileSlice::new(buffer.iov_base.cast(), buffer.iov_len) }
-        })
+    /// All of them.
+    pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
+        slices(self.buffers.get(self.held.clone()).unwrap_or_default())
+    }
+
+    /// All of them with `spare` behind them, for one read.
+    pub fn room<'a>(&'a mut self, spare: &'a mut [u8]) -> Room<'a> {
+        self.buffers.truncate(self.held.end);
+        self.buffers.push(libc::iovec { iov_base: spare.as_mut_ptr().cast(), iov_len: spare.len() });
+        Room { buffers: self.buffers.get(self.held.start..).unwrap_or_default(), _spare: PhantomData }
     }
 
     /// Drops the first `count` of them, with what was moved into memory that has gone since it was kept.
     pub fn drop_front(&mut self, count: usize) {
-        let dropped = self.buffers.drain(..count.min(self.buffers.len()));
-        if is_fixed(&self.memory) {
-            return;
+        let dropped = self.held.start..self.held.end.min(self.held.start.saturating_add(count));
+        self.held.start = dropped.end;
+        if !is_fixed(&self.memory) {
+            for buffer in self.buffers.get(dropped).unwrap_or_default() {
+                discard_gone(&self.memory, buffer.iov_base.addr(), buffer.iov_len);
+            }
         }
-        for buffer in dropped {
-            discard_gone(&self.memory, buffer.iov_base.addr(), buffer.iov_len);
+        // What moves up are no more than were dropped since the last time.
+        if self.held.start >= self.held.len() {
+            self.buffers.drain(..self.held.start);
+            self.held = 0..self.held.len();
         }
     }
+}
+
+/// Where a read goes: buffers that are kept, and a spare one.
+#[derive(Debug)]
+pub struct Room<'a> {
+    /// Each lies in memory that is borrowed for `'a`, or is kept mapped by what is.
+    buffers: &'a [libc::iovec],
+    _spare: PhantomData<&'a mut [u8]>,
+}
+
+impl Room<'_> {
+    /// The buffers, the spare one last.
+    pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
+        slices(self.buffers)
+    }
+
+    /// Reads from a stream or device, like `readv(2)`. At most 1024 buffers are filled.
+    pub fn read(&self, fd: BorrowedFd) -> io::Result<usize> {
+        let count = libc::c_int::try_from(self.buffers.len().min(MAX_BUFFERS)).unwrap_or(0);
+        repeat(|| {
+            // SAFETY: the iovecs lead into writable guest memory (`Kept::push`), which tolerates any change and stays
+            // mapped, and into a buffer that nobody else has, all for as long as `self` lives.
+            unsafe { libc::readv(fd.as_raw_fd(), self.buffers.as_ptr(), count) }
+        })
+    }
+}
+
+/// For the buffers of a [`Kept`] or a [`Room`], which keep what they lead to for as long as they are borrowed.
+fn slices(buffers: &[libc::iovec]) -> impl Iterator<Item = VolatileSlice<'_>> {
+    buffers.iter().map(|buffer| {
+        // SAFETY: guest memory that stays mapped (`Kept::push`), or a spare buffer that is borrowed with its room.
+        unsafe { VolatileSlice::new(buffer.iov_base.cast(), buffer.iov_len) }
+    })
 }
 
 /// One byte of a guest, to be written later.
@@ -280,12 +349,36 @@ mod tests {
         let mut transfer = Transfer::new(&memory, &slices).unwrap();
         assert_eq!(transfer.len(), 7);
         transfer.advance(4);
-        assert_eq!(transfer.read_at(file.as_fd(), 0, 0).unwrap(), 3);
+        assert_eq!(transfer.read_at(file.as_fd(), 0, u64::MAX, 0).unwrap(), 3);
         let mut seen = [0; 5];
         memory.read_slice(&mut seen, GuestAddress(200)).unwrap();
         assert_eq!(&seen, b"\x00012\x00");
         transfer.advance(3);
         assert!(transfer.is_empty());
+    }
+
+    #[test]
+    fn transfer_moves_no_more_than_it_is_told() {
+        let memory = memory();
+        let slice = |address, bytes| memory.get_slice(GuestAddress(address), bytes).unwrap();
+        memory.write_slice(b"0123456789", GuestAddress(0)).unwrap();
+        let slices = [slice(0, 3), slice(3, 0), slice(3, 4), slice(7, 3)];
+        for most in 1..=11 {
+            let file = tempfile::tempfile().unwrap();
+            let mut from = Transfer::new(&memory, &slices).unwrap();
+            let mut into = Transfer::new(&memory, &[slice(100, 4), slice(104, 6)]).unwrap();
+            memory.write_slice(&[0; 10], GuestAddress(100)).unwrap();
+            for at in (0..10).step_by(most) {
+                let piece = most.min(10 - at);
+                assert_eq!(from.write_at(file.as_fd(), at as u64, most as u64, 0).unwrap(), piece);
+                from.advance(piece);
+                assert_eq!(from.len(), 10 - at - piece);
+                assert_eq!(into.read_at(file.as_fd(), at as u64, most as u64, 0).unwrap(), piece);
+                into.advance(piece);
+            }
+            assert!(from.is_empty() && into.is_empty());
+            assert_eq!(&memory.read_obj::<[u8; 10]>(GuestAddress(100)).unwrap(), b"0123456789");
+        }
     }
 
     #[test]
@@ -307,13 +400,38 @@ mod tests {
         }
         kept.drop_front(1);
         assert_eq!(kept.len(), 2);
-        for (slice, byte) in kept.slices(5).zip([3u8, 2]) {
+        for (slice, byte) in kept.slices().zip([3u8, 2]) {
             slice.copy_from(&[byte; 4]);
         }
         let seen = [100, 300, 200].map(|address| memory.read_obj::<u32>(GuestAddress(address)).unwrap());
         assert_eq!(seen, [0, 0x0303_0303, 0x0202_0202]);
         kept.drop_front(9);
-        assert_eq!(kept.slices(1).count(), 0);
+        assert_eq!(kept.slices().count(), 0);
+    }
+
+    #[test]
+    fn room_is_filled_in_order_and_its_spare_buffer_is_not_kept() {
+        let memory = memory();
+        let mut kept = Kept::new(memory.clone());
+        for address in (0..50).map(|index| index * 8) {
+            assert!(kept.push(&memory.get_slice(GuestAddress(address), 4).unwrap()));
+        }
+        let mut spare = [0; 4];
+        for left in (0..50).rev() {
+            let (mut theirs, ours) = std::os::unix::net::UnixStream::pair().unwrap();
+            let bytes: Vec<u8> = (0..left * 4 + 6).map(|index| index as u8 ^ left as u8).collect();
+            theirs.write_all(&bytes).unwrap();
+            kept.drop_front(1);
+            let room = kept.room(&mut spare);
+            assert_eq!(room.slices().count(), left + 1);
+            assert_eq!(room.read(ours.as_fd()).unwrap(), left * 4 + 4);
+            let mut seen = vec![0; left * 4];
+            assert_eq!(kept.len(), left);
+            for (slice, seen) in kept.slices().zip(seen.chunks_mut(4)) {
+                slice.copy_to(seen);
+            }
+            assert_eq!([&seen, &spare[..]].concat(), bytes[..left * 4 + 4]);
+        }
     }
 
     #[test]
@@ -333,16 +451,15 @@ mod tests {
         let byte = GuestByte::new(&memory, &slices).unwrap();
 
         region.set_present(1, false);
-        let error = transfer.read_at(file.as_fd(), 0, 0).unwrap_err();
+        let error = transfer.read_at(file.as_fd(), 0, u64::MAX, 0).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
-        let error = transfer.write_at(file.as_fd(), 0, 0).unwrap_err();
+        let error = transfer.write_at(file.as_fd(), 0, u64::MAX, 0).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
         region.set_present(0, false);
         byte.write(7);
         assert_eq!(resident(), before);
 
-        let (buffers, count, offset) = transfer.arguments(0).unwrap();
-        let moved = transfer.while_there(|| {
+        let moved = transfer.call(0, u64::MAX, |buffers, count, offset| {
             // SAFETY: as in `read_at`.
             let moved = unsafe { libc::preadv2(file.as_raw_fd(), buffers, count, offset, 0) };
             (0..2).for_each(|chunk| region.set_present(chunk, false));
@@ -354,10 +471,10 @@ mod tests {
         let mut kept = Kept::new(memory.clone());
         assert!(kept.push(&slices[0]));
         (0..2).for_each(|chunk| region.set_present(chunk, false));
-        kept.slices(1).for_each(|slice| slice.copy_from(&[1u8; 9999]));
+        kept.slices().for_each(|slice| slice.copy_from(&[1u8; 9999]));
         kept.drop_front(1);
         assert_eq!(resident(), before);
-        assert_eq!(transfer.read_at(file.as_fd(), 0, 0).unwrap(), 9999);
+        assert_eq!(transfer.read_at(file.as_fd(), 0, u64::MAX, 0).unwrap(), 9999);
         byte.write(9);
         assert!(resident() > before);
         assert_eq!(memory.read_obj::<[u8; 2]>(GuestAddress((4 << 30) + CHUNK_BYTES - 5000)).unwrap(), [9, 7]);

@@ -115,6 +115,8 @@ pub struct VirtQueue {
     outstanding: u16,
     /// Chains that are known to be available: so many are taken without reading the available ring's index again.
     known: u16,
+    /// The driver has been asked to ring for the next chain, and there was none then.
+    armed: bool,
     counters: Arc<QueueCounters>,
     /// Descriptors and readable bytes of the last chain, in case it is put back.
     last: (u64, u64),
@@ -155,7 +157,15 @@ impl VirtQueue {
         if !ring.is_valid(memory) || written.is_none() {
             return Err(bad());
         }
-        Ok(Self { ring, told: 0, outstanding: 0, known: 0, counters: Arc::default(), last: (0, 0) })
+        Ok(Self {
+            ring,
+            told: 0,
+            outstanding: 0,
+            known: 0,
+            armed: false,
+            counters: Arc::default(),
+            last: (0, 0),
+        })
     }
 
     /// The same queue, counting here.
@@ -202,10 +212,7 @@ impl VirtQueue {
         let (available, size, next) = (self.ring.avail_ring(), self.ring.size(), self.ring.next_avail());
         // `is_valid` has checked that the whole ring is in memory, so that no sum overflows.
         if self.known == 0 {
-            // Acquire: who sees the index sees the ring's elements and the descriptors (§2.7.13.3).
-            let index =
-                memory.load(GuestAddress(available + RING_INDEX), Ordering::Acquire).map_err(failed)?;
-            let known = u16::from_le(index).wrapping_sub(next);
+            let known = self.available_index(memory)?.wrapping_sub(next);
             if known > size {
                 return Err(QueueError::Ring(virtio_queue::Error::InvalidAvailRingIndex));
             }
@@ -215,8 +222,17 @@ impl VirtQueue {
         let slot = available + RING_ELEMENTS + u64::from(next % size) * AVAILABLE_ELEMENT_BYTES;
         let head = chain::read::<u16>(memory, slot).map_err(failed)?;
         self.known = rest;
+        self.armed = false;
         self.ring.set_next_avail(next.wrapping_add(1));
         Ok(Some(u16::from_le(head)))
+    }
+
+    /// How many chains the driver has made available, modulo 2^16.
+    fn available_index(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
+        let failed = |error| QueueError::Ring(virtio_queue::Error::GuestMemory(error));
+        let address = GuestAddress(self.ring.avail_ring() + RING_INDEX);
+        // Acquire: who sees the index sees the ring's elements and the descriptors (§2.7.13.3).
+        memory.load(address, Ordering::Acquire).map(u16::from_le).map_err(failed)
     }
 
     /// Its entries.
@@ -228,6 +244,7 @@ impl VirtQueue {
     pub fn undo_pop(&mut self) {
         self.ring.go_to_previous_position();
         self.known = self.known.saturating_add(1);
+        self.armed = false;
         self.outstanding = self.outstanding.saturating_sub(1);
         self.counters.untaken(self.last.0, self.last.1);
     }
@@ -236,6 +253,7 @@ impl VirtQueue {
     pub fn put_back(&mut self, chain: &Chain) {
         self.ring.go_to_previous_position();
         self.known = self.known.saturating_add(1);
+        self.armed = false;
         self.outstanding = self.outstanding.saturating_sub(1);
         self.counters.untaken(chain.size.0, chain.size.1);
     }
@@ -294,11 +312,20 @@ impl VirtQueue {
 
     /// Asks the driver to ring when it makes something available. True if it has done so meanwhile: look again.
     pub fn enable_doorbell(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        self.ring.enable_notification(memory).map_err(QueueError::Ring)
+        if self.armed {
+            return Ok(self.available_index(memory)? != self.ring.next_avail());
+        }
+        self.armed = !self.ring.enable_notification(memory).map_err(QueueError::Ring)?;
+        Ok(!self.armed)
     }
 
     /// Tells the driver that it need not ring.
     pub fn disable_doorbell(&mut self, memory: &GuestMemory) -> Result<(), QueueError> {
+        // With event indices, nothing is said: the driver rings once, for the chain that it was asked to ring for.
+        if self.ring.event_idx_enabled() {
+            return Ok(());
+        }
+        self.armed = false;
         self.ring.disable_notification(memory).map_err(QueueError::Ring)
     }
 }

@@ -21,7 +21,7 @@ use crate::{
 const RX: usize = 0;
 const TX: usize = 1;
 const CONTROL: usize = 2;
-const QUEUE_SIZE: u16 = 256;
+pub const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE, QUEUE_SIZE, 16];
 /// Frames in each direction before other devices have their turn.
 const FRAMES_PER_TURN: u16 = QUEUE_SIZE;
@@ -80,7 +80,7 @@ impl Net {
             link,
             config: Arc::new(ConfigSpace::new(bytes, 0..0)),
             identity,
-            receiver: Receiver::new(mtu, receive_limiter),
+            receiver: Receiver::new(receive_limiter),
             send_limiter,
             link_full: false,
             link_gone: false,
@@ -242,8 +242,10 @@ impl Device for Net {
                     self.lose_link();
                 }
             }
+            return self.pump(running);
         }
-        self.pump(running)
+        // The guest rings for what it has.
+        Ok(if self.receive(running)? { Progress::Done } else { Progress::More })
     }
 
     fn stop(&mut self, poller: &mut dyn Poller) {

@@ -1,9 +1,10 @@
 //! From the link into the guest's buffers (virtio 1.2 §5.1.6.3, §5.1.6.4).
 //!
-//! A frame's size is known only when it has been read, and it is read straight into guest memory. So buffers for the
-//! largest frame are taken from the queue first, and what the frame does not need is kept for the next one. Behind them
-//! the read has a spare buffer of our own, which catches what a driver with few or small buffers cannot take: with
-//! merged buffers it waits there for more of them, else the frame is dropped.
+//! A frame's size is known only when it has been read, and it is read straight into guest memory. So buffers are taken
+//! from the queue first: as many as the frames before it needed, since each costs the kernel something to look at. What
+//! the frame does not need is kept for the next one. Behind them the read has a spare buffer of our own, which catches
+//! the rest of a larger frame. With merged buffers it is copied into more of them, or waits until the driver has some;
+//! else the frame is dropped.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -11,7 +12,7 @@ use vm_memory::VolatileSlice;
 
 use super::{
     Limiter,
-    device::{Dropped, count_drop},
+    device::{Dropped, QUEUE_SIZE, count_drop},
     features,
 };
 use crate::{
@@ -20,17 +21,16 @@ use crate::{
         link::{HEADER_BYTES, Link, MAX_FRAME_BYTES, ReceiveError},
     },
     guest_memory::{GuestMemory, transfer::Kept},
-    virtio::queue::{Buffers, Chain, QueueError, VirtQueue},
+    virtio::queue::{Chain, QueueError, VirtQueue},
 };
 
-/// Buffers of a vectored read, the spare one not counted.
-const MAX_SLICES: usize = 1000;
-/// Bytes of a frame whose size is the MTU: Ethernet's header with a VLAN tag comes on top.
-const ETHERNET_BYTES: usize = 18;
-/// An MTU that nobody has set.
-const DEFAULT_MTU: u16 = 1500;
+/// So many buffers are enough: with those of one chain more and the spare one, they are what one read takes.
+const MAX_SLICES: usize = 1024 - QUEUE_SIZE as usize - 1;
 /// Where the header has the number of merged buffers (§5.1.6).
 const NUM_BUFFERS_OFFSET: usize = 10;
+/// After each frame, what the next one is expected to need is less by a part in so many, down to what it needed. A
+/// buffer too many costs less than a byte that is copied, so that it takes a while.
+const FORGETTING: usize = 16;
 
 /// Why receiving ended for now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,10 +46,9 @@ pub enum Received {
 /// What receiving has to remember.
 pub struct Receiver {
     limiter: Limiter,
-    mtu: u16,
     merge: bool,
-    /// Buffers that are taken from the queue before reading, in bytes.
-    wanted: usize,
+    /// Bytes that the next frame is expected to have, by those before it.
+    expected: usize,
     /// The link may have a frame.
     readable: bool,
     /// A frame for which there were too few buffers, with its header.
@@ -58,33 +57,29 @@ pub struct Receiver {
     stock: Stock,
     /// What a frame's buffers could not take. Without pages of its own until it is first needed.
     spare: Vec<u8>,
+    /// The chains of one frame.
+    returned: Vec<(u16, u32)>,
 }
 
 impl Receiver {
-    /// For a link with this MTU.
-    pub fn new(mtu: Option<u16>, limiter: Limiter) -> Self {
+    /// With this limit.
+    pub fn new(limiter: Limiter) -> Self {
         Self {
             limiter,
-            mtu: mtu.unwrap_or(DEFAULT_MTU),
             merge: false,
-            wanted: 0,
+            expected: 0,
             readable: false,
             waiting: None,
             stock: Stock::default(),
             spare: vec![0; HEADER_BYTES + MAX_FRAME_BYTES],
+            returned: Vec::new(),
         }
     }
 
     /// A driver with these features is there.
     pub fn start(&mut self, accepted: u64) {
-        let large = features::GUEST_OFFLOADS & !features::GUEST_CSUM;
-        let frame = if accepted & large != 0 {
-            MAX_FRAME_BYTES
-        } else {
-            usize::from(self.mtu.max(DEFAULT_MTU)) + ETHERNET_BYTES
-        };
-        self.wanted = HEADER_BYTES + frame;
         self.merge = accepted & features::MRG_RXBUF != 0;
+        self.expected = 0;
         self.readable = true;
         self.waiting = None;
         // What a driver before this one made available is its own again.
@@ -116,17 +111,15 @@ impl Receiver {
                 outcome = Received::All;
                 break;
             }
-            let frame = self.waiting.as_ref().map_or(self.wanted, Vec::len);
-            let wanted = if self.merge { frame } else { 1 };
-            while self.stock.bytes < wanted && self.stock.slices() < MAX_SLICES {
-                let Some(chain) = queue.pop(memory)? else { break };
-                self.stock.add(&chain, memory)?;
-            }
-            match self.one_frame(link) {
-                Step::Received(returned) => {
-                    let bytes: usize = returned.iter().map(|(_, bytes)| *bytes as usize).sum();
+            // At least one chain.
+            let frame = self.waiting.as_ref().map_or(self.expected, Vec::len).max(1);
+            self.stock.fill(if self.merge { frame } else { 1 }, queue, memory)?;
+            match self.one_frame(link, queue, memory)? {
+                Step::Received(bytes) => {
                     self.limiter.charge(bytes.saturating_sub(HEADER_BYTES));
-                    queue.push_used_together(memory, &returned)?;
+                    self.expected = bytes.max(self.expected - self.expected / FORGETTING);
+                    self.stock.take(bytes, &mut self.returned);
+                    queue.push_used_together(memory, &self.returned)?;
                 }
                 Step::Dropped => count_drop(&mut dropped.received, "to the guest"),
                 Step::NoBuffers => {
@@ -152,57 +145,69 @@ impl Receiver {
         Ok(outcome)
     }
 
-    fn one_frame(&mut self, link: &mut dyn Link) -> Step {
+    fn one_frame(
+        &mut self,
+        link: &mut dyn Link,
+        queue: &mut VirtQueue,
+        memory: &GuestMemory,
+    ) -> Result<Step, QueueError> {
+        let Some(buffers) = &mut self.stock.buffers else { return Ok(Step::NoBuffers) };
         if self.stock.chains.is_empty() {
-            return Step::NoBuffers;
+            return Ok(Step::NoBuffers);
         }
-        let room = self.stock.room(self.merge);
+        let (room, slices) = (self.stock.bytes, buffers.len());
         if let Some(frame) = self.waiting.take() {
-            if frame.len() > room {
-                if !self.merge {
-                    return Step::Dropped;
-                }
-                self.waiting = Some(frame);
-                return Step::NoBuffers;
+            if frame.len() <= room {
+                scatter(&[&frame], buffers.slices());
+                return Ok(Step::Received(frame.len()));
             }
-            scatter(&[&frame], &self.stock.usable(self.merge));
-            return Step::Received(self.stock.take(frame.len(), self.merge));
+            if !self.merge {
+                return Ok(Step::Dropped);
+            }
+            self.waiting = Some(frame);
+            return Ok(Step::NoBuffers);
         }
-        let mut slices = self.stock.usable(self.merge);
-        slices.push(VolatileSlice::from(self.spare.as_mut_slice()));
-        let bytes = match link.receive(&slices) {
+        let bytes = match link.receive(&buffers.room(&mut self.spare)) {
             Ok(bytes) => bytes,
-            Err(ReceiveError::Empty) => return Step::NoFrame,
-            Err(ReceiveError::Gone) => return Step::Gone,
+            Err(ReceiveError::Empty) => return Ok(Step::NoFrame),
+            Err(ReceiveError::Gone) => return Ok(Step::Gone),
         };
         // A frame larger than the largest is cut off by the spare buffer's end; one without a header is nothing.
         if !(HEADER_BYTES..=HEADER_BYTES + MAX_FRAME_BYTES).contains(&bytes) {
-            return Step::Dropped;
+            return Ok(Step::Dropped);
         }
-        if bytes <= room {
-            drop(slices);
-            return Step::Received(self.stock.take(bytes, self.merge));
+        let Some(rest) = bytes.checked_sub(room).and_then(|rest| self.spare.get(..rest)) else {
+            return Ok(Step::Received(bytes));
+        };
+        if rest.is_empty() {
+            return Ok(Step::Received(bytes));
         }
         if !self.merge {
-            return Step::Dropped;
+            return Ok(Step::Dropped);
+        }
+        self.stock.fill(bytes, queue, memory)?;
+        if self.stock.bytes >= bytes {
+            scatter(&[rest], self.stock.buffers().skip(slices));
+            return Ok(Step::Received(bytes));
         }
         // The guest's memory held the first part only for a moment; if it has changed it, the frame is as it wants it.
-        let mut frame = vec![0; bytes];
-        let mut rest = frame.as_mut_slice();
-        for slice in slices {
-            let here = slice.len().min(rest.len());
-            let (now, later) = rest.split_at_mut(here);
+        let mut frame = vec![0; room];
+        let mut unfilled = frame.as_mut_slice();
+        for slice in self.stock.buffers().take(slices) {
+            let here = slice.len().min(unfilled.len());
+            let (now, later) = unfilled.split_at_mut(here);
             slice.copy_to(now);
-            rest = later;
+            unfilled = later;
         }
+        frame.extend_from_slice(rest);
         self.waiting = Some(frame);
-        Step::NoBuffers
+        Ok(Step::NoBuffers)
     }
 }
 
 enum Step {
-    /// A frame is in these chains, of which so many bytes were written.
-    Received(Vec<(u16, u32)>),
+    /// A frame of so many bytes, with its header, is in the first chains of the stock.
+    Received(usize),
     Dropped,
     NoBuffers,
     NoFrame,
@@ -243,51 +248,52 @@ impl Stock {
         Ok(())
     }
 
+    /// Takes chains from the queue until there are so many bytes, or no more chains.
+    fn fill(&mut self, bytes: usize, queue: &mut VirtQueue, memory: &GuestMemory) -> Result<(), QueueError> {
+        while self.bytes < bytes && self.slices() < MAX_SLICES {
+            let Some(chain) = queue.pop(memory)? else { break };
+            self.add(&chain, memory)?;
+        }
+        Ok(())
+    }
+
     fn slices(&self) -> usize {
         self.buffers.as_ref().map_or(0, Kept::len)
     }
 
-    /// Buffers that one frame may fill: those of one chain, if chains are not merged. With room for one more.
-    fn usable(&self, merge: bool) -> Vec<VolatileSlice<'_>> {
-        let of_first = self.chains.front().map_or(0, |chain| chain.buffers);
-        let mut slices = Vec::with_capacity(self.slices() + 1);
-        if let Some(buffers) = &self.buffers {
-            slices.extend(buffers.slices(if merge { usize::MAX } else { of_first }));
-        }
-        slices
+    fn buffers(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
+        self.buffers.iter().flat_map(Kept::slices)
     }
 
-    /// Bytes in them.
-    fn room(&self, merge: bool) -> usize {
-        if merge { self.bytes } else { self.chains.front().map_or(0, |chain| chain.bytes) }
-    }
-
-    /// Takes out the chains that `bytes` bytes have filled, with the bytes in each, and writes their number.
-    fn take(&mut self, bytes: usize, merge: bool) -> Vec<(u16, u32)> {
-        let mut returned = Vec::new();
-        let (mut rest, mut emptied, mut of_first) = (bytes, 0, 0);
+    /// Takes out the chains that `bytes` bytes have filled, tells them with the bytes in each, and writes their number
+    /// into the header.
+    fn take(&mut self, bytes: usize, returned: &mut Vec<(u16, u32)>) {
+        returned.clear();
+        let (mut rest, mut emptied) = (bytes, 0);
         while rest > 0 {
             let Some(chain) = self.chains.pop_front() else { break };
             self.bytes -= chain.bytes;
             emptied += chain.buffers;
             let here = rest.min(chain.bytes);
             rest -= here;
-            if returned.is_empty() {
-                of_first = chain.buffers;
-            }
             returned.push((chain.head, here as u32));
-            if !merge {
+        }
+        // The first chain has room for a header (`add`). §5.1.6.4.1: 1 where buffers are not merged.
+        let mut place = NUM_BUFFERS_OFFSET;
+        let mut number: &[u8] = &(returned.len() as u16).to_le_bytes();
+        for slice in self.buffers() {
+            if let Ok(here) = slice.offset(place) {
+                let (now, later) = number.split_at(number.len().min(here.len()));
+                here.copy_from(now);
+                number = later;
+            }
+            if number.is_empty() {
                 break;
             }
+            place = place.saturating_sub(slice.len());
         }
         if let Some(buffers) = &mut self.buffers {
-            let mut header: Buffers = buffers.slices(of_first).collect();
-            if header.take(NUM_BUFFERS_OFFSET).is_some() {
-                // §5.1.6.4.1: 1 where buffers are not merged.
-                header.write(&(returned.len() as u16).to_le_bytes());
-            }
             buffers.drop_front(emptied);
         }
-        returned
     }
 }

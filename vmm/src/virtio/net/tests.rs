@@ -17,7 +17,7 @@ use crate::{
         link::{HEADER_BYTES, Link, MAX_FRAME_BYTES, Offloads, ReceiveError, SendError},
     },
     config::MacAddress,
-    guest_memory::GuestMemory,
+    guest_memory::{GuestMemory, transfer::Room},
     virtio::{
         device::{Device, Progress, Readiness, Running},
         driver_model::{Driver, Part, Watched, memory},
@@ -62,13 +62,13 @@ impl Link for ModelLink {
         Ok(())
     }
 
-    fn receive(&mut self, into: &[VolatileSlice]) -> Result<usize, ReceiveError> {
+    fn receive(&mut self, into: &Room) -> Result<usize, ReceiveError> {
         let mut cable = self.cable();
         if cable.gone {
             return Err(ReceiveError::Gone);
         }
         let frame = cable.incoming.pop_front().ok_or(ReceiveError::Empty)?;
-        scatter(&[&frame], into);
+        scatter(&[&frame], into.slices());
         Ok(frame.len())
     }
 
@@ -402,6 +402,7 @@ fn limited_directions_wait_for_their_timers() {
     assert_eq!(fixture.watched.fds.len(), 3);
     for index in 0..2 {
         fixture.tx.add(&[Part::Readable(&[index; 12 + 60])]);
+        fixture.ring();
         fixture.arrive(&[index; 60]);
     }
     assert_eq!(fixture.link.cable().sent, [[0; 12 + 60]]);
