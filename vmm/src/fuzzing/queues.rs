@@ -521,7 +521,7 @@ impl Subject for VsockSubject {
             buf_alloc: any(8, 4096, input) as u32,
             fwd_cnt: any(16, 0, input) as u32,
         };
-        header.encode()
+        header.encode().to_vec()
     }
 
     fn host(&mut self, input: &mut Input) {

@@ -1,27 +1,12 @@
 //! A descriptor chain as its driver linked it (virtio 1.2 §2.7.5): descriptors of the queue's table, then, if the last
 //! of them says so, those of one indirect table.
 
-use vm_memory::{
-    ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory, VolatileSlice,
-};
+use vm_memory::{GuestAddress, VolatileMemory, VolatileSlice};
 
 use super::queue::QueueError;
-use crate::guest_memory::GuestMemory;
+use crate::guest_memory::Finder;
 
 const DESCRIPTOR_BYTES: u64 = 16;
-
-/// Reads what lies in one piece. This is what a device does most, and `read_obj` takes a way that suits any length.
-pub fn read<T: ByteValued>(memory: &GuestMemory, address: u64) -> Result<T, GuestMemoryError> {
-    let slice = memory.get_slice(GuestAddress(address), size_of::<T>())?;
-    Ok(slice.get_ref::<T>(0)?.load())
-}
-
-/// Writes what lies in one piece.
-pub fn write<T: ByteValued>(memory: &GuestMemory, address: u64, value: T) -> Result<(), GuestMemoryError> {
-    let slice = memory.get_slice(GuestAddress(address), size_of::<T>())?;
-    slice.get_ref::<T>(0)?.store(value);
-    Ok(())
-}
 
 /// Descriptor flags.
 mod flag {
@@ -43,7 +28,6 @@ pub struct Descriptor {
 
 /// Follows a chain. It ends after an error, and in any case after as many descriptors as the queue has entries.
 pub struct Walk<'m> {
-    memory: &'m GuestMemory,
     head: u16,
     limit: u16,
     /// The table in use; `None` if it is not, or not all, in memory.
@@ -57,12 +41,11 @@ pub struct Walk<'m> {
 
 impl<'m> Walk<'m> {
     /// The chain that starts at `head` of a queue of `size` entries with this table.
-    pub fn new(memory: &'m GuestMemory, table: u64, size: u16, head: u16) -> Self {
+    pub fn new(finder: &mut Finder<'m>, table: u64, size: u16, head: u16) -> Self {
         Self {
-            memory,
             head,
             limit: size,
-            table: table_at(memory, table, size.into()),
+            table: table_at(finder, table, size.into()),
             entries: size.into(),
             indirect: false,
             next: Some(head),
@@ -75,11 +58,16 @@ impl<'m> Walk<'m> {
         QueueError::BrokenChain { head: self.head, problem }
     }
 
-    fn descriptor(&mut self, index: u16) -> Result<Descriptor, QueueError> {
-        let (address, bytes, flags, next) = self.read(index)?;
+    /// The next descriptor, if there is one.
+    pub fn next(&mut self, finder: &mut Finder<'m>) -> Result<Option<Descriptor>, QueueError> {
+        let Some(index) = self.next.take() else { return Ok(None) };
+        let (mut address, mut bytes, mut flags, mut next) = self.read(index)?;
         if flags & flag::INDIRECT != 0 {
-            self.enter(address, bytes, flags)?;
-            return self.descriptor(0);
+            self.enter(finder, address, bytes, flags)?;
+            (address, bytes, flags, next) = self.read(0)?;
+            if flags & flag::INDIRECT != 0 {
+                return Err(self.broken("an indirect table in an indirect table (virtio 1.2 §2.7.5.3.1)"));
+            }
         }
         self.seen = self.seen.saturating_add(1);
         if self.seen > self.limit {
@@ -90,11 +78,17 @@ impl<'m> Walk<'m> {
             .checked_add(bytes)
             .ok_or_else(|| self.broken("it has 4 GiB or more (virtio 1.2 §2.7.5.2)"))?;
         self.next = (flags & flag::NEXT != 0).then_some(next);
-        Ok(Descriptor { address, bytes, writable: flags & flag::WRITE != 0 })
+        Ok(Some(Descriptor { address, bytes, writable: flags & flag::WRITE != 0 }))
     }
 
     /// Goes on in an indirect table. The write flag of the descriptor that refers to it says nothing (§2.7.5.3.2).
-    fn enter(&mut self, address: u64, bytes: u32, flags: u16) -> Result<(), QueueError> {
+    fn enter(
+        &mut self,
+        finder: &mut Finder<'m>,
+        address: u64,
+        bytes: u32,
+        flags: u16,
+    ) -> Result<(), QueueError> {
         if self.indirect {
             return Err(self.broken("an indirect table in an indirect table (virtio 1.2 §2.7.5.3.1)"));
         }
@@ -108,7 +102,7 @@ impl<'m> Walk<'m> {
         }
         self.indirect = true;
         self.entries = bytes / DESCRIPTOR_BYTES as u32;
-        self.table = table_at(self.memory, address, self.entries);
+        self.table = table_at(finder, address, self.entries);
         Ok(())
     }
 
@@ -121,21 +115,13 @@ impl<'m> Walk<'m> {
         let table = self.table.as_ref().ok_or_else(outside)?;
         let at = usize::from(index) * DESCRIPTOR_BYTES as usize;
         // Each half is read once: the driver may change it at any time, but not under us.
-        let [address, rest] = table.get_ref::<[u64; 2]>(at).map_err(|_| outside())?.load().map(u64::from_le);
+        let half = |at| table.get_ref::<u64>(at).map(|half| u64::from_le(half.load())).map_err(|_| outside());
+        let (address, rest) = (half(at)?, half(at + 8)?);
         Ok((address, rest as u32, (rest >> 32) as u16, (rest >> 48) as u16))
     }
 }
 
-fn table_at(memory: &GuestMemory, address: u64, entries: u32) -> Option<VolatileSlice<'_>> {
+fn table_at<'m>(finder: &mut Finder<'m>, address: u64, entries: u32) -> Option<VolatileSlice<'m>> {
     let bytes = usize::try_from(u64::from(entries) * DESCRIPTOR_BYTES).ok()?;
-    memory.get_slice(GuestAddress(address), bytes).ok()
-}
-
-impl Iterator for Walk<'_> {
-    type Item = Result<Descriptor, QueueError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let index = self.next.take()?;
-        Some(self.descriptor(index))
-    }
+    finder.buffer(GuestAddress(address), bytes, false)
 }

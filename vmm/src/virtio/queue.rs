@@ -7,14 +7,14 @@ use std::sync::{
 };
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, VolatileMemory, VolatileSlice};
 
 use super::{
-    chain::{self, Descriptor, Walk},
+    chain::{Descriptor, Walk},
     counters::QueueCounters,
     slices::Slices,
 };
-use crate::guest_memory::{self, GuestMemory};
+use crate::guest_memory::{self, Finder, GuestMemory};
 
 /// VIRTIO_F_EVENT_IDX: both sides say at which index they want to be told (virtio 1.2 §2.7.7, §2.7.10).
 pub const FEATURE_EVENT_IDX: u64 = 1 << 29;
@@ -175,44 +175,55 @@ impl VirtQueue {
 
     /// The next chain that the driver made available.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueError> {
-        let Some(head) = self.next_head(memory)? else { return Ok(None) };
+        let mut readable = Buffers::default();
+        let mut writable = Buffers::default();
+        let head = self.pop_buffers(&mut Finder::new(memory), |slice, write| {
+            if write { &mut writable } else { &mut readable }.push(slice);
+        })?;
+        Ok(head.map(|head| Chain { head, readable, writable, size: self.last }))
+    }
+
+    /// As [`VirtQueue::pop`], but hands over each buffer of the chain, and whether the device is to write it, and returns
+    /// the chain's first descriptor. What has come before an error is the caller's to forget.
+    pub fn pop_buffers<'m>(
+        &mut self,
+        finder: &mut Finder<'m>,
+        mut take: impl FnMut(VolatileSlice<'m>, bool),
+    ) -> Result<Option<u16>, QueueError> {
+        let Some(head) = self.next_head(finder)? else { return Ok(None) };
         let limit = self.ring.size();
         if self.outstanding >= limit {
             return Err(QueueError::Outstanding { limit });
         }
-        let mut readable = Buffers::default();
-        let mut writable = Buffers::default();
-        let mut descriptors = 0;
+        let (mut descriptors, mut readable_bytes) = (0, 0);
         let mut written_part = false;
-        let mut finder = guest_memory::Finder::new(memory);
-        for descriptor in Walk::new(memory, self.ring.desc_table(), limit, head) {
-            let Descriptor { address, bytes, writable: write } = descriptor?;
+        let mut walk = Walk::new(finder, self.ring.desc_table(), limit, head);
+        while let Some(Descriptor { address, bytes, writable }) = walk.next(finder)? {
             descriptors += 1;
             let slice = finder
-                .buffer(GuestAddress(address), bytes as usize, write)
+                .buffer(GuestAddress(address), bytes as usize, writable)
                 .ok_or(QueueError::BufferOutsideMemory { head, address, bytes })?;
-            written_part |= write;
-            if write {
-                writable.push(slice);
-            } else if written_part {
-                return Err(QueueError::ReadableAfterWritable { head });
-            } else {
-                readable.push(slice);
+            written_part |= writable;
+            if !writable {
+                if written_part {
+                    return Err(QueueError::ReadableAfterWritable { head });
+                }
+                readable_bytes += u64::from(bytes);
             }
+            take(slice, writable);
         }
         self.outstanding += 1;
-        self.last = (descriptors, readable.len() as u64);
-        self.counters.taken(self.last.0, self.last.1);
-        Ok(Some(Chain { head, readable, writable, size: self.last }))
+        self.last = (descriptors, readable_bytes);
+        self.counters.taken(descriptors, readable_bytes);
+        Ok(Some(head))
     }
 
     /// The first descriptor of the next chain.
-    fn next_head(&mut self, memory: &GuestMemory) -> Result<Option<u16>, QueueError> {
-        let failed = |error| QueueError::Ring(virtio_queue::Error::GuestMemory(error));
+    fn next_head(&mut self, finder: &mut Finder) -> Result<Option<u16>, QueueError> {
         let (available, size, next) = (self.ring.avail_ring(), self.ring.size(), self.ring.next_avail());
-        // `is_valid` has checked that the whole ring is in memory, so that no sum overflows.
         if self.known == 0 {
-            let known = self.available_index(memory)?.wrapping_sub(next);
+            // Acquire: who sees the index sees the ring's elements and the descriptors (§2.7.13.3).
+            let known = load(finder, available + RING_INDEX, Ordering::Acquire)?.wrapping_sub(next);
             if known > size {
                 return Err(QueueError::Ring(virtio_queue::Error::InvalidAvailRingIndex));
             }
@@ -220,19 +231,11 @@ impl VirtQueue {
         }
         let Some(rest) = self.known.checked_sub(1) else { return Ok(None) };
         let slot = available + RING_ELEMENTS + u64::from(next % size) * AVAILABLE_ELEMENT_BYTES;
-        let head = chain::read::<u16>(memory, slot).map_err(failed)?;
+        let head = load(finder, slot, Ordering::Relaxed)?;
         self.known = rest;
         self.armed = false;
         self.ring.set_next_avail(next.wrapping_add(1));
-        Ok(Some(u16::from_le(head)))
-    }
-
-    /// How many chains the driver has made available, modulo 2^16.
-    fn available_index(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
-        let failed = |error| QueueError::Ring(virtio_queue::Error::GuestMemory(error));
-        let address = GuestAddress(self.ring.avail_ring() + RING_INDEX);
-        // Acquire: who sees the index sees the ring's elements and the descriptors (§2.7.13.3).
-        memory.load(address, Ordering::Acquire).map(u16::from_le).map_err(failed)
+        Ok(Some(head))
     }
 
     /// Its entries.
@@ -270,27 +273,29 @@ impl VirtQueue {
         memory: &GuestMemory,
         returned: &[(u16, u32)],
     ) -> Result<(), QueueError> {
-        let failed = |error| QueueError::Ring(virtio_queue::Error::GuestMemory(error));
+        let mut finder = Finder::new(memory);
         let (used, size) = (self.ring.used_ring(), self.ring.size());
         let mut next = self.ring.next_used();
+        let bytes = usize::from(size) * USED_ELEMENT_BYTES as usize;
+        let elements = place(&mut finder, used + RING_ELEMENTS, bytes, true)?;
         for (head, written) in returned {
-            // `is_valid` has checked that the whole ring is in memory, so that no sum overflows.
-            let slot = used + RING_ELEMENTS + u64::from(next % size) * USED_ELEMENT_BYTES;
+            let slot = usize::from(next % size) * USED_ELEMENT_BYTES as usize;
             let element = u64::from(*written) << 32 | u64::from(*head);
-            chain::write(memory, slot, element.to_le()).map_err(failed)?;
+            let slot = elements.get_ref::<u64>(slot).map_err(|error| memory_error(error.into()))?;
+            slot.store(element.to_le());
             next = next.wrapping_add(1);
         }
         // Release: who sees the index sees the elements (§2.7.8.2).
-        memory.store(next.to_le(), GuestAddress(used + RING_INDEX), Ordering::Release).map_err(failed)?;
+        let index = place(&mut finder, used + RING_INDEX, size_of::<u16>(), true)?;
+        index.store(next.to_le(), 0, Ordering::Release).map_err(|error| memory_error(error.into()))?;
         self.ring.set_next_used(next);
         self.outstanding = self.outstanding.saturating_sub(u16::try_from(returned.len()).unwrap_or(u16::MAX));
-        returned.iter().for_each(|(_, written)| self.counters.returned((*written).into()));
+        self.counters.returned(returned.iter().map(|(_, written)| u64::from(*written)).sum());
         Ok(())
     }
 
     /// Whether the driver wants to be told of what was returned since the last call.
     pub fn take_notification(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        let failed = |error| QueueError::Ring(virtio_queue::Error::GuestMemory(error));
         let (before, now) = (self.told, self.ring.next_used());
         if before == now {
             return Ok(false);
@@ -299,21 +304,23 @@ impl VirtQueue {
         // The driver must see the used ring's index before we look at whether it wants to know (§2.7.7.2).
         fence(Ordering::SeqCst);
         let available = self.ring.avail_ring();
-        let read =
-            |address| memory.load(GuestAddress(address), Ordering::Relaxed).map(u16::from_le).map_err(failed);
+        let finder = &mut Finder::new(memory);
         if self.ring.event_idx_enabled() {
-            let wanted_at = read(available + RING_ELEMENTS + 2 * u64::from(self.ring.size()))?;
+            let event = available + RING_ELEMENTS + AVAILABLE_ELEMENT_BYTES * u64::from(self.ring.size());
+            let wanted_at = load(finder, event, Ordering::Relaxed)?;
             // Whether the index that the driver waits for is among those passed since `before`, modulo 2^16.
             Ok(now.wrapping_sub(wanted_at).wrapping_sub(1) < now.wrapping_sub(before))
         } else {
-            Ok(read(available)? & NO_INTERRUPT == 0)
+            Ok(load(finder, available, Ordering::Relaxed)? & NO_INTERRUPT == 0)
         }
     }
 
     /// Asks the driver to ring when it makes something available. True if it has done so meanwhile: look again.
     pub fn enable_doorbell(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
         if self.armed {
-            return Ok(self.available_index(memory)? != self.ring.next_avail());
+            let index = self.ring.avail_ring() + RING_INDEX;
+            let index = load(&mut Finder::new(memory), index, Ordering::Acquire)?;
+            return Ok(index != self.ring.next_avail());
         }
         self.armed = !self.ring.enable_notification(memory).map_err(QueueError::Ring)?;
         Ok(!self.armed)
@@ -328,6 +335,28 @@ impl VirtQueue {
         self.armed = false;
         self.ring.disable_notification(memory).map_err(QueueError::Ring)
     }
+}
+
+/// Bytes of a ring. `is_valid` has checked that all rings are in memory, so that no sum of their places overflows; but
+/// memory can go away.
+fn place<'m>(
+    finder: &mut Finder<'m>,
+    address: u64,
+    bytes: usize,
+    write: bool,
+) -> Result<VolatileSlice<'m>, QueueError> {
+    let address = GuestAddress(address);
+    let gone = || memory_error(GuestMemoryError::InvalidGuestAddress(address));
+    finder.buffer(address, bytes, write).ok_or_else(gone)
+}
+
+fn load(finder: &mut Finder, address: u64, order: Ordering) -> Result<u16, QueueError> {
+    let place = place(finder, address, size_of::<u16>(), false)?;
+    place.load(0, order).map(u16::from_le).map_err(|error| memory_error(error.into()))
+}
+
+fn memory_error(error: GuestMemoryError) -> QueueError {
+    QueueError::Ring(virtio_queue::Error::GuestMemory(error))
 }
 
 /// Guest buffers, one after the other; reading and writing consume them from the front.
@@ -396,6 +425,12 @@ impl<'m> Buffers<'m> {
     /// Reads the first `N` bytes; `None`, and nothing is consumed, if there are fewer.
     pub fn read<const N: usize>(&mut self) -> Option<[u8; N]> {
         let mut bytes = [0; N];
+        if let Some(first) = self.slices().first().filter(|first| first.len() >= N) {
+            // As nearly always.
+            first.copy_to(&mut bytes);
+            self.slices.drop_front(N);
+            return Some(bytes);
+        }
         let mut rest = bytes.as_mut_slice();
         for slice in self.take(N)?.slices() {
             let (here, after) = rest.split_at_mut_checked(slice.len())?;
@@ -419,6 +454,11 @@ impl<'m> Buffers<'m> {
 
     /// Writes `bytes` to the front; false, and nothing is written, if they do not fit.
     pub fn write(&mut self, mut bytes: &[u8]) -> bool {
+        if let Some(first) = self.slices().first().filter(|first| first.len() >= bytes.len()) {
+            first.copy_from(bytes);
+            self.slices.drop_front(bytes.len());
+            return true;
+        }
         let Some(front) = self.take(bytes.len()) else { return false };
         for slice in front.slices() {
             let Some((here, after)) = bytes.split_at_checked(slice.len()) else { return false };

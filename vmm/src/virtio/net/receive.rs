@@ -20,8 +20,8 @@ use crate::{
         frame_socket::scatter,
         link::{HEADER_BYTES, Link, MAX_FRAME_BYTES, ReceiveError},
     },
-    guest_memory::{GuestMemory, transfer::Kept},
-    virtio::queue::{Chain, QueueError, VirtQueue},
+    guest_memory::{Finder, GuestMemory, transfer::Kept},
+    virtio::queue::{QueueError, VirtQueue},
 };
 
 /// So many buffers are enough: with those of one chain more and the spare one, they are what one read takes.
@@ -231,28 +231,34 @@ struct KeptChain {
 }
 
 impl Stock {
-    fn add(&mut self, chain: &Chain, memory: &GuestMemory) -> Result<(), QueueError> {
-        let bad = |problem| Err(QueueError::BadRequest { head: chain.head, problem });
-        if !chain.readable.is_empty() {
-            return bad("a buffer for a received frame must be writable only (virtio 1.2 §5.1.6.3)");
-        }
-        let bytes = chain.writable.len();
-        if bytes < HEADER_BYTES {
-            return bad("it has no room for a header of 12 bytes (virtio 1.2 §5.1.6.3.1)");
-        }
-        let buffers = self.buffers.get_or_insert_with(|| Kept::new(Arc::new(memory.clone())));
-        // Always true: the queue has found them in this memory.
-        let kept = chain.writable.slices().iter().filter(|slice| buffers.push(slice)).count();
-        self.bytes += bytes;
-        self.chains.push_back(KeptChain { head: chain.head, buffers: kept, bytes });
-        Ok(())
-    }
-
     /// Takes chains from the queue until there are so many bytes, or no more chains.
     fn fill(&mut self, bytes: usize, queue: &mut VirtQueue, memory: &GuestMemory) -> Result<(), QueueError> {
-        while self.bytes < bytes && self.slices() < MAX_SLICES {
-            let Some(chain) = queue.pop(memory)? else { break };
-            self.add(&chain, memory)?;
+        if self.bytes >= bytes {
+            return Ok(());
+        }
+        let buffers = self.buffers.get_or_insert_with(|| Kept::new(Arc::new(memory.clone())));
+        let mut finder = Finder::new(memory);
+        while self.bytes < bytes && buffers.len() < MAX_SLICES {
+            let (mut added, mut room, mut is_writable) = (0, 0, true);
+            let head = queue.pop_buffers(&mut finder, |slice, writable| {
+                is_writable &= writable;
+                // It is always kept, if it is not empty: the queue has found it in this memory.
+                if !slice.is_empty() && buffers.push(&slice) {
+                    added += 1;
+                    room += slice.len();
+                }
+            })?;
+            let Some(head) = head else { break };
+            if !is_writable {
+                let problem = "a buffer for a received frame must be writable only (virtio 1.2 §5.1.6.3)";
+                return Err(QueueError::BadRequest { head, problem });
+            }
+            if room < HEADER_BYTES {
+                let problem = "it has no room for a header of 12 bytes (virtio 1.2 §5.1.6.3.1)";
+                return Err(QueueError::BadRequest { head, problem });
+            }
+            self.bytes += room;
+            self.chains.push_back(KeptChain { head, buffers: added, bytes: room });
         }
         Ok(())
     }
@@ -278,7 +284,7 @@ impl Stock {
             rest -= here;
             returned.push((chain.head, here as u32));
         }
-        // The first chain has room for a header (`add`). §5.1.6.4.1: 1 where buffers are not merged.
+        // The first chain has room for a header (`fill`). §5.1.6.4.1: 1 where buffers are not merged.
         let mut place = NUM_BUFFERS_OFFSET;
         let mut number: &[u8] = &(returned.len() as u16).to_le_bytes();
         for slice in self.buffers() {

@@ -362,8 +362,11 @@ impl<S: Stream> Connection<S> {
             self.credit_requested = true;
             return None;
         }
-        let all: Buffers = rooms.iter().flat_map(Buffers::slices).copied().collect();
-        let target = all.prefix(credit as usize);
+        let mut target: Buffers = rooms.iter().flat_map(Buffers::slices).copied().collect();
+        let room = target.len();
+        if room > credit as usize {
+            target = target.prefix(credit as usize);
+        }
         if target.is_empty() {
             // Reading nothing would look like the end.
             return None;
@@ -375,7 +378,7 @@ impl<S: Stream> Connection<S> {
                 None
             }
             Ok(count) => {
-                self.wanted_buffers = if count == all.len() {
+                self.wanted_buffers = if count == room {
                     (2 * rooms.len()).min(MAX_BUFFERS_AT_ONCE)
                 } else {
                     rooms.len().div_ceil(2)

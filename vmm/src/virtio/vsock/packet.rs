@@ -77,19 +77,28 @@ impl Header {
     }
 
     /// To the wire.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(HEADER_BYTES);
-        bytes.extend(self.src_cid.to_le_bytes());
-        bytes.extend(self.dst_cid.to_le_bytes());
-        bytes.extend(self.src_port.to_le_bytes());
-        bytes.extend(self.dst_port.to_le_bytes());
-        bytes.extend(self.len.to_le_bytes());
-        bytes.extend(self.socket_type.to_le_bytes());
-        bytes.extend(self.op.to_le_bytes());
-        bytes.extend(self.flags.to_le_bytes());
-        bytes.extend(self.buf_alloc.to_le_bytes());
-        bytes.extend(self.fwd_cnt.to_le_bytes());
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        let mut rest = bytes.as_mut_slice();
+        put(&mut rest, self.src_cid.to_le_bytes());
+        put(&mut rest, self.dst_cid.to_le_bytes());
+        put(&mut rest, self.src_port.to_le_bytes());
+        put(&mut rest, self.dst_port.to_le_bytes());
+        put(&mut rest, self.len.to_le_bytes());
+        put(&mut rest, self.socket_type.to_le_bytes());
+        put(&mut rest, self.op.to_le_bytes());
+        put(&mut rest, self.flags.to_le_bytes());
+        put(&mut rest, self.buf_alloc.to_le_bytes());
+        put(&mut rest, self.fwd_cnt.to_le_bytes());
         bytes
+    }
+}
+
+/// Writes the next field, for which a header of the right size has room.
+fn put<const N: usize>(rest: &mut &mut [u8], field: [u8; N]) {
+    if let Some((place, after)) = std::mem::take(rest).split_first_chunk_mut::<N>() {
+        *place = field;
+        *rest = after;
     }
 }
 
@@ -118,7 +127,7 @@ mod tests {
             buf_alloc: 9,
             fwd_cnt: 10,
         };
-        let bytes: [u8; HEADER_BYTES] = header.encode().try_into().unwrap();
+        let bytes = header.encode();
         assert_eq!(bytes[24..28], [5, 0, 0, 0]);
         assert_eq!(bytes[30..32], [7, 0]);
         assert_eq!(Header::decode(&bytes), header);
