@@ -1,5 +1,7 @@
 //! What a vCPU is before its first instruction: CPUID, MSRs, local APIC and registers.
 
+use std::ops::RangeInclusive;
+
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_lapic_state,
     kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
@@ -15,13 +17,16 @@ use crate::boot::{
 /// CPUID as the host's KVM offers it, made fit for a machine of `vcpus` single-threaded cores in one socket.
 /// [`for_vcpu`] finishes it for each of them.
 pub fn machine_cpuid(kvm: &Kvm, vcpus: u8) -> Result<CpuId, kvm_ioctls::Error> {
-    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    let host = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
     // KVM emulates the deadline timer in its own local APIC, but leaves it to us to say so
     // (Linux Documentation/virt/kvm/api.rst, KVM_GET_SUPPORTED_CPUID).
-    let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
-    // The topology leaves are replaced by ones of our own.
-    cpuid.retain(|entry| !matches!(entry.function, 0xb | 0x1f | 0x8000_0026));
+    Ok(guest_cpuid(host, vcpus, kvm.check_extension(Cap::TscDeadlineTimer)))
+}
+
+fn guest_cpuid(mut cpuid: CpuId, vcpus: u8, deadline_timer: bool) -> CpuId {
+    cpuid.retain(|entry| GUEST_LEAVES.iter().any(|leaves| leaves.contains(&entry.function)));
     for entry in cpuid.as_mut_slice() {
+        hide_host_features(entry);
         set_topology_independent_bits(entry, vcpus, deadline_timer);
     }
     if cpuid.as_slice().iter().any(|entry| entry.function == 0 && entry.eax >= 0xb) {
@@ -30,7 +35,48 @@ pub fn machine_cpuid(kvm: &Kvm, vcpus: u8) -> Result<CpuId, kvm_ioctls::Error> {
             let _ = cpuid.push(entry);
         }
     }
-    Ok(cpuid)
+    cpuid
+}
+
+/// Leaves that a guest sees; whatever else a KVM knows, now or one day, is the host's own. Left out are those of topology
+/// (0xb, 0x1f, 0x8000_0026), of which a guest gets its own, of nested virtualisation (0x8000_000a), performance counters
+/// (0x8000_0022), tracing (0x14, 0x1c), enclaves and encryption (0x12, 0x19, 0x8000_001f), and of sharing out caches and
+/// bandwidth (0xf, 0x10, 0x8000_0020).
+const GUEST_LEAVES: [RangeInclusive<u32>; 11] = [
+    0..=2,
+    4..=7,
+    0xa..=0xa,
+    0xd..=0xd,
+    0x1d..=0x1e,
+    0x24..=0x24,
+    0x4000_0000..=0x4000_00ff,
+    0x8000_0000..=0x8000_0008,
+    0x8000_0019..=0x8000_001a,
+    0x8000_001d..=0x8000_001e,
+    0x8000_0021..=0x8000_0021,
+];
+
+/// Features that a guest is not offered, although KVM would give it some (Intel's and AMD's manuals, CPUID): to run
+/// guests of its own, which is much of KVM within a hostile guest's reach; to count, sample and trace, which are channels
+/// out of a guest; enclaves; and what only a host administers.
+fn hide_host_features(entry: &mut kvm_cpuid_entry2) {
+    let bits = |bits: &[u32]| bits.iter().fold(0, |all, bit| all | 1 << bit);
+    match (entry.function, entry.index) {
+        // VMX, SMX, PDCM; DS.
+        (0x1, _) => {
+            entry.ecx &= !bits(&[5, 6, 15]);
+            entry.edx &= !bits(&[21]);
+        }
+        // SGX, PQM, PQE, PT; SGX_LC; PCONFIG, ARCH_LBR.
+        (0x7, 0) => {
+            entry.ebx &= !bits(&[2, 12, 15, 25]);
+            entry.ecx &= !bits(&[30]);
+            entry.edx &= !bits(&[18, 19]);
+        }
+        // SVM, IBS, SKINIT, LWP; counters of cores, of the north bridge, of time, and of caches.
+        (0x8000_0001, _) => entry.ecx &= !bits(&[2, 10, 12, 15, 23, 24, 27, 28]),
+        _ => {}
+    }
 }
 
 fn set_topology_independent_bits(entry: &mut kvm_cpuid_entry2, vcpus: u8, deadline_timer: bool) {
@@ -236,6 +282,56 @@ mod tests {
         let leaves = cpuid.as_slice();
         assert_eq!((leaves[0].ebx >> 24, (leaves[0].ebx >> 16) & 0xff), (3, 4));
         assert_eq!((leaves[1].edx, leaves[2].eax), (3, 3));
+    }
+
+    /// On a host whose KVM offers each bit of each leaf.
+    #[test]
+    fn cpuid_has_nothing_that_is_only_the_host_s() {
+        let leaves = (0..0x30).chain(0x8000_0000..0x8000_0030).chain([0x4000_0000, 0x4000_0001, 0xc000_0002]);
+        let everything = leaves.map(|function| {
+            let ones = u32::MAX;
+            let index = 0;
+            kvm_cpuid_entry2 { function, index, eax: ones, ebx: ones, ecx: ones, edx: ones, ..entry(0, 0) }
+        });
+        let host = CpuId::from_entries(&everything.collect::<Vec<_>>()).unwrap();
+        let cpuid = for_vcpu(&guest_cpuid(host, 2, false), 1);
+        let find = |function| cpuid.as_slice().iter().find(|entry| entry.function == function);
+        for function in [
+            3,
+            8,
+            9,
+            0xc,
+            0xf,
+            0x10,
+            0x12,
+            0x14,
+            0x19,
+            0x1a,
+            0x1b,
+            0x1c,
+            0x1f,
+            0x23,
+            0x8000_000a,
+            0x8000_001b,
+        ]
+        .into_iter()
+        .chain([0x8000_001c, 0x8000_001f, 0x8000_0020, 0x8000_0022, 0x8000_0026, 0xc000_0002])
+        {
+            assert_eq!(find(function), None, "{function:#x}");
+        }
+        let counters = find(0xa).unwrap();
+        assert_eq!((counters.eax, counters.ebx, counters.ecx, counters.edx), (0, 0, 0, 0));
+        // VMX, SMX, PDCM; SGX, PQM, PQE, PT; SVM, IBS, counters. What programs use stays.
+        let hidden = |value: u32, bits: &[u32]| bits.iter().all(|bit| value & 1 << bit == 0);
+        assert!(hidden(find(1).unwrap().ecx, &[5, 6, 15]));
+        assert!(hidden(find(7).unwrap().ebx, &[2, 12, 15, 25]));
+        assert!(hidden(find(0x8000_0001).unwrap().ecx, &[2, 10, 12, 15, 23, 24, 27, 28]));
+        assert_eq!(find(7).unwrap().ebx & 1 << 5, 1 << 5);
+        // Its places in the machine are its own, not those of the processor that asked KVM.
+        assert_eq!(find(1).unwrap().ebx >> 16, 0x0102);
+        let topology = find(0xb).unwrap();
+        assert_eq!((topology.eax, topology.ebx, topology.ecx, topology.edx), (0, 1, 0x100, 1));
+        assert_eq!(find(0x8000_001e).unwrap().eax, 1);
     }
 
     #[test]
