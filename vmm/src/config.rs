@@ -50,7 +50,7 @@ pub struct VmConfig {
     pub cpu_template: CpuTemplate,
     /// Guest memory in MiB, [`MIN_MEMORY_MIB`] up to what the host has.
     pub memory_mib: u32,
-    /// Guest kernel: an uncompressed x86-64 ELF `vmlinux` with a PVH entry, or a bzImage.
+    /// Guest kernel: an uncompressed x86-64 ELF `vmlinux`, or a bzImage.
     pub kernel: PathBuf,
     /// Appended to the kernel command line that the VMM makes, so that it wins over it.
     #[serde(default)]

@@ -49,12 +49,18 @@ fn print(text: &str) -> Vec<u8> {
 
 /// An ELF file with a PVH note whose only segment is `code`.
 fn kernel(code: &[u8]) -> Vec<u8> {
+    // XEN_ELFNOTE_PHYS32_ENTRY
+    kernel_with_note(code, 18)
+}
+
+/// As [`kernel`], with a note of this type.
+fn kernel_with_note(code: &[u8], note_type: u32) -> Vec<u8> {
     const HEADER: u64 = 64;
     const PROGRAM_HEADER: u64 = 56;
     let note_at = HEADER + 2 * PROGRAM_HEADER;
     let mut note = Vec::new();
-    // Name size, descriptor size, XEN_ELFNOTE_PHYS32_ENTRY, name, entry point.
-    for word in [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), CODE_ADDRESS] {
+    // Name size, descriptor size, type, name, entry point.
+    for word in [4, 4, note_type, u32::from_le_bytes(*b"Xen\0"), CODE_ADDRESS] {
         note.extend(word.to_le_bytes());
     }
     let code_at = note_at + note.len() as u64;
@@ -165,6 +171,25 @@ fn start_info_is_where_ebx_points() -> Result<(), Failed> {
     expect(exit_code(&[0x8b, 0x03], |_, _| ())?, 0x336e_c578)
 }
 
+/// A kernel without a PVH entry starts in 64-bit mode, with `rsi` at the zero page.
+fn kernel_without_pvh_entry_is_entered_at_its_64_bit_entry() -> Result<(), Failed> {
+    // mov rax, rsi; shl rax, 32; shr rax, 32; mov eax, [rax + 0x202]. With 32-bit registers, nothing would be left of it.
+    let code = [
+        &[
+            0x48, 0x89, 0xf0, 0x48, 0xc1, 0xe0, 0x20, 0x48, 0xc1, 0xe8, 0x20, 0x8b, 0x80, 0x02, 0x02, 0x00,
+            0x00,
+        ][..],
+        EXIT_WITH_EAX,
+    ]
+    .concat();
+    let (reason, _) = run(&[], |config, folder| {
+        let path = folder.join("without-pvh");
+        let _ = fs::write(&path, kernel_with_note(&code, 99));
+        config.kernel = path;
+    })?;
+    expect(reason, ExitReason::GuestExit { code: u32::from_le_bytes(*b"HdrS") })
+}
+
 fn initramfs_is_where_the_start_info_says() -> Result<(), Failed> {
     // mov eax, [ebx + 16] (module list); mov eax, [eax] (address); mov eax, [eax]
     let code = [0x8b, 0x43, 0x10, 0x8b, 0x00, 0x8b, 0x00];
@@ -241,11 +266,15 @@ fn main() {
     if no_kvm {
         eprintln!("tiny_guest: every test is ignored, because /dev/kvm cannot be opened");
     }
-    let tests: [(&str, Test); 12] = [
+    let tests: [(&str, Test); 13] = [
         ("exit_port_ends_the_machine_with_its_code", exit_port_ends_the_machine_with_its_code),
         ("marks_come_in_order_on_one_clock", marks_come_in_order_on_one_clock),
         ("console_text_comes_with_the_end_and_in_the_log", console_text_comes_with_the_end_and_in_the_log),
         ("start_info_is_where_ebx_points", start_info_is_where_ebx_points),
+        (
+            "kernel_without_pvh_entry_is_entered_at_its_64_bit_entry",
+            kernel_without_pvh_entry_is_entered_at_its_64_bit_entry,
+        ),
         ("initramfs_is_where_the_start_info_says", initramfs_is_where_the_start_info_says),
         ("virtio_device_answers_at_its_address", virtio_device_answers_at_its_address),
         ("keyboard_reset_and_triple_fault_end_the_machine", keyboard_reset_and_triple_fault_end_the_machine),

@@ -10,6 +10,18 @@ use crate::guest_memory::GuestMemory;
 const LOADER_UNDEFINED: u8 = 0xff;
 const E820_RAM: u32 = 1;
 
+/// The setup header that a vmlinux would have as a bzImage: what a kernel that is entered at its 64-bit entry looks at, or
+/// may look at (boot.rst, "The Real-Mode Kernel Header").
+pub fn header_of_elf() -> setup_header {
+    setup_header {
+        boot_flag: 0xaa55,
+        header: u32::from_le_bytes(*b"HdrS"),
+        version: 0x020f,
+        kernel_alignment: 16 << 20,
+        ..Default::default()
+    }
+}
+
 /// Writes the zero page for a kernel with this setup header; the command line is at [`layout::CMDLINE`].
 pub fn write_zero_page(
     memory: &GuestMemory,

@@ -7,7 +7,7 @@ use linux_loader::loader::{
 };
 use vm_memory::GuestAddress;
 
-use super::{EntryPoint, layout};
+use super::{EntryPoint, bzimage, layout};
 use crate::guest_memory::GuestMemory;
 
 /// Why a kernel file cannot be booted. The caller adds the file's name.
@@ -25,11 +25,6 @@ pub enum KernelError {
     /// An ELF file for something else.
     #[error("it is an ELF file, but not for x86-64; use an x86-64 kernel")]
     ForeignElf,
-    /// No PVH note.
-    #[error(
-        "it is an ELF file without a PVH entry; use a Linux kernel built with CONFIG_PVH=y, or its bzImage"
-    )]
-    NoPvhEntry,
     /// No 64-bit entry.
     #[error("it is a bzImage without a 64-bit entry; use an x86-64 kernel")]
     No64BitEntry,
@@ -64,7 +59,7 @@ pub struct LoadedKernel {
     pub end: u64,
     /// Highest address, exclusive, at which it accepts an initramfs.
     pub initramfs_limit: u64,
-    /// A bzImage's setup header.
+    /// The setup header of a kernel that is entered by Linux's own boot protocol.
     pub setup_header: Option<setup_header>,
 }
 
@@ -118,24 +113,26 @@ pub fn load(
         Format::Elf => {
             let high = GuestAddress(layout::HIGH_MEMORY_START);
             let loaded = Elf::load(memory, None, file, Some(high)).map_err(load_error)?;
-            let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-                return Err(KernelError::NoPvhEntry);
+            let (entry, setup_header) = match loaded.pvh_boot_cap {
+                PvhBootCapability::PvhEntryPresent(entry) => (EntryPoint::Pvh { entry }, None),
+                // Built without CONFIG_PVH: its ELF entry is the 64-bit one.
+                _ => (EntryPoint::Linux64 { entry: loaded.kernel_load }, Some(bzimage::header_of_elf())),
             };
             Ok(LoadedKernel {
-                entry: EntryPoint::Pvh { entry },
+                entry,
                 end: fitting(loaded.kernel_end, low_memory_bytes)?,
                 initramfs_limit: low_memory_bytes,
-                setup_header: None,
+                setup_header,
             })
         }
         Format::BzImage => {
             let loaded = BzImage::load(memory, None, file, None).map_err(load_error)?;
-            bzimage(&loaded, low_memory_bytes)
+            unpacked(&loaded, low_memory_bytes)
         }
     }
 }
 
-fn bzimage(loaded: &KernelLoaderResult, low_memory_bytes: u64) -> Result<LoadedKernel, KernelError> {
+fn unpacked(loaded: &KernelLoaderResult, low_memory_bytes: u64) -> Result<LoadedKernel, KernelError> {
     // boot.rst: `xloadflags` bit 0, and the offset of the 64-bit entry from the start of the loaded part.
     const XLF_KERNEL_64: u16 = 1;
     const ENTRY_64_OFFSET: u64 = 0x200;

@@ -54,13 +54,13 @@ pub fn kernel_file(bytes: &[u8]) {
 }
 
 pub fn seeds() -> Vec<Vec<u8>> {
-    vec![elf(), bzimage_file()]
+    vec![elf(18), elf(99), bzimage_file()]
 }
 
-/// An ELF file with a PVH note and one small segment.
-fn elf() -> Vec<u8> {
+/// An ELF file with one small segment and a note of this type; 18 is that of a PVH entry.
+fn elf(note_type: u32) -> Vec<u8> {
     let mut note = Vec::new();
-    for word in [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), 0x10_0000u32] {
+    for word in [4, 4, note_type, u32::from_le_bytes(*b"Xen\0"), 0x10_0000u32] {
         note.extend(word.to_le_bytes());
     }
     let code = [0xf4; 32];

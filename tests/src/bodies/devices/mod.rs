@@ -4,6 +4,7 @@ mod balloon;
 mod block;
 mod console;
 mod cpu;
+mod kernel;
 mod memory;
 mod net;
 mod pmem;
@@ -19,6 +20,7 @@ pub fn all() -> Vec<Body> {
         block::BODIES,
         console::BODIES,
         cpu::BODIES,
+        kernel::BODIES,
         memory::BODIES,
         net::BODIES,
         pmem::BODIES,
