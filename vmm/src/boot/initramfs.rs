@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Seek, SeekFrom},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -78,16 +79,16 @@ pub struct Initramfs {
 /// Why the initramfs could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum InitramfsError {
-    /// It does not fit between the kernel and the end of low memory.
+    /// It does not fit between the kernel and the end of low memory, nor below the kernel.
     #[error(
-        "an initramfs of {bytes} bytes does not fit: the kernel needs memory up to {kernel_end:#x} and memory \
-         ends at {limit:#x}; give the guest more memory"
+        "an initramfs of {bytes} bytes does not fit: the kernel needs memory from {:#x} up to {:#x} and memory \
+         ends at {limit:#x}; give the guest more memory", kernel.start, kernel.end
     )]
     TooLarge {
         /// Size of all parts.
         bytes: u64,
-        /// First address after the kernel.
-        kernel_end: u64,
+        /// Addresses of the kernel.
+        kernel: Range<u64>,
         /// First address that the initramfs cannot use.
         limit: u64,
     },
@@ -102,22 +103,26 @@ pub enum InitramfsError {
     },
 }
 
-/// Loads all parts as high as possible below `limit`; `None` if there is nothing to load.
+/// Loads all parts as high as possible below `limit`, or, where that is too little, below the kernel, which takes this
+/// range of addresses; `None` if there is nothing to load.
 pub fn load(
     memory: &GuestMemory,
     parts: Vec<Part>,
-    kernel_end: u64,
+    kernel: Range<u64>,
     limit: u64,
 ) -> Result<Option<Initramfs>, InitramfsError> {
     let bytes = parts
         .iter()
         .try_fold(0u64, |sum, part| sum.checked_next_multiple_of(PART_ALIGNMENT)?.checked_add(part.bytes()));
-    let too_large = || InitramfsError::TooLarge { bytes: bytes.unwrap_or(u64::MAX), kernel_end, limit };
+    let too_large =
+        || InitramfsError::TooLarge { bytes: bytes.unwrap_or(u64::MAX), kernel: kernel.clone(), limit };
     let size = bytes.ok_or_else(too_large)?;
     if size == 0 {
         return Ok(None);
     }
-    let address = place(size, kernel_end, limit).ok_or_else(too_large)?;
+    let address = place(size, kernel.end, limit)
+        .or_else(|| place(size, layout::HIGH_MEMORY_START, limit.min(kernel.start / PAGE * PAGE)))
+        .ok_or_else(too_large)?;
     let mut at = address;
     for part in parts {
         // Guest memory is zeroed, so that skipping is padding.
@@ -137,10 +142,10 @@ pub fn load(
     Ok(Some(Initramfs { address: GuestAddress(address), bytes: size }))
 }
 
-fn place(bytes: u64, kernel_end: u64, limit: u64) -> Option<u64> {
+fn place(bytes: u64, from: u64, limit: u64) -> Option<u64> {
     let limit = limit.min(layout::DEVICE_HOLE_START);
     let address = limit.checked_sub(bytes)? / PAGE * PAGE;
-    (address >= kernel_end).then_some(address)
+    (address >= from).then_some(address)
 }
 
 #[cfg(test)]
@@ -162,7 +167,7 @@ mod tests {
         let memory = memory();
         let part = Part::embedded(&CONSTANT);
         assert!(matches!(part, Part::File { bytes: 4, .. }), "{part:?}");
-        let loaded = load(&memory, vec![part, Part::Bytes(b"sun")], 0, END).unwrap().unwrap();
+        let loaded = load(&memory, vec![part, Part::Bytes(b"sun")], 0..0, END).unwrap().unwrap();
         let mut read = [0; 7];
         memory.read_slice(&mut read, loaded.address).unwrap();
         assert_eq!(read, *b"moonsun");
@@ -174,7 +179,7 @@ mod tests {
         file.write_all(b"world").unwrap();
         let memory = memory();
         let parts = vec![Part::Bytes(b"hello"), Part::open(file.path()).unwrap()];
-        let initramfs = load(&memory, parts, 1 << 20, END).unwrap().unwrap();
+        let initramfs = load(&memory, parts, 1 << 20..1 << 20, END).unwrap().unwrap();
         assert_eq!(initramfs, Initramfs { address: GuestAddress(END - 4096), bytes: 8 + 5 });
         let mut seen = [0; 13];
         memory.read_slice(&mut seen, initramfs.address).unwrap();
@@ -183,14 +188,22 @@ mod tests {
 
     #[test]
     fn load_of_nothing_is_none() {
-        assert_eq!(load(&memory(), vec![], 0, END).unwrap(), None);
-        assert_eq!(load(&memory(), vec![Part::Bytes(b"")], 0, END).unwrap(), None);
+        assert_eq!(load(&memory(), vec![], 0..0, END).unwrap(), None);
+        assert_eq!(load(&memory(), vec![Part::Bytes(b"")], 0..0, END).unwrap(), None);
     }
 
     #[test]
     fn load_over_kernel_fails() {
-        let error = load(&memory(), vec![Part::Bytes(b"x")], END - 4095, END).unwrap_err();
+        let kernel = layout::HIGH_MEMORY_START + 4095..END - 4095;
+        let error = load(&memory(), vec![Part::Bytes(b"x")], kernel, END).unwrap_err();
         assert!(error.to_string().contains("an initramfs of 1 bytes does not fit"), "{error}");
+    }
+
+    #[test]
+    fn load_without_room_above_the_kernel_goes_below_it() {
+        let kernel = layout::HIGH_MEMORY_START + 4096..END;
+        let loaded = load(&memory(), vec![Part::Bytes(b"x")], kernel, END).unwrap().unwrap();
+        assert_eq!(loaded.address.0, layout::HIGH_MEMORY_START);
     }
 
     #[test]
@@ -199,6 +212,6 @@ mod tests {
         file.write_all(b"world").unwrap();
         let part = Part::open(file.path()).unwrap();
         file.as_file().set_len(2).unwrap();
-        assert!(matches!(load(&memory(), vec![part], 0, END), Err(InitramfsError::Read { .. })));
+        assert!(matches!(load(&memory(), vec![part], 0..0, END), Err(InitramfsError::Read { .. })));
     }
 }

@@ -55,7 +55,9 @@ pub enum KernelError {
 pub struct LoadedKernel {
     /// Where and how it is entered.
     pub entry: EntryPoint,
-    /// First address after the memory that it needs before it knows of any other.
+    /// First address of the memory that it needs before it knows of any other.
+    pub start: u64,
+    /// First address after that memory.
     pub end: u64,
     /// Highest address, exclusive, at which it accepts an initramfs.
     pub initramfs_limit: u64,
@@ -109,7 +111,8 @@ pub fn load(
     low_memory_bytes: u64,
 ) -> Result<LoadedKernel, KernelError> {
     let load_error = |cause| KernelError::Load { memory_mib: low_memory_bytes >> 20, cause };
-    match Format::of(&read_header(file)?)? {
+    let header = read_header(file)?;
+    match Format::of(&header)? {
         Format::Elf => {
             let high = GuestAddress(layout::HIGH_MEMORY_START);
             let loaded = Elf::load(memory, None, file, Some(high)).map_err(load_error)?;
@@ -120,6 +123,7 @@ pub fn load(
             };
             Ok(LoadedKernel {
                 entry,
+                start: lowest_segment(&header).unwrap_or(layout::HIGH_MEMORY_START),
                 end: fitting(loaded.kernel_end, low_memory_bytes)?,
                 initramfs_limit: low_memory_bytes,
                 setup_header,
@@ -145,10 +149,30 @@ fn unpacked(loaded: &KernelLoaderResult, low_memory_bytes: u64) -> Result<Loaded
     let end = loaded.kernel_end.max(start.saturating_add(u64::from(header.init_size)));
     Ok(LoadedKernel {
         entry: EntryPoint::Linux64 { entry: GuestAddress(loaded.kernel_load.0 + ENTRY_64_OFFSET) },
+        start: loaded.kernel_load.0,
         end: fitting(end, low_memory_bytes)?,
         initramfs_limit: low_memory_bytes.min(u64::from(header.initrd_addr_max).saturating_add(1)),
         setup_header: Some(header),
     })
+}
+
+/// Where an ELF file's lowest segment goes in physical memory; `None` if its program headers are not all in the first
+/// bytes of the file (elf(5)), which are given.
+fn lowest_segment(file: &[u8]) -> Option<u64> {
+    const LOAD: u32 = 1;
+    let half = |at: usize| Some(u16::from_le_bytes(file.get(at..at.checked_add(2)?)?.try_into().ok()?));
+    let word = |at: usize| Some(u32::from_le_bytes(file.get(at..at.checked_add(4)?)?.try_into().ok()?));
+    let long = |at: usize| Some(u64::from_le_bytes(file.get(at..at.checked_add(8)?)?.try_into().ok()?));
+    let (first, bytes, count) = (usize::try_from(long(32)?).ok()?, usize::from(half(54)?), half(56)?);
+    let mut lowest = None;
+    for index in 0..usize::from(count) {
+        let header = first.checked_add(index.checked_mul(bytes)?)?;
+        let (kind, address) = (word(header)?, long(header.checked_add(24)?)?);
+        if kind == LOAD {
+            lowest = Some(lowest.map_or(address, |lowest: u64| lowest.min(address)));
+        }
+    }
+    lowest
 }
 
 fn fitting(end: u64, limit: u64) -> Result<u64, KernelError> {
@@ -214,6 +238,24 @@ mod tests {
         }
         assert!(matches!(load_bytes(&elf_header(1, 3)), KernelError::ForeignElf));
         assert!(matches!(load_bytes(&elf_header(2, 183)), KernelError::ForeignElf));
+    }
+
+    #[test]
+    fn lowest_segment_is_found_only_in_headers_that_are_there() {
+        let mut header = elf_header(2, 62);
+        header[32] = 64;
+        header[54] = 56;
+        header[56] = 3;
+        for (kind, address) in [(1u32, 0x200_0000u64), (1, 0x100_0000), (4, 0)] {
+            let at = header.len();
+            header.resize(at + 56, 0);
+            header[at..at + 4].copy_from_slice(&kind.to_le_bytes());
+            header[at + 24..at + 32].copy_from_slice(&address.to_le_bytes());
+        }
+        assert_eq!(lowest_segment(&header), Some(0x100_0000));
+        assert_eq!(lowest_segment(&header[..200]), None);
+        header[32..40].fill(0xff);
+        assert_eq!(lowest_segment(&header), None);
     }
 
     #[test]

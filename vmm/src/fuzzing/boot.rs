@@ -33,11 +33,15 @@ pub fn kernel_file(bytes: &[u8]) {
         let Ok(kernel) = kernel::load(memory, file, MEMORY_BYTES) else { return };
         assert!(kernel.end <= MEMORY_BYTES);
         let part = initramfs::Part::Bytes(&bytes[bytes.len() / 2..]);
-        let Ok(initramfs) = initramfs::load(memory, vec![part], kernel.end, kernel.initramfs_limit) else {
+        let Ok(initramfs) =
+            initramfs::load(memory, vec![part], kernel.start..kernel.end, kernel.initramfs_limit)
+        else {
             return;
         };
         if let Some(initramfs) = initramfs {
-            assert!(initramfs.address.0 >= kernel.end);
+            let end = initramfs.address.0 + initramfs.bytes;
+            assert!(initramfs.address.0 >= kernel.end || end <= kernel.start);
+            assert!(initramfs.address.0 >= layout::HIGH_MEMORY_START);
             assert!(memory.check_range(initramfs.address, initramfs.bytes as usize));
         }
         let usable = layout::usable_ranges(&layout::memory_regions(MEMORY_BYTES));

@@ -459,7 +459,7 @@ fn load(
     let line = cmdline::build(config.vcpus, lines, &config.cmdline_extra)?;
     let kernel = kernel::load(memory, kernel, low_memory_bytes)
         .map_err(|source| LoadError::Kernel { path: config.kernel.clone(), source })?;
-    let initramfs = initramfs::load(memory, initramfs, kernel.end, kernel.initramfs_limit)?;
+    let initramfs = initramfs::load(memory, initramfs, kernel.start..kernel.end, kernel.initramfs_limit)?;
     boot::write_cmdline(memory, &line)?;
     let interrupts = lines.iter().copied().chain([serial::INTERRUPT_LINE]);
     mp_table::write(memory, config.vcpus, interrupts)?;
