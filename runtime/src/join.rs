@@ -99,7 +99,7 @@ impl Joined {
 /// The namespaces of `linux/sched.h`, by their names in `/proc/PID/ns`.
 const KINDS: [(&str, u64); 8] = [
     ("user", NEW_USER),
-    ("mnt", 0x0002_0000),
+    ("mnt", NEW_MOUNTS),
     ("cgroup", 0x0200_0000),
     ("uts", 0x0400_0000),
     ("ipc", 0x0800_0000),
@@ -107,11 +107,12 @@ const KINDS: [(&str, u64); 8] = [
     ("net", 0x4000_0000),
     ("time", 0x80),
 ];
+const NEW_MOUNTS: u64 = 0x0002_0000;
 const NEW_USER: u64 = 0x1000_0000;
 const NEW_PID: u64 = 0x2000_0000;
 
-/// Those of `pid`'s namespaces that this process is not in.
-fn foreign_namespaces(pid: i32) -> io::Result<u64> {
+/// Those of `pid`'s namespaces that this process is not in. `pidfd` is that process's.
+fn foreign_namespaces(pid: i32, pidfd: BorrowedFd<'_>) -> io::Result<u64> {
     let mut foreign = 0;
     for (name, kind) in KINDS {
         let identity = |path: PathBuf| std::fs::metadata(path).map(|file| (file.dev(), file.ino()));
@@ -124,6 +125,13 @@ fn foreign_namespaces(pid: i32) -> io::Result<u64> {
                 }
             }
         }
+    }
+    // The number may have gone to another process, one of the host's. Whose descriptor still takes a signal is not reaped,
+    // so that number was its own until now.
+    syscalls::pidfd_send_signal(pidfd, 0)?;
+    // And what joins nothing would run on the host: no container shares its mounts (`spec_check`).
+    if foreign & NEW_MOUNTS == 0 {
+        return Err(io::Error::other("it has no mount namespace of its own"));
     }
     Ok(foreign)
 }
@@ -141,7 +149,8 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
     let (args, env) = (strings("process.args", process.args())?, strings("process.env", process.env())?);
     let keyring = CString::new(format!("cloche.{}", join.id)).map_err(|_| LaunchError::NulByte("the id"))?;
     let own_program = OwnProgram::identify().map_err(process_failed("identify this program"))?;
-    let foreign = foreign_namespaces(join.pid).map_err(process_failed("read the container's namespaces"))?;
+    let foreign = foreign_namespaces(join.pid, join.pidfd)
+        .map_err(process_failed("read the container's namespaces"))?;
     let entrances = join.cgroup.entrances()?;
     // In a user namespace the process has all there are.
     let capabilities = granted(process, join.warn.filter(|_| foreign & NEW_USER == 0))?;
@@ -292,5 +301,32 @@ impl Child<'_> {
         let env = self.entry.environment(root.as_fd(), &account);
         let program = self.entry.take_on_identity(&account)?;
         self.entry.execute(&program, &env, &|| Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+    use super::*;
+
+    #[test]
+    fn number_of_a_process_that_is_gone_is_not_anothers_to_answer_for() {
+        let mut gone = Command::new("true").spawn().unwrap();
+        let pidfd = pidfd_open(Pid::from_child(&gone), PidfdFlags::empty()).unwrap();
+        gone.wait().unwrap();
+        let own = std::process::id() as i32;
+        let error = foreign_namespaces(own, pidfd.as_fd()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
+    }
+
+    #[test]
+    fn process_without_mounts_of_its_own_is_not_joined() {
+        let own = std::process::id() as i32;
+        let pidfd = pidfd_open(Pid::from_raw(own).unwrap(), PidfdFlags::empty()).unwrap();
+        let error = foreign_namespaces(own, pidfd.as_fd()).unwrap_err().to_string();
+        assert!(error.contains("no mount namespace of its own"), "{error}");
     }
 }
