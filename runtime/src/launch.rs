@@ -353,6 +353,12 @@ fn start(
 ) -> Result<(Child, Option<OwnedFd>), LaunchError> {
     let limited = plan.linux.resources().as_ref().is_some_and(|resources| resources.memory().is_some());
     let oom_event = if limited { cgroup.oom_event()? } else { None };
+    // A sandbox ends as a whole; containers of engines lose one process, as they do with other runtimes, and ask for more
+    // by `linux.resources.unified`.
+    let is_engines = launch.oci.created.is_some() || launch.oci.gate.is_some();
+    if limited && !is_engines {
+        cgroup.end_as_a_whole()?;
+    }
     let device_guard = cgroup.device_guard(plan.linux.resources().as_ref())?;
     let child = spawn(launch, plan, cgroup, device_guard.as_ref())?;
     match child

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, OpenOptions},
-    io::{self, Read, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     os::fd::{BorrowedFd, OwnedFd},
     path::Path,
 };
@@ -66,8 +66,16 @@ pub(super) fn write_if_present(directory: &Path, file: &str, value: &str) -> Res
     }
 }
 
-/// A file's text. The kernel bounds most of them by a page; those that list processes are the container's to
-/// lengthen, and nobody needs more of them than this at a time.
+/// The processes that a directory lists. Those of PID namespaces that this process cannot see are listed as 0, and left
+/// out. The list is the container's to lengthen, so it is taken line by line.
+pub(super) fn processes(directory: BorrowedFd<'_>) -> impl Iterator<Item = i32> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let list = rustix::fs::openat(directory, "cgroup.procs", flags, Mode::empty()).ok();
+    let lines = list.into_iter().flat_map(|list| BufReader::new(fs::File::from(list)).lines());
+    lines.map_while(Result::ok).filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0)
+}
+
+/// A file's text. The kernel bounds most of them by a page, and nobody needs more of the others than this.
 pub(super) fn read(directory: &Path, file: &str) -> io::Result<String> {
     const ENOUGH_BYTES: u64 = 1 << 20;
     let mut text = String::new();

@@ -305,6 +305,17 @@ impl Cgroup {
         self.apply_limits(limits)
     }
 
+    /// From now on hitting the memory limit ends all processes in it and below it, not whichever the kernel picks: for a
+    /// sandbox, which is one thing. Where cgroups are v1's, see [`Cgroup::oom_event`].
+    pub fn end_as_a_whole(&self) -> Result<(), CgroupError> {
+        match (self.layout, &self.unified) {
+            (Layout::V2, Some(unified)) => {
+                files::write_if_present(unified, "memory.oom.group", "1").map(drop)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Changes the limits of a running container. Limits that `resources` does not mention stay as they are.
     /// The device policy of a running container cannot be changed.
     pub fn apply(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
@@ -335,6 +346,7 @@ impl Cgroup {
     /// hierarchies, where a container has a cgroup only if a limit needed it, what is missing is made now, and all of its
     /// processes are moved there.
     pub fn update(&mut self, path: &Path, resources: &LinuxResources) -> Result<(), CgroupError> {
+        let resources = &self.with_present_memory(resources);
         let limits = Limits::from_spec(Some(resources))?;
         if self.layout == Layout::V2 {
             v2::hand_down(Path::new(ROOT), &relative(path)?, &limits)?;
@@ -505,8 +517,8 @@ impl Cgroup {
         Ok(Entrances(self.v1.iter().map(open).collect::<Result<_, _>>()?))
     }
 
-    /// On v1: an eventfd that becomes readable when the memory limit is hit. On v2 the kernel itself kills the
-    /// whole cgroup then (`memory.oom.group`).
+    /// On v1: an eventfd that becomes readable when the memory limit is hit. On v2 the kernel itself can be told to kill the
+    /// whole cgroup then ([`Cgroup::end_as_a_whole`]).
     pub(crate) fn oom_event(&self) -> Result<Option<OwnedFd>, CgroupError> {
         v1::of(&self.v1, "memory").map(v1::oom_event).transpose()
     }

@@ -1,26 +1,32 @@
 //! Ending and removing cgroups, whatever the container has made of them.
 
 use std::{
+    ffi::{CStr, CString},
     fs, io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
     thread::sleep,
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, unlinkat},
+    io::Errno,
+    process::{Pid, Signal, kill_process},
+};
 
 use super::{CgroupError, files};
 
 /// How long killed processes may take to disappear. One that hangs in the kernel may never do.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// A container can nest cgroups; nobody nests them deeper than this by accident.
-const MAX_DEPTH: usize = 256;
-
 /// Kills all processes of a directory and below, for kernels without `cgroup.kill` (before Linux 5.14, and v1).
 /// A process may fork meanwhile, so this repeats until none is left or the killed take too long to disappear.
 pub(super) fn kill_listed(directory: &Path) -> Result<(), CgroupError> {
     let deadline = Instant::now() + PATIENCE;
-    while signal_listed(directory, MAX_DEPTH) && Instant::now() < deadline {
+    while signal_listed(directory) && Instant::now() < deadline {
         // Frozen by the v1 freezer, a process does not even die.
         let _ = files::write_if_present(directory, "freezer.state", "THAWED");
         sleep(Duration::from_millis(1));
@@ -29,35 +35,24 @@ pub(super) fn kill_listed(directory: &Path) -> Result<(), CgroupError> {
 }
 
 /// Whether there was any process to kill.
-fn signal_listed(directory: &Path, depth: usize) -> bool {
-    let listed = files::read(directory, "cgroup.procs").unwrap_or_default();
+fn signal_listed(directory: &Path) -> bool {
     let mut found = false;
-    // Processes of PID namespaces that this process cannot see are listed as 0.
-    for pid in listed.lines().filter_map(|line| line.parse().ok()).filter_map(Pid::from_raw) {
-        found = true;
-        // It may have ended by itself.
-        let _ = kill_process(pid, Signal::KILL);
-    }
-    if depth > 0 {
-        for child in children(directory) {
-            found |= signal_listed(&child, depth - 1);
+    let kill = |here: BorrowedFd<'_>| {
+        for pid in files::processes(here).filter_map(Pid::from_raw) {
+            found = true;
+            // It may have ended by itself.
+            let _ = kill_process(pid, Signal::KILL);
         }
-    }
+    };
+    // What cannot be looked into, the container has removed meanwhile.
+    let _ = walk(directory, kill, |_, _| {});
     found
 }
 
 /// The processes of a directory and below.
 pub(super) fn listed(directory: &Path) -> Vec<i32> {
-    fn collect(directory: &Path, depth: usize, found: &mut Vec<i32>) {
-        let listed = files::read(directory, "cgroup.procs").unwrap_or_default();
-        // Processes of PID namespaces that this process cannot see are listed as 0.
-        found.extend(listed.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0));
-        if depth > 0 {
-            children(directory).for_each(|child| collect(&child, depth - 1, found));
-        }
-    }
     let mut found = Vec::new();
-    collect(directory, MAX_DEPTH, &mut found);
+    let _ = walk(directory, |here| found.extend(files::processes(here)), |_, _| {});
     found
 }
 
@@ -93,7 +88,7 @@ pub(super) fn remove<'a>(directories: impl Iterator<Item = &'a Path>) -> Result<
 pub(super) fn remove_unused(directory: &Path) {
     let deadline = Instant::now() + Duration::from_millis(500);
     while fs::remove_dir(directory).is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
-        && children(directory).next().is_none()
+        && !has_children(directory)
         && Instant::now() < deadline
     {
         sleep(Duration::from_millis(5));
@@ -103,7 +98,7 @@ pub(super) fn remove_unused(directory: &Path) {
 fn remove_tree(directory: &Path, deadline: Instant) -> Result<(), CgroupError> {
     let mut pause = Duration::from_micros(100);
     loop {
-        match remove_once(directory, MAX_DEPTH) {
+        match remove_once(directory) {
             Ok(()) => return Ok(()),
             // Until the killed are gone, their cgroup is busy.
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
@@ -117,22 +112,114 @@ fn remove_tree(directory: &Path, deadline: Instant) -> Result<(), CgroupError> {
     }
 }
 
-fn remove_once(directory: &Path, depth: usize) -> io::Result<()> {
-    match fs::remove_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) && depth > 0 => {}
-        other => return other,
-    }
-    for child in children(directory) {
-        remove_once(&child, depth - 1)?;
-    }
-    match fs::remove_dir(directory) {
+fn remove_once(directory: &Path) -> io::Result<()> {
+    let remove = || match fs::remove_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
+    };
+    match remove() {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOTEMPTY)) => {}
+        other => return other,
     }
+    // What stays because it is busy keeps its parents busy, too.
+    let leave = |parent: BorrowedFd<'_>, name: &CStr| {
+        let _ = unlinkat(parent, name, AtFlags::REMOVEDIR);
+    };
+    walk(directory, |_| {}, leave)?;
+    remove()
 }
 
-fn children(directory: &Path) -> impl Iterator<Item = PathBuf> {
+/// Goes through a cgroup and all below it, however deep a container has nested them: no path leads there any more, and one
+/// directory is open at a time. Calls `enter` for each, and `leave`, with its parent, for each but the first once all below
+/// it have been left.
+fn walk(
+    directory: &Path,
+    mut enter: impl FnMut(BorrowedFd<'_>),
+    mut leave: impl FnMut(BorrowedFd<'_>, &CStr),
+) -> io::Result<()> {
+    let open = |at: BorrowedFd<'_>, name: &CStr| {
+        openat(
+            at,
+            name,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+    };
+    let first = CString::new(directory.as_os_str().as_bytes())?;
+    let mut here = open(CWD, &first)?;
+    enter(here.as_fd());
+    let mut names: Vec<CString> = Vec::new();
+    let mut left = vec![children(&here)?];
+    while let Some(siblings) = left.last_mut() {
+        if let Some(name) = siblings.pop() {
+            match open(here.as_fd(), &name) {
+                Err(Errno::NOENT) => continue,
+                child => here = child?,
+            }
+            enter(here.as_fd());
+            left.push(children(&here)?);
+            names.push(name);
+        } else {
+            left.pop();
+            let Some(name) = names.pop() else { break };
+            let parent = open(here.as_fd(), c"..")?;
+            leave(parent.as_fd(), &name);
+            here = parent;
+        }
+    }
+    Ok(())
+}
+
+/// The names of the directories in one.
+fn children(directory: &OwnedFd) -> io::Result<Vec<CString>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(directory)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if entry.file_type() == FileType::Directory && name != c"." && name != c".." {
+            names.push(name.to_owned());
+        }
+    }
+    Ok(names)
+}
+
+fn has_children(directory: &Path) -> bool {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
+    entries.into_iter().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::mkdirat;
+
+    use super::*;
+
+    #[test]
+    fn cgroups_nested_deeper_than_any_path_are_removed() {
+        let place = tempfile::tempdir().unwrap();
+        let top = place.path().join("top");
+        fs::create_dir(&top).unwrap();
+        fs::create_dir(top.join("beside")).unwrap();
+        let mut here = OwnedFd::from(fs::File::open(&top).unwrap());
+        for _ in 0..5000 {
+            mkdirat(&here, "n", Mode::RWXU).unwrap();
+            here = openat(&here, "n", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        }
+        remove([top.as_path()].into_iter()).unwrap();
+        assert!(!top.exists());
+    }
+
+    #[test]
+    fn processes_listed_are_those_of_all_lines() {
+        let place = tempfile::tempdir().unwrap();
+        let below = place.path().join("below");
+        fs::create_dir(&below).unwrap();
+        // More than any buffer holds: a number that was cut would be another process's.
+        let many: String = (1_000_000..1_200_000).map(|pid| format!("{pid}\n")).collect();
+        fs::write(place.path().join("cgroup.procs"), many).unwrap();
+        fs::write(below.join("cgroup.procs"), "0\n7\n").unwrap();
+        let found = listed(place.path());
+        assert_eq!(found.len(), 200_001);
+        assert_eq!(found.iter().filter(|pid| **pid < 1_000_000).collect::<Vec<_>>(), [&7]);
+    }
 }

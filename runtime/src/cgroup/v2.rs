@@ -123,8 +123,6 @@ fn step_aside(directory: &Path) -> Result<bool, CgroupError> {
 pub(super) fn apply(directory: &Path, limits: &Limits) -> Result<(), CgroupError> {
     if let Some(memory) = limits.memory {
         files::write(directory, "memory.max", &memory.or_max())?;
-        // Hitting the limit ends the whole sandbox, not whichever of its processes the kernel picks.
-        files::write(directory, "memory.oom.group", "1")?;
     }
     // Without a limit on memory, one on both together means nothing.
     if let Some(both) = limits.memory_and_swap.or(limits.memory.filter(|memory| *memory == Limit::Unlimited))
@@ -141,7 +139,10 @@ pub(super) fn apply(directory: &Path, limits: &Limits) -> Result<(), CgroupError
         (None, None) => {}
         (quota, None) => files::write(directory, "cpu.max", &quota.unwrap_or(Limit::Unlimited).or_max())?,
         (quota, Some(period)) => {
-            let quota = quota.unwrap_or(Limit::Unlimited).or_max();
+            let quota = match quota {
+                Some(quota) => quota.or_max(),
+                None => present_quota(directory),
+            };
             files::write(directory, "cpu.max", &format!("{quota} {period}"))?;
         }
     }
@@ -171,6 +172,12 @@ pub(super) fn apply(directory: &Path, limits: &Limits) -> Result<(), CgroupError
         files::write(directory, file, &setting.value.v2)?;
     }
     limits.unified.iter().try_for_each(|(file, value)| files::write(directory, file, value))
+}
+
+/// The file has quota and period; one is not written without the other.
+fn present_quota(directory: &Path) -> String {
+    let present = files::read(directory, "cpu.max").unwrap_or_default();
+    present.split_whitespace().next().unwrap_or("max").to_owned()
 }
 
 /// v2 limits swap alone, the spec memory and swap together.
@@ -204,5 +211,15 @@ mod tests {
     #[test]
     fn weight_of_the_extremes_and_the_default_is_on_the_v2_scale() {
         assert_eq!([0, 2, 1024, 262_144, u64::MAX].map(weight), [1, 1, 39, 10_000, 10_000]);
+    }
+
+    #[test]
+    fn period_alone_keeps_the_quota() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("cpu.max");
+        std::fs::write(&file, "50000 100000\n").unwrap();
+        let limits = Limits { cpu_period: Some(200_000), ..Limits::default() };
+        apply(directory.path(), &limits).unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap().trim(), "50000 200000");
     }
 }

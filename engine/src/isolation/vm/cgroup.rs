@@ -84,7 +84,7 @@ impl VmCgroup {
                 result => result?,
             }
         }
-        Ok(())
+        cgroup.end_as_a_whole()
     }
 
     /// Whether there is one, and what is in it can take no more than its limits.
