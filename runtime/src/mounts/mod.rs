@@ -130,9 +130,10 @@ impl Mount {
         }
         let listed = mount.options().as_deref().unwrap_or_default();
         let of_option = |source| MountError::Option { destination: destination.clone(), source };
-        let options = options::parse(listed).map_err(of_option)?;
+        let mut options = options::parse(listed).map_err(of_option)?;
         let is_bind = options.bind.is_some() || mount.typ().as_deref() == Some("bind");
         if !is_bind {
+            options.apply_recursive();
             options.check_for_file_system(mount.typ().as_deref().unwrap_or_default()).map_err(of_option)?;
         }
         let source = mount.source().as_deref();

@@ -157,7 +157,17 @@ impl Options {
         if self.tmp_copy_up && name != "tmpfs" {
             return Err(OptionError { option: "tmpcopyup".into(), reason: "is for tmpfs only" });
         }
+        if let Some(datum) = self.data.first().filter(|_| matches!(name, "cgroup" | "cgroup2")) {
+            let reason = "means nothing for a mount of the container's own cgroup";
+            return Err(OptionError { option: datum.key.clone(), reason });
+        }
         Ok(())
+    }
+
+    /// Nothing is below a new mount, so what holds for it and all below it holds for it.
+    pub(super) fn apply_recursive(&mut self) {
+        let recursive = std::mem::take(&mut self.recursive_attr);
+        change(&mut self.attr, recursive.set, recursive.clear);
     }
 
     /// A bind mount has no file system to give parameters to, and shares the flags of a whole file system.
@@ -276,6 +286,15 @@ mod tests {
     }
 
     #[test]
+    fn recursive_options_of_a_new_mount_are_its_own() {
+        let mut options = parsed("rw,exec,rro,rnoexec,rnoatime,mode=755");
+        options.apply_recursive();
+        assert!(options.is_readonly());
+        assert_eq!(options.attr.set, ATTR_RDONLY | ATTR_NOEXEC | ATTR_NOATIME);
+        assert_eq!(options.recursive_attr, MountAttr::default());
+    }
+
+    #[test]
     fn options_that_cannot_be_honoured_are_refused_by_name() {
         let refused = |option: &str| parse(&[option.to_owned()]).unwrap_err().to_string();
         assert_eq!(refused("copy-symlink"), "option \"copy-symlink\" is not supported yet");
@@ -284,5 +303,7 @@ mod tests {
         assert!(parsed("bind,sync").check_for_bind().is_err());
         assert!(parsed("rbind,ro,rslave,copyup").check_for_bind().is_ok());
         assert!(parsed("copyup").check_for_file_system("tmpfs").is_err());
+        assert!(parsed("ro,memory").check_for_file_system("cgroup").is_err());
+        assert!(parsed("ro,nosuid").check_for_file_system("cgroup2").is_ok());
     }
 }
