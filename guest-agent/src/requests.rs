@@ -11,7 +11,7 @@ use std::{
 };
 
 use cloche_protocol::{
-    frame::{self, Decoder},
+    frame::{self, Decoder, FrameError},
     machine::guest_port,
     message::{self, Answer, FromGuest, Request, Stream, ToGuest},
 };
@@ -34,7 +34,9 @@ use crate::{
 /// Within this, a host that has connected says what it wants.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// A command line is shown up to here.
-const MAX_COMMAND_BYTES: u64 = 4096;
+const MAX_COMMAND_BYTES: usize = 4096;
+/// All of them together, as JSON: so much of an answer that the rest has room.
+const MAX_COMMANDS_BYTES: usize = 128 << 10;
 
 /// Where requests come in, and the further processes that they have led to.
 pub struct Requests {
@@ -100,7 +102,10 @@ impl Requests {
                     .map_err(|error| chain(&error)),
                 Request::Update { resources } => update(container, &resources).map(|()| Answer::Done),
             };
-            let _ = frame::write(&client, &answer.unwrap_or_else(|message| Answer::Failed { message }));
+            let answer = answer.unwrap_or_else(|message| Answer::Failed { message });
+            if let Err(error @ FrameError::TooLong(_)) = frame::write(&client, &answer) {
+                let _ = frame::write(&client, &Answer::Failed { message: chain(&error) });
+            }
         }
     }
 
@@ -283,12 +288,13 @@ fn update(container: &Container, resources: &str) -> Result<(), String> {
 
 fn processes(container: &Container) -> Result<Vec<message::Process>, CgroupError> {
     let pids = container.cgroup().processes()?;
+    let most = (MAX_COMMANDS_BYTES / pids.len().max(1)).min(MAX_COMMAND_BYTES);
     // One that ends meanwhile is none.
-    Ok(pids.into_iter().filter_map(process).collect())
+    Ok(pids.into_iter().filter_map(|pid| process(pid, most)).collect())
 }
 
-/// proc(5): `/proc/PID/status` and `/proc/PID/cmdline`.
-fn process(pid: i32) -> Option<message::Process> {
+/// proc(5): `/proc/PID/status` and `/proc/PID/cmdline`, of which `most` bytes are shown.
+fn process(pid: i32, most: usize) -> Option<message::Process> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name))?;
@@ -296,8 +302,9 @@ fn process(pid: i32) -> Option<message::Process> {
     };
     let mut words = Vec::new();
     let command = File::open(format!("/proc/{pid}/cmdline"));
-    let _ = command.and_then(|file| file.take(MAX_COMMAND_BYTES).read_to_end(&mut words));
+    let _ = command.and_then(|file| file.take(most as u64).read_to_end(&mut words));
     let command = String::from_utf8_lossy(&words).trim_end_matches('\0').replace('\0', " ");
+    let command = cut(command, most);
     let command = if command.is_empty() { format!("[{}]", field("Name:")?) } else { command };
     Some(message::Process {
         pid,
@@ -305,4 +312,33 @@ fn process(pid: i32) -> Option<message::Process> {
         uid: field("Uid:")?.parse().ok()?,
         command,
     })
+}
+
+/// The beginning of a text, as long as its JSON may be: the container chooses it, and some characters take six bytes there.
+fn cut(text: String, most: usize) -> String {
+    let mut left = most;
+    let fits = |character: &char| {
+        let length = match character {
+            '"' | '\\' => 2,
+            '\0'..='\x1f' => 6,
+            other => other.len_utf8(),
+        };
+        left.checked_sub(length).map(|rest| left = rest).is_some()
+    };
+    text.chars().take_while(fits).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_lines_are_cut_to_what_their_json_may_take() {
+        for text in ["plain", "\u{1}\u{2}\"\\\n", "äöü€"].map(|text| text.repeat(1000)) {
+            let shown = cut(text.clone(), 100);
+            let json = serde_json::to_string(&shown).unwrap_or_default();
+            assert!(text.starts_with(&shown) && (60..=102).contains(&json.len()), "{json}");
+        }
+        assert_eq!(cut("short".into(), 100), "short");
+    }
 }
