@@ -48,6 +48,8 @@ const MAX_NAMES_BYTES: usize = 256 << 20;
 const NAME_OVERHEAD_BYTES: usize = 64;
 /// The kernel's limit of a list of names, and of one value (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
 const MAX_XATTR_BYTES: usize = 64 << 10;
+/// All names and values of one file: what others take as one header of an entry.
+const MAX_XATTRS_BYTES: usize = (1 << 20) - (64 << 10);
 /// The upper directory's own mode, as it is made.
 const ROOT_MODE: u32 = 0o755;
 /// What a runtime covers by mounts, and makes where an image lacks it.
@@ -64,6 +66,8 @@ enum TreeError {
     WhiteoutName(Vec<u8>),
     #[error("the extended attribute {} of {} cannot be in a layer: its name has a `=`", shown(.1), shown(.0))]
     AttributeName(Vec<u8>, Vec<u8>),
+    #[error("the extended attributes of {} take more than a layer's {} KiB", shown(.0), MAX_XATTRS_BYTES >> 10)]
+    TooManyAttributes(Vec<u8>),
     #[error("too many names in one directory, or files with several links: more than {} MiB", MAX_NAMES_BYTES >> 20)]
     TooManyNames,
 }
@@ -382,6 +386,7 @@ impl Changes {
             Err(errno) => return Err(self.failed("list the extended attributes of", errno)),
         }
         let mut xattrs = Vec::new();
+        let mut bytes = 0;
         for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
             if name.starts_with(b"trusted.overlay.") || name == b"security.selinux" {
                 continue;
@@ -396,6 +401,10 @@ impl Changes {
                 Err(errno) => return Err(self.failed("read the extended attributes of", errno)),
             }
             value.shrink_to_fit();
+            bytes += name.len() + value.len();
+            if bytes > MAX_XATTRS_BYTES {
+                return Err(TreeError::TooManyAttributes(self.path.clone()));
+            }
             xattrs.push((name.to_vec(), value));
         }
         xattrs.sort_unstable();
