@@ -175,7 +175,7 @@ fn run_in(
     let root = store.root_fs(&image);
     let root = root.map_err(|error| RunError::Layers(request.image.clone(), error))?;
     trace.mark(Mark::ImageReady);
-    let sources: Vec<Source> = Source::find_all(&request.mounts, &Volumes::new(home.volumes()))?;
+    let mut sources: Vec<Source> = Source::find_all(&request.mounts, &Volumes::new(home.volumes()))?;
     if request.isolation == Isolation::Vm {
         sources.iter().try_for_each(Source::check_for_vm)?;
     }
@@ -216,6 +216,9 @@ fn run_in(
     let what = What { config: &image.config, layers, sources: &sources, users: users.as_ref() };
     let started = start(&mut sandbox, request, what, &signals, trace);
     drop(hold);
+    if started.is_ok() {
+        sources.iter_mut().for_each(Source::filled);
+    }
     let result =
         started.and_then(|running| attend(&mut sandbox, running, users.is_none(), &signals, trace, at_end));
     let id = sandbox.record.id.clone();

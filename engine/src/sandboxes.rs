@@ -132,7 +132,7 @@ impl Sandboxes {
             // Fails on a directory that is not empty, so an id is never taken twice.
             match fs::rename(&staging, &dir) {
                 Ok(()) => return Ok(Owned { record, dir, _lock: lock }),
-                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                Err(error) if is_taken(&error) => {
                     let _ = fs::remove_dir_all(&staging);
                 }
                 Err(error) => return Err(io_error("create", &dir)(error)),
@@ -407,6 +407,11 @@ fn remove_dir(dir: &Path) -> Result<(), SandboxError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", dir)(error)),
         _ => Ok(()),
     }
+}
+
+/// Whether a rename failed because something is where it leads: rename(2) has two words for that, and XFS says the other.
+pub(crate) fn is_taken(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists)
 }
 
 /// A directory that only its owner can enter: the sockets in it reach into sandboxes.

@@ -1,6 +1,7 @@
 //! The host's side of a request's mounts: what must exist is looked for, what may be made is made.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
 };
@@ -69,8 +70,8 @@ pub struct Source {
     pub fill: bool,
     /// Flags of the mount that it lies on, as options: a bind keeps them, and a guest has to be told.
     pub inherited: Vec<&'static str>,
-    /// Held for its lock.
-    _volume: Option<Held>,
+    /// Held for its lock; of several that are one volume, by the first.
+    volume: Option<Held>,
 }
 
 impl Source {
@@ -80,27 +81,43 @@ impl Source {
         // As Docker: what is mounted below another mount comes after it.
         let mut ordered: Vec<&MountRequest> = requests.iter().collect();
         ordered.sort_by_key(|request| request.target.matches('/').count());
+        let mut fillers = BTreeMap::new();
+        for request in &ordered {
+            if let MountSource::Volume { name, copy } = &request.source {
+                *fillers.entry(name.as_str()).or_insert(false) |= *copy && !request.read_only;
+            }
+        }
+        // In one order, whoever starts: each may have to wait until another sandbox has filled a volume.
+        let hold = |(name, fills)| Ok((name, volumes.hold(name, fills)?));
+        let mut held: BTreeMap<_, _> = fillers.into_iter().map(hold).collect::<Result<_, VolumeError>>()?;
+        let empty: BTreeSet<_> = held.iter().filter(|(_, held)| held.fill).map(|(name, _)| *name).collect();
         let mut shares = 0..;
-        let mut found = Vec::new();
+        let mut found: Vec<Self> = Vec::new();
         for request in ordered {
             let share = if request.is_tmpfs() { None } else { shares.next() };
-            found.push(Self::find(request, share, volumes)?);
+            let mut volume = None;
+            let mut fill = false;
+            if let MountSource::Volume { name, copy } = &request.source {
+                fill = *copy && !request.read_only && empty.contains(name.as_str());
+                volume = held.remove(name.as_str());
+            }
+            found.push(Self { fill, volume, ..Self::find(request, share, volumes)? });
         }
         Ok(found)
     }
 
+    /// The program runs, so what was to be filled is.
+    pub fn filled(&mut self) {
+        if let Some(volume) = &mut self.volume {
+            volume.filled();
+        }
+    }
+
     fn find(request: &MountRequest, share: Option<usize>, volumes: &Volumes) -> Result<Self, SourceError> {
-        let (mut held, mut fill) = (None, false);
         let target = || request.target.clone();
         let (path, inherited) = match &request.source {
             MountSource::Tmpfs { .. } => (PathBuf::new(), Vec::new()),
-            MountSource::Volume { name, copy } => {
-                let volume = volumes.hold(name)?;
-                fill = *copy && volume.is_empty && !request.read_only;
-                let path = volume.data.clone();
-                held = Some(volume);
-                (path, Vec::new())
-            }
+            MountSource::Volume { name, .. } => (volumes.data(name), Vec::new()),
             MountSource::Bind { path, create } => {
                 let failed = |action| {
                     move |source| SourceError::Io { action, path: path.clone(), target: target(), source }
@@ -119,7 +136,7 @@ impl Source {
                 (path.clone(), inherited_flags(path).map_err(failed("look at"))?)
             }
         };
-        Ok(Self { request: request.clone(), path, share, fill, inherited, _volume: held })
+        Ok(Self { request: request.clone(), path, share, fill: false, inherited, volume: None })
     }
 
     /// Refuses what a virtual machine cannot be given.

@@ -4,12 +4,14 @@
 //! ROOT/volumes/NAME/volume.json   what is known about it
 //!                   data          its files; this is what is mounted
 //!                   lock          held (flock): shared by each sandbox that uses it, exclusively by who removes it
+//!                   filling       there while the first one that uses it fills it with its image's files
 //! ROOT/volumes/.NAME-PID          a volume being made or removed
 //! ```
 //!
 //! A monitor holds the locks of its sandbox's volumes as long as it lives, so that the kernel frees them whatever ends
 //! it. A volume appears and disappears by a rename, and whoever gets a lock looks whether it is still that of the
-//! volume of this name.
+//! volume of this name. The directory itself is held exclusively by who looks whether it is to be filled, and until it is,
+//! so that nobody starts on a part of it. What a filler that was killed has left is emptied by the next.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -25,6 +27,7 @@ use crate::{
     mounts::volume_name,
     record::{ProcessId, unix_time},
     rootless,
+    sandboxes::is_taken,
 };
 
 /// Why a volume cannot be had or removed.
@@ -80,9 +83,27 @@ struct Facts {
 pub struct Held {
     /// Its files.
     pub data: PathBuf,
-    /// Whether there are none.
-    pub is_empty: bool,
+    /// Whether there are none, and this one is to fill it.
+    pub fill: bool,
     _lock: File,
+    filling: Option<Filling>,
+}
+
+/// Held while a volume is filled.
+#[derive(Debug)]
+struct Filling {
+    mark: PathBuf,
+    _turn: File,
+}
+
+impl Held {
+    /// It is filled, and everybody else may use it.
+    pub fn filled(&mut self) {
+        if let Some(filling) = self.filling.take() {
+            // Left behind, it would have the files taken for a part of what is to be there.
+            let _ = fs::remove_file(&filling.mark);
+        }
+    }
 }
 
 /// All volumes of one root directory.
@@ -111,15 +132,13 @@ impl Volumes {
         let _ = fs::remove_dir_all(&staging);
         let make = || -> io::Result<()> {
             private(&staging)?;
-            fs::DirBuilder::new().mode(0o755).create(staging.join("data"))?;
+            make_data(&staging.join("data"))?;
             File::create(staging.join("lock"))?;
             let facts = serde_json::to_vec(&Facts { created: unix_time() })?;
             fs::write(staging.join("volume.json"), facts)?;
             match fs::rename(&staging, &final_dir) {
                 // Somebody was faster.
-                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
-                    fs::remove_dir_all(&staging)
-                }
+                Err(error) if is_taken(&error) => fs::remove_dir_all(&staging),
                 result => result,
             }
         };
@@ -152,14 +171,14 @@ impl Volumes {
             name: name.into(),
             mountpoint: dir.join("data"),
             created: facts.created,
-            in_use: self.lock(name, FlockOperation::NonBlockingLockExclusive)?.is_none(),
+            in_use: self.lock(name, "lock", FlockOperation::NonBlockingLockExclusive)?.is_none(),
         })
     }
 
     /// Removes a volume with its files, unless a sandbox uses it.
     pub fn remove(&self, name: &str) -> Result<(), VolumeError> {
         self.inspect(name)?;
-        let Some(_lock) = self.lock(name, FlockOperation::NonBlockingLockExclusive)? else {
+        let Some(_lock) = self.lock(name, "lock", FlockOperation::NonBlockingLockExclusive)? else {
             return Err(VolumeError::InUse(name.into()));
         };
         let (dir, gone) = (self.dir.join(name), self.dir.join(format!(".{name}-{}", std::process::id())));
@@ -182,23 +201,52 @@ impl Volumes {
         Ok(removed)
     }
 
-    /// Keeps a volume, which is made if there is none, from being removed.
-    pub fn hold(&self, name: &str) -> Result<Held, VolumeError> {
+    /// Keeps a volume, which is made if there is none, from being removed. If it is empty and `fills`, nobody else gets it
+    /// until it is filled.
+    pub fn hold(&self, name: &str, fills: bool) -> Result<Held, VolumeError> {
         const ATTEMPTS: u32 = 100;
         for _ in 0..ATTEMPTS {
             self.create(name)?;
+            let (dir, data) = (self.dir.join(name), self.data(name));
+            let mark = dir.join("filling");
             // It may be removed at this very moment.
-            let Some(lock) = self.lock(name, FlockOperation::LockShared)? else { continue };
-            let data = self.dir.join(name).join("data");
-            let is_empty = fs::read_dir(&data).map_err(io_error("read", &data))?.next().is_none();
-            return Ok(Held { data, is_empty, _lock: lock });
+            let Some(turn) = self.lock(name, "", FlockOperation::LockExclusive)? else { continue };
+            let alone = self.lock(name, "lock", FlockOperation::NonBlockingLockExclusive)?;
+            let is_alone = alone.is_some();
+            if mark.exists() {
+                // Whoever made it was killed. If somebody has come to use the volume since, it stays as it is.
+                if is_alone {
+                    rootless::remove_all(&data)
+                        .and_then(|()| make_data(&data))
+                        .map_err(io_error("empty", &data))?;
+                }
+                fs::remove_file(&mark).map_err(io_error("remove", &mark))?;
+            }
+            let shared = FlockOperation::LockShared;
+            let lock = match alone {
+                // The kernel changes it without letting go of it (Linux 3.18 and later, fs/locks.c).
+                Some(lock) => flock(&lock, shared).map(|()| Some(lock)).map_err(|errno| errno.into()),
+                None => Ok(self.lock(name, "lock", shared)?),
+            };
+            let Some(lock) = lock.map_err(io_error("lock", &dir))? else { continue };
+            let fill = fills && fs::read_dir(&data).map_err(io_error("read", &data))?.next().is_none();
+            let filling = fill.then(|| Filling { mark, _turn: turn });
+            if let Some(Filling { mark, .. }) = filling.as_ref().filter(|_| is_alone) {
+                File::create(mark).map_err(io_error("make", mark))?;
+            }
+            return Ok(Held { data, fill, _lock: lock, filling });
         }
         Err(VolumeError::Unknown(name.into()))
     }
 
-    /// The lock of the volume that has this name; `None` if it is taken, or the volume gone.
-    fn lock(&self, name: &str, operation: FlockOperation) -> Result<Option<File>, VolumeError> {
-        let path = self.dir.join(name).join("lock");
+    /// Where the files of a volume of this name are.
+    pub(crate) fn data(&self, name: &str) -> PathBuf {
+        self.dir.join(name).join("data")
+    }
+
+    /// The lock on `file` of the volume that has this name, or on its directory; `None` if it is taken, or the volume gone.
+    fn lock(&self, name: &str, file: &str, operation: FlockOperation) -> Result<Option<File>, VolumeError> {
+        let path = self.dir.join(name).join(file);
         let file = match OpenOptions::new().read(true).open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -226,6 +274,10 @@ impl Volumes {
     }
 }
 
+fn make_data(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().mode(0o755).create(path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -241,15 +293,14 @@ mod tests {
         let (_dir, volumes) = volumes();
         assert!(volumes.list().unwrap().is_empty());
         volumes.create("web.data").unwrap();
-        let held = volumes.hold("web.data").unwrap();
-        assert!(held.is_empty);
+        let held = volumes.hold("web.data", false).unwrap();
         fs::write(held.data.join("file"), "kept").unwrap();
         drop(held);
         volumes.create("web.data").unwrap();
         let listed = volumes.list().unwrap();
         assert_eq!(listed.len(), 1);
         assert_eq!(fs::read(listed[0].mountpoint.join("file")).unwrap(), b"kept");
-        assert!(!volumes.hold("web.data").unwrap().is_empty);
+        assert!(!volumes.hold("web.data", true).unwrap().fill);
         volumes.remove("web.data").unwrap();
         assert!(matches!(volumes.inspect("web.data"), Err(VolumeError::Unknown(_))));
         assert!(fs::read_dir(&volumes.dir).unwrap().next().is_none());
@@ -258,8 +309,8 @@ mod tests {
     #[test]
     fn volume_in_use_is_neither_removed_nor_pruned() {
         let (_dir, volumes) = volumes();
-        let held = volumes.hold("used").unwrap();
-        let shared = volumes.hold("used").unwrap();
+        let held = volumes.hold("used", false).unwrap();
+        let shared = volumes.hold("used", false).unwrap();
         volumes.create("idle").unwrap();
         assert!(matches!(volumes.remove("used"), Err(VolumeError::InUse(_))));
         assert_eq!(
@@ -269,6 +320,47 @@ mod tests {
         assert_eq!(volumes.prune().unwrap(), ["idle"]);
         drop((held, shared));
         volumes.remove("used").unwrap();
+    }
+
+    #[test]
+    fn volume_is_given_to_others_once_it_is_filled() {
+        let (_dir, volumes) = volumes();
+        let mut first = volumes.hold("new", true).unwrap();
+        assert!(first.fill);
+        std::thread::scope(|scope| {
+            let second = scope.spawn(|| volumes.hold("new", true).unwrap());
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            assert!(!second.is_finished());
+            fs::write(first.data.join("file"), "whole").unwrap();
+            first.filled();
+            assert!(!second.join().unwrap().fill);
+        });
+        drop(first);
+        assert!(volumes.hold("new", true).unwrap().data.join("file").exists());
+    }
+
+    #[test]
+    fn part_that_a_killed_filler_has_left_is_filled_anew() {
+        let (_dir, volumes) = volumes();
+        let killed = volumes.hold("new", true).unwrap();
+        fs::create_dir(killed.data.join("part")).unwrap();
+        fs::write(killed.data.join("part/file"), "half").unwrap();
+        drop(killed);
+        let mut next = volumes.hold("new", true).unwrap();
+        assert!(next.fill && !next.data.join("part").exists());
+        next.filled();
+    }
+
+    #[test]
+    fn files_of_a_user_are_not_taken_for_a_part() {
+        let (_dir, volumes) = volumes();
+        let user = volumes.hold("new", false).unwrap();
+        // Somebody uses it already, so that what a filler leaves cannot be told from that one's files.
+        let killed = volumes.hold("new", true).unwrap();
+        fs::write(user.data.join("file"), "written").unwrap();
+        drop((killed, user));
+        let next = volumes.hold("new", true).unwrap();
+        assert!(!next.fill && next.data.join("file").exists());
     }
 
     #[test]
