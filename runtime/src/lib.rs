@@ -48,7 +48,9 @@ pub use process::capabilities::names as capability_names;
 pub use rootfs::{RootfsError, open as open_root};
 pub use seccomp::{ACTIONS as SECCOMP_ACTIONS, Filter, SeccompError};
 pub use spec_check::{SpecError, check as check_spec};
-pub use syscalls::{Cloned, clone3, close_all_but, pidfd_send_signal as send_signal, signal_descriptor};
+pub use syscalls::{
+    Cloned, clone3, close_all_but, pidfd_send_signal as send_signal, signal_descriptor, unblock_signals,
+};
 pub use sysctls::SysctlError;
 pub use user_namespace::{UserNamespaceError, WorkError, as_root_of, is_machine_root};
 pub use verdict::{chain, listener_in, take_listener};

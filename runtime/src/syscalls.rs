@@ -132,6 +132,11 @@ pub(crate) fn reset_signals() {
             )
         };
     }
+    unblock_signals();
+}
+
+/// Lets all signals through.
+pub fn unblock_signals() {
     // The kernel's signal set on x86_64 is 8 bytes.
     let none = 0u64;
     // SAFETY: `none` is a live signal set of the size given; no old set is asked for.

@@ -25,6 +25,7 @@ use cloche_runtime::{
     cgroup::Cgroup,
     clone3, close_all_but,
     pump::{self, Pump, Target},
+    unblock_signals,
 };
 use oci_spec::runtime::Process;
 use rustix::{
@@ -242,6 +243,8 @@ fn leave_command(kept: &[RawFd]) -> Result<(), Refusal> {
     set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(Refusal::step("ask to die with the command"))?;
     close_all_but(kept).map_err(Refusal::step("close the command's files"))?;
+    // A command that collects signals has blocked them, which the VMM would inherit: it kicks its vCPUs by one.
+    unblock_signals();
     setsid().map_err(Refusal::step("start a session"))?;
     chdir("/").map_err(Refusal::step("change to /"))
 }
@@ -414,14 +417,15 @@ pub(super) fn attend(
         while exit.is_none() && has_news {
             match peer.news() {
                 Ok(None) => break,
-                Ok(Some(FromGuest::Started)) => drop(gate.take()),
+                // Once: a guest that says it for ever would keep this from everything else.
+                Ok(Some(FromGuest::Started)) if gate.is_some() => drop(gate.take()),
                 Ok(Some(FromGuest::Failed { exit_code, message })) => {
                     let refusal = Refusal::of_guest(exit_code, &message);
                     gate.iter_mut().for_each(|gate| gate.tell(&refusal));
                     exit = Some(refusal.exit_code);
                 }
                 Ok(Some(FromGuest::Exited(end))) => exit = Some(end.status.shell_code()),
-                Ok(Some(other @ (FromGuest::Ready { .. } | FromGuest::Created))) => {
+                Ok(Some(other @ (FromGuest::Ready { .. } | FromGuest::Created | FromGuest::Started))) => {
                     eprintln!(
                         "cloche-vm: the guest's agent says {other:?} of a process that is there already"
                     );

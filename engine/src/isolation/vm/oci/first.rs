@@ -105,10 +105,12 @@ fn boot_plan(plan: Plan<'_>) -> Result<Machine, Refusal> {
 /// Waits for one piece of news, behind which others may stand that say less.
 fn await_news(machine: &mut Machine, expected: &FromGuest) -> Result<(), Refusal> {
     let started = Instant::now();
+    let mut is_ready = false;
     loop {
         while let Some(news) = machine.news().map_err(Refusal::new)? {
             match news {
-                FromGuest::Ready { version } if version == VERSION => {}
+                // Once: a guest that says it for ever would keep this from its patience.
+                FromGuest::Ready { version } if version == VERSION && !is_ready => is_ready = true,
                 FromGuest::Failed { exit_code, message } => {
                     return Err(Refusal::of_guest(exit_code, &message));
                 }

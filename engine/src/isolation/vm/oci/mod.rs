@@ -74,7 +74,10 @@ impl Isolation for OciVm {
                     .into(),
             ));
         }
-        let split = spec::split(first.spec, first.rootfs)?;
+        let mut split = spec::split(first.spec, first.rootfs)?;
+        if let Some(process) = split.guest.process_mut() {
+            spec::drop_labels(process, first.warn);
+        }
         let failed = |action| {
             let path = first.directory.to_owned();
             move |source| Error::File { action, path, source }
@@ -116,9 +119,11 @@ impl Isolation for OciVm {
         let directory = directory(further.known)?;
         let cgroup = further.known.cgroup()?;
         let kept: Vec<_> = further.console_socket.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut process = further.process.clone();
+        spec::drop_labels(&mut process, further.warn);
         let plan = further::Plan {
             directory: &directory,
-            process: further.process,
+            process: &process,
             cgroup: match further.cgroup {
                 [] => None,
                 [path] => Some(path),

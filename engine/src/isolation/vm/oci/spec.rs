@@ -21,7 +21,7 @@ use cloche_runtime::Filter;
 use cloche_share::Shared;
 use oci_spec::runtime::{
     Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
-    LinuxSeccompAction, Mount, Spec,
+    LinuxSeccompAction, Mount, Process, Spec,
 };
 use rustix::fs::{StatFs, statfs};
 
@@ -193,6 +193,22 @@ pub(super) fn divide_update(resources: &LinuxResources) -> (Option<LinuxResource
     let asks = |resources: &LinuxResources| *resources != LinuxResources::default();
     let (asks_host, asks_guest) = (asks(&host), asks(&guest));
     (asks_host.then_some(host), asks_guest.then_some(guest))
+}
+
+/// Takes out labels of the host's security modules, which engines give to every container where the host has one: they say
+/// what a process may do to the host, from which the guest's has a kernel between it and them.
+pub(super) fn drop_labels(process: &mut Process, warn: &dyn Fn(&str)) {
+    for (field, value) in
+        [("apparmorProfile", process.apparmor_profile()), ("selinuxLabel", process.selinux_label())]
+    {
+        if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
+            warn(&format!(
+                "process.{field} {value:?} is not applied: the host's security modules do not see processes of a \
+                 virtual machine"
+            ));
+        }
+    }
+    process.set_apparmor_profile(None).set_selinux_label(None);
 }
 
 /// Compiled here, since the agent does not.
