@@ -82,6 +82,8 @@ pub(crate) struct Terminal {
 
 impl Terminal {
     fn new(master: OwnedFd) -> Result<Self, Error> {
+        // Its only user is this process. A program that waits for its own output to be read takes no input meanwhile.
+        rustix::io::ioctl_fionbio(&master, true).map_err(system("set up the container's terminal"))?;
         let restore = if isatty(stdin()) {
             let present = tcgetattr(stdin()).map_err(system("read the terminal's settings"))?;
             let mut raw = present.clone();
@@ -110,7 +112,7 @@ impl Terminal {
         let clone = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(system("duplicate the stdio"));
         Ok([
             Pump::new(clone(self.master.as_fd())?, clone(stdout())?, Target::Shared),
-            Pump::new(clone(stdin())?, clone(self.master.as_fd())?, Target::Shared),
+            Pump::new(clone(stdin())?, clone(self.master.as_fd())?, Target::NonBlocking),
         ])
     }
 }

@@ -4,6 +4,7 @@ use std::{cell::RefCell, fs, os::fd::AsFd, path::Path};
 
 use cloche_runtime::{ExitStatus, cgroup::Cgroup, cgroup_path, chain, hooks};
 use oci_spec::runtime::{Hook, Spec};
+use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::{
     bundle::Bundle,
@@ -67,29 +68,30 @@ pub fn create(home: &Home<'_>, creation: &Creation<'_>) -> Result<(), Error> {
 /// Creates and starts a container. In the foreground, waits for its end and removes it unless `keep`; returns the exit
 /// code of its process, 0 in the background.
 pub fn run(home: &Home<'_>, creation: &Creation<'_>, detach: bool, keep: bool) -> Result<u8, Error> {
+    let warn = creation.warn;
+    // Nobody is told of a container whose `run` fails, so that nobody would delete it.
+    let remove = |known: &Known, spec: &Spec| {
+        if let Err(error) = crate::verbs::remove(known, spec, warn) {
+            warn(&chain(&error));
+        }
+    };
     if detach {
         let (known, spec, _) = make(home, creation, Style::Detached)?;
-        run_poststart_or_remove(&known, &spec)?;
-        return Ok(0);
+        return run_poststart(&known, &spec).map(|()| 0).inspect_err(|_| remove(&known, &spec));
     }
     let signals = Signals::collect().map_err(system("collect signals"))?;
-    let (known, spec, made) = make(home, creation, Style::Foreground)?;
-    run_poststart_or_remove(&known, &spec)?;
-    let Made { mut container, console } = made;
-    let terminal = console.terminal()?;
-    foreground::attend(container.pidfd(), &signals, terminal)?;
-    let status = container.wait()?;
+    let (known, spec, Made { mut container, console }) = make(home, creation, Style::Foreground)?;
+    let attend = || {
+        run_poststart(&known, &spec)?;
+        foreground::attend(container.pidfd(), &signals, console.terminal()?)?;
+        container.wait()
+    };
+    let status = attend().inspect_err(|_| remove(&known, &spec))?;
     if !keep {
-        crate::verbs::remove(&known, &spec)?;
+        // How the process ended is not changed by what comes after it.
+        remove(&known, &spec);
     }
     Ok(exit_code(status))
-}
-
-/// Nobody is told of a container whose `run` fails, so that nobody would delete it.
-fn run_poststart_or_remove(known: &Known, spec: &Spec) -> Result<(), Error> {
-    run_poststart(known, spec).inspect_err(|_| {
-        let _ = crate::verbs::remove(known, spec);
-    })
 }
 
 /// As a shell has it.
@@ -150,7 +152,7 @@ fn make(home: &Home<'_>, creation: &Creation<'_>, style: Style) -> Result<(Known
         Err(error) => {
             // Processes and cgroup are gone already, as far as they were this container's. The first failure is what the
             // caller has to know.
-            let _ = crate::verbs::forget(&known, &spec);
+            let _ = crate::verbs::forget(&known, &spec, creation.warn);
             Err(error)
         }
     }
@@ -236,6 +238,9 @@ pub(crate) fn run_poststart(known: &Known, spec: &Spec) -> Result<(), Error> {
     let (Some(listed), Some(process)) = (spec.hooks(), known.record.process) else { return Ok(()) };
     let state = known.record.state_json(process.pid, "running");
     run_hooks("poststart", listed.poststart(), &state).inspect_err(|_| {
+        if let Ok(Some(pidfd)) = process.open() {
+            let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+        }
         let _ = known.cgroup().and_then(|cgroup| Ok(cgroup.kill_all()?));
     })
 }

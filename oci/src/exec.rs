@@ -9,7 +9,7 @@ use crate::{
     create::{Preserved, exit_code, write_pid_file},
     error::{Error, system},
     foreground::{self, Signals},
-    isolation::Further,
+    isolation::{Child, Further},
     listener,
     state::{Home, Status},
 };
@@ -84,7 +84,21 @@ pub fn exec(home: &Home<'_>, execution: &Execution<'_>) -> Result<u8, Error> {
         warn: execution.warn,
     })?;
     (execution.debug)(&format!("child process in init() has become the program: {}", joined.pid()));
-    if let Some(path) = execution.pid_file {
+    let result = attend(joined.as_mut(), execution.pid_file, signals, console);
+    if result.is_err() {
+        // Whoever is told of a failure believes that nothing runs.
+        joined.discard();
+    }
+    result
+}
+
+fn attend(
+    joined: &mut dyn Child,
+    pid_file: Option<&Path>,
+    signals: Option<Signals>,
+    console: Console,
+) -> Result<u8, Error> {
+    if let Some(path) = pid_file {
         write_pid_file(path, joined.pid())?;
     }
     let Some(signals) = signals else { return Ok(0) };

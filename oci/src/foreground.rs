@@ -3,9 +3,13 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::{Duration, Instant},
 };
 
-use cloche_runtime::{pump, send_signal, signal_descriptor};
+use cloche_runtime::{
+    pump::{self, Pump},
+    send_signal, signal_descriptor,
+};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::{
@@ -55,6 +59,17 @@ impl Signals {
     }
 }
 
+/// How long, once the process has ended, its terminal is waited for in all.
+const PATIENCE: Duration = Duration::from_millis(50);
+/// What is read of it by then: more than a terminal holds (Linux: 8192 bytes in `drivers/tty/pty.c`, 4096 in `n_tty.c`).
+const HELD_BYTES: u64 = 16 << 10;
+
+/// What is left of both.
+struct Rest {
+    patience: Duration,
+    until: u64,
+}
+
 /// Attends a process until it has ended, and what it wrote to the terminal is carried.
 pub(crate) fn attend(
     pidfd: BorrowedFd<'_>,
@@ -65,30 +80,46 @@ pub(crate) fn attend(
         Some(terminal) => Vec::from(terminal.pumps()?),
         None => Vec::new(),
     };
-    let mut has_ended = false;
+    let mut rest: Option<Rest> = None;
     loop {
-        if has_ended && pumps.first().is_none_or(pump::Pump::is_done) {
+        let waits_for_source = pumps.first().is_some_and(Pump::waits_for_source);
+        if let Some(rest) = &rest
+            && pumps.first().is_none_or(|output| {
+                let is_enough = rest.patience.is_zero() || output.carried() >= rest.until;
+                output.is_done() || waits_for_source && is_enough
+            })
+        {
             return Ok(());
         }
         let mut others = vec![PollFd::new(signals, PollFlags::IN)];
-        if !has_ended {
+        if rest.is_none() {
             others.push(PollFd::from_borrowed_fd(pidfd, PollFlags::IN));
         }
-        // Something that the process left behind may keep the terminal open; what is in it by now is enough.
-        let timeout = has_ended.then_some(std::time::Duration::from_millis(50));
+        // Something that the process left behind may keep the terminal open, and write to it without end; what is in it by
+        // now is enough. A slow reader of that is waited for.
+        let started = Instant::now();
+        let timeout = rest.as_ref().filter(|_| waits_for_source).map(|rest| rest.patience);
         let ready = pump::poll(&mut pumps, &others, timeout).map_err(system("carry the terminal"))?;
-        if has_ended && !ready.contains(&true) {
-            return Ok(());
-        }
-        if !has_ended && ready.get(1) == Some(&true) {
-            has_ended = true;
-            // There is nobody left to read what is typed.
-            pumps.truncate(1);
+        match &mut rest {
+            Some(rest) if waits_for_source => {
+                rest.patience = rest.patience.saturating_sub(started.elapsed());
+            }
+            None if ready.get(1) == Some(&true) => {
+                let carried = pumps.first().map_or(0, Pump::carried);
+                rest = Some(Rest { patience: PATIENCE, until: carried + HELD_BYTES });
+                // There is nobody left to read what is typed.
+                pumps.truncate(1);
+            }
+            _ => {}
         }
         while let Some(signo) = signals.take() {
             match &terminal {
                 Some(terminal) if signo == libc::SIGWINCH => terminal.resize(),
-                _ if has_ended => {}
+                _ if rest.is_some() => {
+                    if [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM].contains(&signo) {
+                        return Ok(());
+                    }
+                }
                 _ => {
                     // A process that has just ended needs no signal.
                     let _ = send_signal(pidfd, signo);

@@ -197,10 +197,12 @@ impl Isolation for OnHost {
     }
 
     fn signal(&self, known: &Known, pidfd: BorrowedFd<'_>, signo: i32) -> Result<(), Error> {
+        // Itself in any case: a plain user's container may have no cgroup.
+        let sent = cloche_runtime::send_signal(pidfd, signo);
         if signo == libc::SIGKILL && shares_pids(&known.spec()?) {
-            return Ok(known.cgroup()?.kill_all()?);
+            known.cgroup()?.kill_all()?;
         }
-        match cloche_runtime::send_signal(pidfd, signo) {
+        match sent {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
                 Err(Error::NotRunning(known.id().to_owned(), "stopped"))
             }

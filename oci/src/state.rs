@@ -11,7 +11,7 @@ use std::{
 use cloche_runtime::cgroup::{Cgroup, CgroupError};
 use oci_spec::runtime::Spec;
 use rustix::{
-    fs::{FlockOperation, fcntl_lock},
+    fs::{FlockOperation, fcntl_lock, flock},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
@@ -217,8 +217,9 @@ impl Known {
     /// Writes record and configuration of a container that is being created: until the file is closed.
     pub(crate) fn begin(directory: PathBuf, record: Record, spec: &Spec) -> Result<(Self, fs::File), Error> {
         let known = Self { directory, record };
-        let lock =
-            known.lock(FlockOperation::LockExclusive).map_err(of_file("lock", known.directory.join(LOCK)))?;
+        let path = known.directory.join(LOCK);
+        let lock = private().truncate(false).open(&path).map_err(of_file("make", &path))?;
+        fcntl_lock(&lock, FlockOperation::LockExclusive).map_err(of_file("lock", path))?;
         let config = serde_json::to_vec(spec).unwrap_or_default();
         replace(&known.directory.join(CONFIG), &config)?;
         known.save()?;
@@ -254,22 +255,43 @@ impl Known {
         self.record.process.filter(|process| process.is_alive())
     }
 
-    /// Takes the lock, which is kept until the file is closed: who creates the container exclusively, others shared, so
-    /// that none of them looks like a creator to another.
-    fn lock(&self, operation: FlockOperation) -> io::Result<fs::File> {
-        let file = private().read(true).truncate(false).open(self.directory.join(LOCK))?;
-        fcntl_lock(&file, operation)?;
-        Ok(file)
+    /// Takes the creator's lock for a moment: shared, so that nobody who looks is like a creator to another. It is not made
+    /// here, where somebody else may be removing it: without it there is no creator.
+    fn lock_shared(&self, operation: FlockOperation) -> io::Result<()> {
+        match fs::File::open(self.directory.join(LOCK)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => Ok(fcntl_lock(result?, operation)?),
+        }
     }
 
     /// Waits until nobody creates it any more.
     pub(crate) fn await_creation(&self) -> Result<(), Error> {
-        self.lock(FlockOperation::LockShared).map(drop).map_err(of_file("lock", self.directory.join(LOCK)))
+        self.lock_shared(FlockOperation::LockShared).map_err(of_file("lock", self.directory.join(LOCK)))
+    }
+
+    /// Waits for the turn to change the record of a container that is created, or to remove it; until the file is closed.
+    pub(crate) fn take_turn(&self) -> Result<fs::File, Error> {
+        let take = || {
+            let directory = fs::File::open(&self.directory)?;
+            flock(&directory, FlockOperation::LockExclusive)?;
+            Ok::<_, io::Error>(directory)
+        };
+        match take() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(Error::NoContainer(self.id().into()))
+            }
+            result => result.map_err(of_file("lock", &self.directory)),
+        }
+    }
+
+    /// Whether its processes stand still.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.cgroup().is_ok_and(|cgroup| cgroup.is_frozen())
     }
 
     /// Its status.
     pub fn status(&self) -> Status {
-        let is_locked = self.lock(FlockOperation::NonBlockingLockShared).is_err_and(|error| {
+        let is_locked = self.lock_shared(FlockOperation::NonBlockingLockShared).is_err_and(|error| {
             [Errno::AGAIN, Errno::ACCESS].contains(&Errno::from_io_error(&error).unwrap_or(Errno::IO))
         });
         if is_locked {
@@ -278,7 +300,7 @@ impl Known {
         if self.alive().is_none() {
             return Status::Stopped;
         }
-        if self.cgroup().is_ok_and(|cgroup| cgroup.is_frozen()) {
+        if self.is_paused() {
             return Status::Paused;
         }
         if gate::is_waited_at(&self.directory) { Status::Created } else { Status::Running }
@@ -308,6 +330,10 @@ impl Known {
 
     /// Removes its directory.
     pub(crate) fn forget(&self) -> Result<(), Error> {
+        let _turn = match self.take_turn() {
+            Err(Error::NoContainer(_)) => return Ok(()),
+            result => result?,
+        };
         match fs::remove_dir_all(&self.directory) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(of_file("remove", &self.directory)(error))

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 
-use cloche_runtime::cgroup::Cgroup;
+use cloche_runtime::{cgroup::Cgroup, chain};
 use oci_spec::runtime::{LinuxResources, Spec};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -23,10 +23,18 @@ pub fn start(home: &Home<'_>, id: &str) -> Result<(), Error> {
     home.find(id)?.await_creation()?;
     let known = home.find(id)?;
     let refused = |status: Status| {
-        let hint = if status == Status::Stopped { "; delete it" } else { "; it was started already" };
+        let hint = match status {
+            Status::Stopped => "; delete it",
+            Status::Paused => "; resume it first",
+            _ => "; it was started already",
+        };
         Error::Status { action: "start", id: id.to_owned(), status: status.name(), hint }
     };
     let Some(process) = known.alive() else { return Err(refused(Status::Stopped)) };
+    if known.is_paused() {
+        // It would not come to take what opens its gate.
+        return Err(refused(Status::Paused));
+    }
     let Some(pidfd) = process.open().map_err(system("open the container's process"))? else {
         return Err(refused(Status::Stopped));
     };
@@ -79,7 +87,7 @@ pub fn kill(home: &Home<'_>, id: &str, signo: i32, all: bool) -> Result<(), Erro
 
 /// Removes a container that has ended or was never started; with `force` whatever it is doing, and without complaint
 /// when there is none.
-pub fn delete(home: &Home<'_>, id: &str, force: bool) -> Result<(), Error> {
+pub fn delete(home: &Home<'_>, id: &str, force: bool, warn: &dyn Fn(&str)) -> Result<(), Error> {
     let known = match home.find(id) {
         Ok(known) => known,
         Err(Error::NoContainer(_)) if force => return home.remove_claim(id).map(drop),
@@ -89,7 +97,7 @@ pub fn delete(home: &Home<'_>, id: &str, force: bool) -> Result<(), Error> {
     let status = known.status();
     if !force && status == Status::Creating {
         known.await_creation()?;
-        return delete(home, id, force);
+        return delete(home, id, force, warn);
     }
     if !force && !matches!(status, Status::Stopped | Status::Created) {
         let hint = "; kill it first, or use --force";
@@ -100,11 +108,11 @@ pub fn delete(home: &Home<'_>, id: &str, force: bool) -> Result<(), Error> {
         Err(_) if force => Spec::default(),
         Err(error) => return Err(error),
     };
-    remove(&known, &spec)
+    remove(&known, &spec, warn)
 }
 
 /// Ends what is left of a container and removes all of it.
-pub(crate) fn remove(known: &Known, spec: &Spec) -> Result<(), Error> {
+pub(crate) fn remove(known: &Known, spec: &Spec, warn: &dyn Fn(&str)) -> Result<(), Error> {
     let cgroup = known.possible_cgroup()?;
     let kill_all = || cgroup.as_ref().map_or(Ok(()), Cgroup::kill_all);
     if let Some(process) = known.record.process
@@ -131,20 +139,21 @@ pub(crate) fn remove(known: &Known, spec: &Spec) -> Result<(), Error> {
         (Some(cgroup), Some(_)) => cgroup.delete()?,
         (None, _) => {}
     }
-    forget(known, spec)
+    forget(known, spec, warn)
 }
 
 /// Removes what is on disk of a container of which nothing else is left.
-pub(crate) fn forget(known: &Known, spec: &Spec) -> Result<(), Error> {
+pub(crate) fn forget(known: &Known, spec: &Spec, warn: &dyn Fn(&str)) -> Result<(), Error> {
     known.forget()?;
     let Some(listed) = spec.hooks() else { return Ok(()) };
-    // runtime.md#lifecycle: a poststop hook that fails is warned of, and the others run nevertheless.
+    // runtime.md#lifecycle: a poststop hook that fails is warned of, and all goes on as if it had succeeded.
     let state = known.record.state_json(0, Status::Stopped.name());
-    let mut result = Ok(());
     for hook in listed.poststop().iter().flatten() {
-        result = result.and(run_hooks("poststop", &Some(vec![hook.clone()]), &state));
+        if let Err(error) = run_hooks("poststop", &Some(vec![hook.clone()]), &state) {
+            warn(&chain(&error));
+        }
     }
-    result
+    Ok(())
 }
 
 /// Stops all processes of a container until they are resumed.
@@ -167,15 +176,28 @@ pub fn resume(home: &Home<'_>, id: &str) -> Result<(), Error> {
 
 /// Changes the limits of a container that runs.
 pub fn update(home: &Home<'_>, id: &str, resources: &LinuxResources) -> Result<(), Error> {
+    home.find(id)?.await_creation()?;
+    let _turn = home.find(id)?.take_turn()?;
+    // As it is now: whoever had the turn before may have changed the record, or removed it.
     let mut known = home.find(id)?;
     if known.status() == Status::Stopped {
         return Err(Error::NotRunning(id.to_owned(), "stopped"));
     }
+    let mut resources = resources.clone();
+    let spec = known.spec()?;
+    let present = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    if present.is_some_and(|present| present.devices() == resources.devices()) {
+        // Engines that change one limit send all there are (CRI). Device rules cannot be changed, and need not be.
+        resources.set_devices(None);
+    }
     let mut cgroup = known.cgroup()?;
-    let updated = home.isolation.update(&known, &mut cgroup, resources);
+    let updated = home.isolation.update(&known, &mut cgroup, &resources);
     // It may have got directories in further hierarchies.
-    known.record.cgroup_identity = cgroup.identity();
-    known.save()?;
+    let identity = cgroup.identity();
+    if identity != known.record.cgroup_identity {
+        known.record.cgroup_identity = identity;
+        known.save()?;
+    }
     updated
 }
 

@@ -94,6 +94,8 @@ impl Container {
 
     /// Kills every process of the container.
     pub fn kill(&self) -> Result<(), CgroupError> {
+        // A plain user's container may have no cgroup.
+        let _ = syscalls::pidfd_send_signal(self.pidfd(), libc::SIGKILL);
         self.cgroup.kill_all()
     }
 
@@ -154,7 +156,7 @@ impl Container {
 
     /// Kills what is left of the container and removes its cgroup.
     pub fn delete(self) -> Result<(), CgroupError> {
-        let killed = self.cgroup.kill_all();
+        let killed = self.kill();
         killed.and(self.cgroup.delete())
     }
 }

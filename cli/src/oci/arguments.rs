@@ -236,7 +236,7 @@ Examples:
 Exit status: that of the process, or 128 + N if signal N killed it; 255 if it could not be run.")]
 pub struct Exec {
     /// File with the whole process, as `process` in a configuration
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = OF_PROCESS)]
     pub process: Option<PathBuf>,
     /// Give it a terminal
     #[arg(short, long)]
@@ -346,6 +346,10 @@ pub struct Update {
     /// The container's id
     pub id: String,
 }
+
+/// What a whole process of `exec` has of its own. Not `tty`: engines say that beside it.
+const OF_PROCESS: [&str; 9] =
+    ["user", "additional_gids", "cwd", "env", "cap", "no_new_privs", "apparmor", "process_label", "command"];
 
 const LIMITS: [&str; 14] = [
     "blkio_weight",

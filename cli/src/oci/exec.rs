@@ -21,7 +21,13 @@ pub fn exec(
                 path: path.clone(),
                 source,
             })?;
-            process_of(&text).map_err(|source| Error::Config { path: path.clone(), source: source.into() })
+            let mut process = process_of(&text)
+                .map_err(|source| Error::Config { path: path.clone(), source: source.into() })?;
+            if exec.tty {
+                // Engines say so twice.
+                process.set_terminal(Some(true));
+            }
+            Ok(process)
         }
         None => like(own, exec, warn),
     };

@@ -114,9 +114,9 @@ fn carry_out(
             let pattern = Regex::new(id).map_err(|error| Error::Request(format!("--regex {id}: {error}")))?;
             let all = cloche_oci::list(&home)?;
             let mut matching = all.iter().map(Known::id).filter(|id| pattern.is_match(id));
-            matching.try_for_each(|id| cloche_oci::delete(&home, id, *force)).map(|()| 0)
+            matching.try_for_each(|id| cloche_oci::delete(&home, id, *force, &warn)).map(|()| 0)
         }
-        Verb::Delete { force, id, .. } => cloche_oci::delete(&home, id, *force).map(|()| 0),
+        Verb::Delete { force, id, .. } => cloche_oci::delete(&home, id, *force, &warn).map(|()| 0),
         Verb::Exec(exec) => exec::exec(&home, exec, preserved, &warn, &debug),
         Verb::List { format, quiet } => show::list(&home, *format, *quiet),
         Verb::Ps { format, id, options } => show::processes(&home, id, *format, options),

@@ -9,6 +9,7 @@ mod hooks;
 mod hostile;
 mod in_vm;
 mod life;
+mod mishaps;
 mod notify_ioctl;
 mod processes;
 mod seccomp;
@@ -36,6 +37,7 @@ fn main() {
         hostile::all(),
         attacks::all(),
         failures::all(),
+        mishaps::all(),
         seccomp::all(),
         engines::all(),
         differential::all(),

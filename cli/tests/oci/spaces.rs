@@ -173,10 +173,21 @@ fn domain_name_scheduler_and_io_priority_are_set() {
 }
 
 fn limits_are_changed_while_it_runs() {
-    let bundle = Bundle::new(&["sleep", "100"]);
+    let devices = json!([{ "allow": false, "access": "rwm" }]);
+    let bundle =
+        Bundle::new(&["sleep", "100"]).with("/linux/resources", json!({ "devices": devices.clone() }));
     bundle.start();
     bundle.ok(&["update", "--memory", "64m", "--pids-limit", "50", "--cpu-share", "512", &bundle.id]);
-    fs::write(bundle.path("limits"), json!({ "pids": { "limit": 30 } }).to_string()).unwrap();
+    // With the memory limit that is there already.
+    bundle.ok(&["update", "--memory-swap", "64m", &bundle.id]);
+    // Engines send all of the configuration's resources, of which the devices stay as they are.
+    let update = |devices| json!({ "pids": { "limit": 30 }, "devices": devices }).to_string();
+    fs::write(bundle.path("limits"), update(json!([{ "allow": true, "access": "rwm" }]))).unwrap();
+    let limits = bundle.path("limits").display().to_string();
+    assert!(
+        bundle.refused(&["update", "--resources", &limits, &bundle.id]).contains("device rules are fixed")
+    );
+    fs::write(&limits, update(devices)).unwrap();
     let stats: Value = serde_json::from_str(&bundle.ok(&["events", "--stats", &bundle.id])).unwrap();
     assert_eq!(stats["data"]["memory"]["usage"]["limit"], 64 << 20);
     assert_eq!(stats["data"]["pids"]["limit"], 50);
