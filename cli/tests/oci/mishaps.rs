@@ -68,7 +68,9 @@ fn exec_that_fails_leaves_no_process() {
     let bundle = Bundle::new(&["sleep", "100"]);
     bundle.start();
     let words = ["exec", "--detach", "--pid-file", "/nowhere/pid", &bundle.id, "sleep", "200"];
-    assert!(bundle.refused(&words).contains("/nowhere"));
+    let errors = fs::File::create(bundle.path("errors")).unwrap();
+    let status = bundle.command(&words).stdout(Stdio::null()).stderr(errors).status().unwrap();
+    assert!(!status.success() && bundle.errors().contains("/nowhere"));
     await_that("the process is gone", || !bundle.ok(&["ps", &bundle.id]).contains("sleep 200"));
 }
 
@@ -124,7 +126,7 @@ fn terminal_takes_input_while_nobody_reads_its_output() {
 fn terminal_is_let_go_though_something_left_behind_prints() {
     let bundle = Bundle::new(&["sleep", "100"]);
     bundle.start();
-    let script = "(trap '' HUP; while :; do echo more; done) & echo last";
+    let script = "trap '' HUP; (while :; do echo more; done) & sleep 0.2";
     let mut exec = bundle.command(&["exec", "--tty", &bundle.id, "sh", "-c", script]);
     let mut exec = Bounded(exec.stdout(Stdio::null()).spawn().unwrap());
     assert_eq!(exec.await_end("exec ends"), Some(0));

@@ -533,6 +533,26 @@ mod tests {
     }
 
     #[test]
+    fn attributes_of_a_file_are_bounded_in_all() {
+        let from = tempfile::tempdir_in("/dev/shm").unwrap();
+        let file = from.path().join("file");
+        fs::write(&file, "x").unwrap();
+        let set = |number: usize| {
+            let value = vec![7; 60_000];
+            rustix::fs::setxattr(&file, format!("user.{number}"), &value, rustix::fs::XattrFlags::empty())
+        };
+        if set(0) == Err(Errno::OPNOTSUPP) {
+            eprintln!("not run: needs a tmpfs that keeps users' extended attributes (Linux 6.6)");
+            return;
+        }
+        (1..16).for_each(|number| set(number).unwrap());
+        archive(Form::Layer, from.path()).unwrap();
+        (16..20).for_each(|number| set(number).unwrap());
+        let error = archive(Form::Layer, from.path()).unwrap_err().to_string();
+        assert_eq!(error, "the extended attributes of \"file\" take more than a layer's 960 KiB");
+    }
+
+    #[test]
     fn tree_is_unpacked_as_it_was_by_gnu_tar() {
         let from = tempfile::tempdir_in("/dev/shm").unwrap();
         let root = from.path();
