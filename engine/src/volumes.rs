@@ -93,7 +93,7 @@ pub struct Held {
 #[derive(Debug)]
 struct Filling {
     mark: PathBuf,
-    _turn: File,
+    turn: File,
 }
 
 impl Held {
@@ -102,6 +102,8 @@ impl Held {
         if let Some(filling) = self.filling.take() {
             // Left behind, it would have the files taken for a part of what is to be there.
             let _ = fs::remove_file(&filling.mark);
+            // For all who may have inherited it.
+            let _ = flock(&filling.turn, FlockOperation::Unlock);
         }
     }
 }
@@ -230,7 +232,7 @@ impl Volumes {
             };
             let Some(lock) = lock.map_err(io_error("lock", &dir))? else { continue };
             let fill = fills && fs::read_dir(&data).map_err(io_error("read", &data))?.next().is_none();
-            let filling = fill.then(|| Filling { mark, _turn: turn });
+            let filling = fill.then(|| Filling { mark, turn });
             if let Some(Filling { mark, .. }) = filling.as_ref().filter(|_| is_alone) {
                 File::create(mark).map_err(io_error("make", mark))?;
             }

@@ -342,3 +342,27 @@ impl Known {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looking_at_a_container_that_is_being_deleted_makes_no_file() {
+        let record = serde_json::json!({
+            "id": "a", "oci_version": "1.2.0", "bundle": "/b", "rootfs": "/b/r", "created": "", "owner": "root",
+            "annotations": {}, "cgroup": "/a", "process": null,
+        });
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().join("a");
+        fs::create_dir(&directory).unwrap();
+        let known = Known { directory: directory.clone(), record: serde_json::from_value(record).unwrap() };
+        known.await_creation().unwrap();
+        assert_eq!(known.status(), Status::Stopped);
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
+        // By two at once.
+        known.forget().unwrap();
+        known.forget().unwrap();
+        assert!(matches!(known.take_turn(), Err(Error::NoContainer(_))));
+    }
+}

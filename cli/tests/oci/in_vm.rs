@@ -59,6 +59,9 @@ pub fn of(all: Vec<Test>) -> Vec<Test> {
         files_of_the_host_are_there_and_can_be_written,
         hooks_of_the_host_run_around_it,
         what_a_virtual_machine_cannot_do_is_refused,
+        labels_of_the_host_are_dropped_with_a_warning,
+        machine_of_run_gets_its_signals,
+        ps_shows_many_long_command_lines,
     ];
     all.into_iter().filter(is_shared).chain(own).collect()
 }
@@ -281,4 +284,53 @@ fn what_a_virtual_machine_cannot_do_is_refused() {
     let bundle = Bundle::new(&["true"]).with("/annotations", pod);
     assert!(bundle.refused(&["create", &bundle.id]).contains("pod"));
     assert_eq!(bundle.ok(&["list", "--quiet"]), "");
+}
+
+/// Engines label every container of a host that has a security module.
+fn labels_of_the_host_are_dropped_with_a_warning() {
+    let bundle = Bundle::new(&["echo", "ran"]).with("/process/apparmorProfile", json!("docker-default"));
+    let output = bundle.run(&["run", &bundle.id]);
+    assert!(output.status.success() && text(&output.stdout) == "ran", "{output:?}");
+    assert!(
+        text(&output.stderr).contains("process.apparmorProfile \"docker-default\" is not applied"),
+        "{output:?}"
+    );
+}
+
+/// `run` collects the signals that it passes on; the VMM kicks its vCPUs by one of them.
+fn machine_of_run_gets_its_signals() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    let mut run = bundle.command(&["run", &bundle.id]).stdout(Stdio::null()).spawn().unwrap();
+    await_that("it runs", || {
+        bundle.run(&["state", &bundle.id]).status.success() && bundle.status() == "running"
+    });
+    let attendant = bundle.state()["pid"].as_i64().unwrap();
+    let children = fs::read_to_string(format!("/proc/{attendant}/task/{attendant}/children")).unwrap();
+    let blocked = |task: fs::DirEntry| {
+        let status = fs::read_to_string(task.path().join("status")).unwrap();
+        let field =
+            |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
+        (field("Name:"), u64::from_str_radix(&field("SigBlk:"), 16).unwrap())
+    };
+    let vmm = children.split_whitespace().next().unwrap();
+    let tasks = fs::read_dir(format!("/proc/{vmm}/task")).unwrap();
+    let blocked: Vec<_> = tasks.flatten().map(blocked).collect();
+    // The first real-time signals: those that the C library leaves to programs.
+    assert!(blocked.iter().any(|(name, _)| name.starts_with("vcpu")), "{blocked:?}");
+    assert!(blocked.iter().all(|(_, signals)| signals >> 34 & 1 == 0), "{blocked:?}");
+    bundle.ok(&["kill", &bundle.id, "KILL"]);
+    run.wait().unwrap();
+}
+
+/// More than one answer of the agent would hold.
+fn ps_shows_many_long_command_lines() {
+    let bundle = Bundle::script(
+        "busybox mkfifo /dev/never; x=$(printf '\\001'); while [ ${#x} -lt 2000 ]; do x=$x$x; done; n=0; \
+         while [ $n -lt 40 ]; do sh -c 'read a < /dev/never' $n $x & n=$((n+1)); done; echo up; wait",
+    );
+    bundle.start();
+    bundle.await_output("up");
+    let listed = bundle.ok(&["ps", &bundle.id]);
+    assert_eq!(listed.lines().count(), 42, "{listed}");
+    assert!(listed.contains("never"), "{listed}");
 }
