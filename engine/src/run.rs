@@ -4,7 +4,10 @@
 //!  validate ▸ resolve image ▸ spec ▸ record ▸ start ▸ observe ▸ attend ▸ tear down ▸ record
 //! ```
 
-use std::{io::Read, path::PathBuf};
+use std::{
+    io::{self, Read, Write},
+    path::PathBuf,
+};
 
 use cloche_images::{Image, MergeError, ResolveError, Settings, Store, StoreError};
 pub use cloche_protocol::message::Exit;
@@ -337,7 +340,11 @@ fn use_changes(running: &mut dyn Running, exit: &Exit, at_end: &mut AtEnd<'_>) -
 fn keep_changes(sandbox: &Owned, running: &mut dyn Running) {
     let kept = running.changes().map_err(|lost| std::io::Error::other(lost.to_string()));
     if let Err(error) = kept.and_then(|mut changes| changes::save(sandbox.dir(), &mut changes)) {
-        eprintln!("cloche: what sandbox {} has written is not kept: {error}", sandbox.record.id);
+        let _ = writeln!(
+            io::stderr(),
+            "cloche: what sandbox {} has written is not kept: {error}",
+            sandbox.record.id
+        );
     }
 }
 

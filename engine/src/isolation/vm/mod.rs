@@ -22,7 +22,7 @@ mod share;
 
 use std::{
     fs::{self, Permissions},
-    io::{self, Read},
+    io::{self, Read, Write},
     os::{
         fd::{AsFd, OwnedFd},
         unix::{
@@ -593,7 +593,7 @@ impl Running for Machine {
         // After the VMM's own end, which is the server's, too.
         if let Some(end) = self.file_server.as_mut().and_then(FileServer::take_end) {
             // The sandbox goes on; only its user can tell what that is worth.
-            eprintln!("cloche: {end}");
+            let _ = writeln!(io::stderr(), "cloche: {end}");
         }
         match self.silent_since {
             Some(since) if since.elapsed() >= LAST_WORDS => {

@@ -8,7 +8,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, Write},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::net::UnixStream,
@@ -426,14 +426,15 @@ pub(super) fn attend(
                 }
                 Ok(Some(FromGuest::Exited(end))) => exit = Some(end.status.shell_code()),
                 Ok(Some(other @ (FromGuest::Ready { .. } | FromGuest::Created | FromGuest::Started))) => {
-                    eprintln!(
+                    let _ = writeln!(
+                        io::stderr(),
                         "cloche-vm: the guest's agent says {other:?} of a process that is there already"
                     );
                     return Ok(LOST);
                 }
                 Err(reason) => {
                     if peer.is_the_machine() {
-                        eprintln!("cloche-vm: the virtual machine is gone: {reason}");
+                        let _ = writeln!(io::stderr(), "cloche-vm: the virtual machine is gone: {reason}");
                     }
                     gate.iter_mut().for_each(|gate| gate.tell(&Refusal::new(reason.clone())));
                     exit = Some(LOST);

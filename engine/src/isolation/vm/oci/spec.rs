@@ -134,8 +134,10 @@ impl Split {
                 .filter(|bytes| *bytes > 0);
             let (host, inside) = divide(resources);
             if let Some(cpu) = host.cpu()
-                && let (Some(quota @ 1..), Some(period @ 1..)) = (cpu.quota(), cpu.period())
+                && let Some(quota @ 1..) = cpu.quota()
             {
+                // The kernel's own, if none is given (kernel: cgroup-v2.rst, `cpu.max`).
+                let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
                 self.vcpus = u64::try_from(quota).unwrap_or(1).div_ceil(period).min(host_cpus());
             }
             self.host = host;
@@ -216,7 +218,7 @@ fn filter(policy: &LinuxSeccomp) -> Result<Filter, Error> {
     let actions = policy.syscalls().iter().flatten().map(|rule| rule.action());
     let notifies =
         actions.chain([policy.default_action()]).any(|action| action == LinuxSeccompAction::ScmpActNotify);
-    if notifies || policy.listener_path().is_some() {
+    if notifies {
         return refused(
             "linux.seccomp with a listener is not supported: nobody outside of the virtual machine could decide on its \
              system calls",
@@ -379,6 +381,8 @@ mod tests {
         let split = with("/linux/resources", resources).unwrap();
         assert_eq!(split.memory_bytes, Some(64 << 20));
         assert_eq!(split.vcpus, 2.min(host_cpus()));
+        let without_period = with("/linux/resources", json!({ "cpu": { "quota": 150_000 } })).unwrap();
+        assert_eq!(without_period.vcpus, 2.min(host_cpus()));
         assert!(split.host.cpu().is_some() && split.host.memory().is_none() && split.host.pids().is_none());
         let inside = split.guest.linux().as_ref().unwrap().resources().as_ref().unwrap();
         assert!(inside.cpu().is_none() && inside.memory().is_some() && inside.pids().is_some());
