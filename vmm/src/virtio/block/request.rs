@@ -90,13 +90,27 @@ impl<'m> Request<'m> {
         })
     }
 
-    /// Bytes of data that it moves, for limits.
+    /// Bytes of data that it moves, for limits: zeros count as what they take where a file system has them written.
     pub fn data_bytes(&self) -> usize {
         match self.kind {
             wire::IN => self.target.len(),
             wire::OUT => self.source.len(),
+            wire::WRITE_ZEROES => self.zeros_bytes(),
             _ => 0,
         }
+    }
+
+    /// What [`wire::WRITE_ZEROES`] fills, but for holes; what is wrong in it counts as far as it could be right.
+    fn zeros_bytes(&self) -> usize {
+        let segments = self.source.prefix(MAX_SEGMENTS as usize * SEGMENT_BYTES).to_vec();
+        let bytes = segments.chunks_exact(SEGMENT_BYTES).filter_map(|segment| {
+            let (rest, flags) = segment.split_last_chunk::<4>()?;
+            let (_, sectors) = rest.split_last_chunk::<4>()?;
+            let is_filled = u32::from_le_bytes(*flags) & wire::UNMAP == 0;
+            let sectors = u32::from_le_bytes(*sectors).min(MAX_SEGMENT_SECTORS);
+            is_filled.then_some(sectors as usize * SECTOR_BYTES as usize)
+        });
+        bytes.sum()
     }
 
     /// The status byte, to be written later.

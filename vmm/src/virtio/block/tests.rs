@@ -372,6 +372,21 @@ fn limit_on_operations_holds_and_all_is_served() {
     }
 }
 
+/// A guest cannot have more written than it may by asking for zeros.
+#[test]
+fn limit_on_bytes_counts_zeros() {
+    let bytes = BucketConfig { per_second: 512_000.try_into().unwrap(), burst: 512.try_into().ok() };
+    let limit = LimitConfig { ops: None, bytes: Some(bytes) };
+    let mut fixture = fixture_in("/dev/shm", false, Some(limit));
+    let started = Instant::now();
+    for _ in 0..10 {
+        assert_eq!(fixture.segments(wire::WRITE_ZEROES, &[segment(0, 2, 0)]), wire::OK);
+    }
+    // Each has two sectors, of which one was in the bucket at the beginning: the others came at one in a millisecond.
+    let took = started.elapsed();
+    assert!(took >= Duration::from_millis(15), "ten requests passed in {took:?}");
+}
+
 #[test]
 fn identity_tells_capacity_segments_and_block_sizes() {
     let config = fixture(false).block.identity().config;

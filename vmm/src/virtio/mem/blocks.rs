@@ -13,8 +13,8 @@ use crate::{config::MEMORY_BLOCK_MIB, guest_memory::CHUNK_BYTES};
 pub const BLOCK_BYTES: u64 = (MEMORY_BLOCK_MIB as u64) << 20;
 const CHUNK_BLOCKS: usize = (CHUNK_BYTES / BLOCK_BYTES) as usize;
 
-/// Chunks that one request may plug or unplug, and a turn of one that unplugs all: each is a system call that waits for vCPUs. Linux plugs one memory block at a
-/// time, which is one chunk, or 16 in a guest with 64 GiB and more.
+/// Chunks that one request may plug or unplug, and a turn of one that unplugs all: each is a system call that waits for
+/// vCPUs. Linux plugs one memory block at a time, which is one chunk, or 16 in a guest with 64 GiB and more.
 const CHUNKS_AT_ONCE: usize = 17;
 
 /// Why a request is not carried out (§5.15.6: response types).
