@@ -171,17 +171,23 @@ impl Config {
         }
     }
 
+    /// No words are no field, as a base without has it.
+    fn set_words(&mut self, name: &str, command: &Command) {
+        match self.words(command) {
+            words if words.is_empty() => drop(self.inner.remove(name)),
+            words => self.set(name, json!(words)),
+        }
+    }
+
     /// `CMD`
     pub fn set_command(&mut self, command: &Command) {
-        let words = self.words(command);
-        self.set("Cmd", json!(words));
+        self.set_words("Cmd", command);
         self.command_is_own = true;
     }
 
     /// `ENTRYPOINT`, which drops a CMD that the base has: it was meant for another entry point.
     pub fn set_entrypoint(&mut self, command: &Command) {
-        let words = self.words(command);
-        self.set("Entrypoint", json!(words));
+        self.set_words("Entrypoint", command);
         if !self.command_is_own {
             self.inner.remove("Cmd");
         }
@@ -298,6 +304,19 @@ mod tests {
         let made: Value = serde_json::from_slice(&config.finish(&[], &[], "t")).unwrap();
         assert_eq!(made["config"]["Cmd"], json!(["/bin/sh", "-c", "own"]));
         assert_eq!(made["config"]["Env"][1], format!("PATH={DEFAULT_PATH}"));
+    }
+
+    #[test]
+    fn empty_command_takes_the_base_s_away() {
+        let base = br#"{"config":{"Cmd":["c"],"Entrypoint":["e"]}}"#;
+        let left = |change: fn(&mut Config, &Command)| {
+            let mut config = Config::of(base).unwrap();
+            change(&mut config, &Command::Exec(Vec::new()));
+            let made: Value = serde_json::from_slice(&config.finish(&[], &[], "t")).unwrap();
+            (made["config"].get("Entrypoint").cloned(), made["config"].get("Cmd").cloned())
+        };
+        assert_eq!(left(Config::set_command), (Some(json!(["e"])), None));
+        assert_eq!(left(Config::set_entrypoint), (None, None));
     }
 
     #[test]

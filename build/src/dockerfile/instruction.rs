@@ -108,9 +108,10 @@ pub(super) fn parse(line: Line, escape: char) -> Result<Instruction, String> {
     }
     match keyword.as_str() {
         "FROM" => from(&flags, rest),
-        "RUN" => Ok(Instruction::Run { flags, command: command(rest)?, heredocs: line.heredocs }),
-        "CMD" => Ok(Instruction::Cmd(command(rest)?)),
-        "ENTRYPOINT" => Ok(Instruction::Entrypoint(command(rest)?)),
+        "RUN" => Ok(Instruction::Run { flags, command: some_command(rest)?, heredocs: line.heredocs }),
+        // An empty array takes away what the base has.
+        "CMD" => Ok(Instruction::Cmd(command(rest))),
+        "ENTRYPOINT" => Ok(Instruction::Entrypoint(command(rest))),
         "SHELL" => match json(rest) {
             Some(words) if !words.is_empty() => Ok(Instruction::Shell(words)),
             _ => Err("SHELL needs a JSON array of strings, such as [\"/bin/sh\", \"-c\"]".into()),
@@ -223,11 +224,15 @@ fn json(text: &str) -> Option<Vec<String>> {
     text.starts_with('[').then(|| serde_json::from_str(text).ok()).flatten()
 }
 
-fn command(text: &str) -> Result<Command, String> {
-    match json(text) {
-        Some(words) if words.is_empty() => Err("the array has no command in it".into()),
-        Some(words) => Ok(Command::Exec(words)),
-        None => Ok(Command::Shell(text.to_owned())),
+fn command(text: &str) -> Command {
+    json(text).map_or_else(|| Command::Shell(text.to_owned()), Command::Exec)
+}
+
+/// For what needs something to run.
+fn some_command(text: &str) -> Result<Command, String> {
+    match command(text) {
+        Command::Exec(words) if words.is_empty() => Err("the array has no command in it".into()),
+        command => Ok(command),
     }
 }
 
@@ -380,7 +385,7 @@ fn health_check(flags: &[Flag], rest: &str) -> Result<Instruction, String> {
             None => return Err(format!("HEALTHCHECK has no option --{}", flag.name)),
         }
     }
-    made.command = Some(command(command_line.trim())?);
+    made.command = Some(some_command(command_line.trim())?);
     Ok(Instruction::HealthCheck(made))
 }
 

@@ -84,6 +84,8 @@ fn errors_have_the_line_and_its_text() {
         ("FROM a\nUSER --x y", 2, "--x"),
         ("FROM a\nVOLUME []", 2, "VOLUME"),
         ("FROM a\nARG 1=2", 2, "1=2"),
+        ("FROM a\nRUN []", 2, "no command"),
+        ("FROM a\nHEALTHCHECK CMD []", 2, "no command"),
     ] {
         let (at, error) = problem(text);
         assert_eq!(at, line, "{text}: {error}");
@@ -104,6 +106,15 @@ fn forms_and_flags_are_told_apart() {
     let copied = steps("COPY [\"a b\", \"c\", \"/d e/\"]");
     let Instruction::Transfer(copy) = &copied[0] else { panic!() };
     assert_eq!((copy.sources.len(), copy.target.as_str()), (2, "/d e/"));
+}
+
+#[test]
+fn empty_array_is_a_command_and_an_entry_point() {
+    let nothing = Command::Exec(Vec::new());
+    assert_eq!(
+        steps("CMD []\nENTRYPOINT [ ]"),
+        [Instruction::Cmd(nothing.clone()), Instruction::Entrypoint(nothing)]
+    );
 }
 
 #[test]
