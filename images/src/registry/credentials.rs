@@ -116,8 +116,9 @@ impl CredentialStore {
             return ask(&helper, key);
         }
         let Some(Value::Object(auths)) = config.get("auths") else { return Ok(None) };
-        // Docker has written keys in several forms over time.
-        let entry = auths.iter().find(|(name, _)| key_of(host_of(name)) == key).map(|(_, entry)| entry);
+        // Docker has written keys in several forms over time. What it writes now is the latest.
+        let older = || auths.iter().find(|(name, _)| key_of(host_of(name)) == key).map(|(_, entry)| entry);
+        let entry = auths.get(key).or_else(older);
         entry.map_or(Ok(None), |entry| self.entry(entry))
     }
 
@@ -154,6 +155,7 @@ impl CredentialStore {
         let auth = base64::encode(format!("{user}:{password}").as_bytes());
         let auths = config.entry("auths").or_insert_with(|| json!({}));
         let Value::Object(auths) = auths else { return Err(self.malformed("`auths` is no object")) };
+        auths.retain(|name, _| key_of(host_of(name)) != key);
         auths.insert(key.to_owned(), json!({ "auth": auth }));
         self.write(&config)?;
         Ok(true)
