@@ -44,6 +44,8 @@ pub struct New {
 pub struct Draft<'a> {
     base: &'a View,
     entries: BTreeMap<Vec<u8>, New>,
+    /// Of files of this machine: what was in them when they were described. Somebody may write to them meanwhile.
+    described: HashMap<Vec<u8>, Digest>,
     /// Whether a link in the base is replaced rather than followed.
     own_links: bool,
 }
@@ -57,7 +59,7 @@ struct There {
 impl<'a> Draft<'a> {
     /// A layer of nothing, on top of `base`.
     pub fn new(base: &'a View, own_links: bool) -> Draft<'a> {
-        Draft { base, entries: BTreeMap::new(), own_links }
+        Draft { base, entries: BTreeMap::new(), described: HashMap::new(), own_links }
     }
 
     fn base_node(&self, path: &[u8]) -> io::Result<Option<Node>> {
@@ -126,22 +128,22 @@ impl<'a> Draft<'a> {
 
     /// Makes a directory and those above it where they are missing; tells whether it made this one.
     pub fn make_directories(&mut self, path: &[Vec<u8>], like: &FileInfo) -> io::Result<bool> {
-        let mut made = false;
-        for end in 1..=path.len() {
+        // From below, as most often all but the last are there.
+        let mut missing = Vec::new();
+        for end in (1..=path.len()).rev() {
             let at = path.get(..end).unwrap_or_default().join(&b'/');
-            made = false;
             match self.look(&at)? {
-                Some(there) if there.info.kind == FileKind::Directory => {}
-                Some(there) if there.info.kind == FileKind::Symlink && self.own_links => {
-                    made = true;
-                }
+                Some(there) if there.info.kind == FileKind::Directory => break,
+                Some(there) if there.info.kind == FileKind::Symlink && self.own_links => {}
                 Some(_) => return Err(not_a_directory(&at)),
-                None => made = true,
+                None => {}
             }
-            if made {
-                let info = FileInfo { kind: FileKind::Directory, ..like.clone() };
-                self.entries.insert(at, New { info, target: Vec::new(), content: Content::None });
-            }
+            missing.push(at);
+        }
+        let made = !missing.is_empty();
+        for at in missing {
+            let info = FileInfo { kind: FileKind::Directory, ..like.clone() };
+            self.entries.insert(at, New { info, target: Vec::new(), content: Content::None });
         }
         Ok(made)
     }
@@ -174,7 +176,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Adds to a key all that the layer will be made of, but for times.
-    pub fn describe(&self, key: &mut Key) -> io::Result<()> {
+    pub fn describe(&mut self, key: &mut Key) -> io::Result<()> {
         let mut sizes = Sizes::default();
         for (path, new) in &self.entries {
             key.bytes(path);
@@ -182,7 +184,13 @@ impl<'a> Draft<'a> {
             key.bytes(&new.target);
             if new.info.kind == FileKind::File {
                 sizes.add(new.info.size)?;
-                key.bytes(content_digest(new)?.as_bytes());
+                let digest = content_digest(new)?;
+                key.bytes(digest.as_bytes());
+                if let Content::Of(tree, _) = &new.content
+                    && matches!(**tree, Tree::Host(_))
+                {
+                    self.described.insert(path.clone(), digest);
+                }
             }
         }
         Ok(())
@@ -221,7 +229,16 @@ impl<'a> Draft<'a> {
                 Content::Bytes(bytes) => Box::new(bytes.as_ref()),
                 _ => Box::new(io::empty()),
             };
-            writer.add(name, &info, &new.target, &mut data).map_err(shown)?;
+            match self.described.get(path) {
+                Some(&described) => {
+                    let mut data = Hashing::new(data);
+                    writer.add(name, &info, &new.target, &mut data).map_err(shown)?;
+                    if data.digest().map_err(shown)? != described {
+                        return Err(shown(changed()));
+                    }
+                }
+                None => writer.add(name, &info, &new.target, &mut data).map_err(shown)?,
+            }
             if let Some(identity) = identity {
                 written.insert(identity, path.clone());
             }
@@ -279,42 +296,108 @@ fn content_digest(new: &New) -> io::Result<Digest> {
     }
 }
 
-/// The digest of all that can be read.
-pub fn digest_of(source: &mut dyn Read) -> io::Result<Digest> {
-    let mut hasher = Sha256::new();
-    let mut piece = vec![0; 256 << 10];
-    loop {
-        let count = source.read(&mut piece)?;
-        if count == 0 {
-            break;
-        }
-        hasher.update(piece.get(..count).unwrap_or_default());
-    }
-    let hex: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Digest::from_hex(&hex).ok_or_else(|| io::Error::other("a digest has another length"))
+/// What was built of it would be known as what it was before.
+pub fn changed() -> io::Error {
+    io::Error::other("it changed while it was read; build again when nobody writes to it")
 }
 
-/// Adds to a key all that is below an item, but for times.
-pub fn describe_tree(key: &mut Key, tree: &Tree, item: &Item, sizes: &mut Sizes) -> io::Result<()> {
-    describe_info(key, &item.info);
-    match item.info.kind {
-        FileKind::Directory => {
-            for name in tree.names(item)? {
-                key.bytes(&name);
-                if let Some(child) = tree.child(item, &name)? {
-                    describe_tree(key, tree, &child, sizes)?;
-                }
-            }
-            key.text("end");
-        }
-        FileKind::Symlink => key.bytes(&tree.target(item)?),
-        FileKind::File => {
-            sizes.add(item.info.size)?;
-            key.bytes(digest_of(&mut tree.open(item)?)?.as_bytes());
-        }
-        _ => {}
+/// Hashes what is read through it.
+pub struct Hashing<R> {
+    source: R,
+    hasher: Sha256,
+}
+
+impl<R: Read> Hashing<R> {
+    /// Reads this.
+    pub fn new(source: R) -> Hashing<R> {
+        Hashing { source, hasher: Sha256::new() }
     }
-    Ok(())
+
+    /// Of all that was read.
+    pub fn digest(self) -> io::Result<Digest> {
+        let hex: String = self.hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Digest::from_hex(&hex).ok_or_else(|| io::Error::other("a digest has another length"))
+    }
+}
+
+impl<R: Read> Read for Hashing<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.source.read(buffer)?;
+        self.hasher.update(buffer.get(..count).unwrap_or_default());
+        Ok(count)
+    }
+}
+
+/// The digest of all that can be read.
+pub fn digest_of(source: &mut dyn Read) -> io::Result<Digest> {
+    let mut source = Hashing::new(source);
+    let mut piece = vec![0; 256 << 10];
+    while source.read(&mut piece)? > 0 {}
+    source.digest()
+}
+
+/// The digest of all that is below an item, but for times.
+pub fn describe_tree(tree: &Tree, item: &Item) -> io::Result<Digest> {
+    let mut key = Key::new("tree", None);
+    let mut sizes = Sizes::default();
+    let mut walk = Walk::new(tree, item);
+    while let Some(visit) = walk.next()? {
+        let content = match &visit {
+            Visit::Item(_, item) if item.info.kind == FileKind::File => {
+                sizes.add(item.info.size)?;
+                digest_of(&mut tree.open(item)?)?.as_bytes().to_vec()
+            }
+            Visit::Item(_, item) if item.info.kind == FileKind::Symlink => tree.target(item)?,
+            _ => Vec::new(),
+        };
+        visit.describe(&mut key, &content);
+    }
+    Ok(key.digest())
+}
+
+/// All that is below an item, itself first, in the order of names. However deep it is, it takes no stack.
+pub struct Walk<'a> {
+    tree: &'a Tree,
+    /// Last first.
+    pending: Vec<Visit>,
+}
+
+/// What is met on a walk, by its path from where that started.
+pub enum Visit {
+    /// A file of any kind.
+    Item(Vec<u8>, Item),
+    /// A directory is left.
+    End(Vec<u8>, FileInfo),
+}
+
+impl<'a> Walk<'a> {
+    /// Starts at an item.
+    pub fn new(tree: &'a Tree, item: &Item) -> Walk<'a> {
+        Walk { tree, pending: vec![Visit::Item(Vec::new(), item.clone())] }
+    }
+
+    /// What comes next.
+    pub fn next(&mut self) -> io::Result<Option<Visit>> {
+        let next = self.pending.pop();
+        if let Some(Visit::Item(path, item)) = &next
+            && item.info.kind == FileKind::Directory
+        {
+            self.pending.push(Visit::End(path.clone(), item.info.clone()));
+            let children = children(self.tree, item, path)?;
+            self.pending.extend(children.into_iter().rev().map(|(path, _, child)| Visit::Item(path, child)));
+        }
+        Ok(next)
+    }
+}
+
+impl Visit {
+    /// Adds it to a key, with a link's target or the digest of what is in a file.
+    pub fn describe(&self, key: &mut Key, content: &[u8]) {
+        let Visit::Item(path, item) = self else { return key.text("end") };
+        key.bytes(path.rsplit(|&byte| byte == b'/').next().unwrap_or_default());
+        describe_info(key, &item.info);
+        key.bytes(content);
+    }
 }
 
 /// A path below another.
@@ -336,4 +419,85 @@ pub fn children(tree: &Tree, item: &Item, relative: &[u8]) -> io::Result<Vec<Chi
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use cloche_images::Store;
+
+    use super::*;
+    use crate::patterns::Ignore;
+    use crate::transfer::{How, Source, transfer};
+
+    fn how() -> How {
+        How { owner: None, mode: None, exclude: Ignore::default(), parents: false, now: 0 }
+    }
+
+    fn directory() -> FileInfo {
+        how().parent()
+    }
+
+    #[test]
+    fn file_that_changes_after_it_was_described_is_no_layer() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store")).unwrap();
+        let context = folder.path().join("context");
+        fs::create_dir(&context).unwrap();
+        let write = |change: &str| {
+            fs::write(context.join("f"), "before").unwrap();
+            let tree = Arc::new(Tree::host(&context, Ignore::default()).unwrap());
+            let base = View::empty();
+            let mut draft = Draft::new(&base, false);
+            let source = Source::Path(tree, "f".into(), "the context".into());
+            transfer(&mut draft, &[source], "/f", &how()).unwrap();
+            draft.describe(&mut Key::new("copy", None)).unwrap();
+            fs::write(context.join("f"), change).unwrap();
+            draft.write(&mut store.write_layer().unwrap(), None)
+        };
+        write("before").unwrap();
+        write("before, and more").unwrap();
+        for change in ["after!", "less"] {
+            assert!(write(change).is_err(), "{change}");
+        }
+    }
+
+    /// As deep as a path can be, and a tree that nests deeper by entries that lead through links.
+    fn deep(store: &Store, parts: usize) -> Tree {
+        let mut writer = store.write_layer().unwrap();
+        let down = ["d"; 1000].join("/");
+        let link = FileInfo { kind: FileKind::Symlink, mode: 0o777, ..directory() };
+        let mut above = String::new();
+        for part in 0..parts {
+            let path = format!("{above}{down}");
+            writer.add(path.as_bytes(), &directory(), b"", &mut io::empty()).unwrap();
+            let name = format!("l{part}");
+            writer.add(name.as_bytes(), &link, path.as_bytes(), &mut io::empty()).unwrap();
+            above = format!("{name}/");
+        }
+        let layer = store.add_layer(writer).unwrap();
+        Tree::Layers(store.view(&[layer]).unwrap())
+    }
+
+    #[test]
+    fn tree_of_any_depth_takes_no_stack() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store")).unwrap();
+        let work = |parts| {
+            let tree = Arc::new(deep(&store, parts));
+            let small = std::thread::Builder::new().stack_size(256 << 10);
+            let works = move || {
+                let root = tree.root().unwrap();
+                let base = View::empty();
+                let mut draft = Draft::new(&base, false);
+                let source = Source::Path(tree.clone(), "/".into(), "an image".into());
+                let copied = transfer(&mut draft, &[source], "/b/", &how());
+                (describe_tree(&tree, &root).is_ok(), copied.is_ok())
+            };
+            small.spawn(works).unwrap().join().unwrap()
+        };
+        assert_eq!(work(1), (true, true));
+        assert_eq!(work(6), (false, false));
+    }
 }

@@ -11,8 +11,10 @@
 //! there (`rw`) is gone afterwards.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 
@@ -23,6 +25,8 @@ use rustix::fs::{AtFlags, CWD, FlockOperation, Timespec, Timestamps};
 use serde::Serialize;
 
 use crate::dockerfile::Flag;
+use crate::draft::{Hashing, Visit, Walk};
+use crate::key::Key;
 use crate::tree::{Item, Tree};
 
 /// Something to mount.
@@ -362,31 +366,53 @@ fn own(path: &Path, uid: u32, gid: u32) -> io::Result<()> {
     }
 }
 
-/// Copies an item to `path`, where nothing is yet, in a directory that nobody else can reach.
-pub(crate) fn materialise(tree: &Tree, item: &Item, path: &Path) -> io::Result<()> {
-    match item.info.kind {
+/// Copies an item to `path`, where nothing is yet, in a directory that nobody else can reach. Gives the digest that
+/// [`crate::draft::describe_tree`] gives of what was copied.
+pub(crate) fn materialise(tree: &Tree, item: &Item, path: &Path) -> io::Result<Digest> {
+    let mut key = Key::new("tree", None);
+    let mut walk = Walk::new(tree, item);
+    while let Some(visit) = walk.next()? {
+        let (Visit::Item(relative, _) | Visit::End(relative, _)) = &visit;
+        let at = match relative.is_empty() {
+            true => path.to_owned(),
+            false => path.join(OsStr::from_bytes(relative)),
+        };
+        let content = match &visit {
+            Visit::Item(_, item) => make(tree, item, &at)?,
+            Visit::End(_, info) => {
+                // What is put into a directory changes its time.
+                dress(&at, info)?;
+                Vec::new()
+            }
+        };
+        visit.describe(&mut key, &content);
+    }
+    Ok(key.digest())
+}
+
+/// Makes a file of any kind; gives a link's target, or the digest of what is in a file.
+fn make(tree: &Tree, item: &Item, path: &Path) -> io::Result<Vec<u8>> {
+    let content = match item.info.kind {
         FileKind::Directory => {
             DirBuilder::new().mode(0o700).create(path)?;
-            for name in tree.names(item)? {
-                if let Some(child) = tree.child(item, &name)? {
-                    use std::os::unix::ffi::OsStrExt;
-                    materialise(tree, &child, &path.join(std::ffi::OsStr::from_bytes(&name)))?;
-                }
-            }
+            return Ok(Vec::new());
         }
         FileKind::File => {
             let file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
-            let mut file = Bounded::new(file);
-            io::copy(&mut tree.open(item)?, &mut file)?;
+            let mut source = Hashing::new(tree.open(item)?);
+            io::copy(&mut source, &mut Bounded::new(file))?;
+            source.digest()?.as_bytes().to_vec()
         }
         FileKind::Symlink => {
-            use std::os::unix::ffi::OsStrExt;
-            symlink(std::ffi::OsStr::from_bytes(&tree.target(item)?), path)?;
+            let target = tree.target(item)?;
+            symlink(OsStr::from_bytes(&target), path)?;
+            target
         }
         // They have no content that could be copied, and nobody mounts them.
-        FileKind::CharDevice(..) | FileKind::BlockDevice(..) | FileKind::Fifo => return Ok(()),
-    }
-    dress(path, &item.info)
+        FileKind::CharDevice(..) | FileKind::BlockDevice(..) | FileKind::Fifo => return Ok(Vec::new()),
+    };
+    dress(path, &item.info)?;
+    Ok(content)
 }
 
 fn dress(path: &Path, info: &FileInfo) -> io::Result<()> {

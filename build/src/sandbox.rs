@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use cloche_engine::mounts::{MountRequest, MountSource};
 use cloche_engine::request::{Isolation, host_memory_bytes};
-use cloche_images::{Changes, Sizes, StoredLayer};
+use cloche_images::{Changes, Digest, StoredLayer};
 use rustix::process::PidfdFlags;
 
 use crate::Secret;
 use crate::dockerfile::{Command, Flag, Heredoc};
-use crate::draft::describe_tree;
+use crate::draft::{changed, describe_tree};
 use crate::key::Key;
 use crate::mounts::{self, Kind, Mount};
 use crate::stage::{Stage, StepError, is_predefined};
@@ -35,10 +35,13 @@ struct Job {
     /// For the history and errors.
     shown: String,
     env: Vec<String>,
-    mounts: Vec<(Mount, Option<Arc<Tree>>)>,
+    mounts: Vec<(Mount, Option<Bound>)>,
     /// A heredoc that names its own interpreter.
     script: Option<(String, String)>,
 }
+
+/// What a bind takes files from, and what was there when the step's key was made.
+type Bound = (Arc<Tree>, Digest);
 
 /// Carries out a RUN; tells whether its result was known.
 pub(crate) fn run(
@@ -65,8 +68,8 @@ pub(crate) fn run(
     key.text(&format!("{:?} {} {:?}", config.user(), config.workdir(), script));
     let mut found = Vec::new();
     for mount in mounts {
-        let tree = describe(stage, &mut key, &mount)?;
-        found.push((mount, tree));
+        let bound = describe(stage, &mut key, &mount)?;
+        found.push((mount, bound));
     }
     // How to reach a proxy is nothing that the result depends on.
     let proxies = stage.build.request.arguments.iter().filter(|(name, _)| is_predefined(name));
@@ -140,7 +143,7 @@ fn words(
 }
 
 /// Adds a mount to the key; gives the files that a bind takes.
-fn describe(stage: &mut Stage<'_, '_>, key: &mut Key, mount: &Mount) -> Result<Option<Arc<Tree>>, StepError> {
+fn describe(stage: &mut Stage<'_, '_>, key: &mut Key, mount: &Mount) -> Result<Option<Bound>, StepError> {
     key.text(&mount.target);
     match &mount.kind {
         Kind::Bind { from, source, writable } => {
@@ -152,8 +155,9 @@ fn describe(stage: &mut Stage<'_, '_>, key: &mut Key, mount: &Mount) -> Result<O
             let failed = || StepError::io(format!("cannot read {source} to mount it"));
             let item = tree.resolve(source.as_bytes()).map_err(failed())?;
             let item = item.ok_or_else(|| StepError::Text(format!("there is no {source} to mount")))?;
-            describe_tree(key, &tree, &item, &mut Sizes::default()).map_err(failed())?;
-            Ok(Some(tree))
+            let described = describe_tree(&tree, &item).map_err(failed())?;
+            key.bytes(described.as_bytes());
+            Ok(Some((tree, described)))
         }
         // What is in a cache, and what a secret is, is nothing that a result may depend on.
         kind => {
@@ -176,9 +180,9 @@ fn execute(stage: &mut Stage<'_, '_>, job: &Job) -> Result<StoredLayer, StepErro
         .map_err(StepError::io("cannot make a directory for mounts"))?;
     let _locks = lock_caches(stage, job)?;
     let mut prepared = Prepared { secrets: Vec::new(), mounts: Vec::new() };
-    for (number, (mount, tree)) in job.mounts.iter().enumerate() {
+    for (number, (mount, bound)) in job.mounts.iter().enumerate() {
         let path = directory.path().join(number.to_string());
-        prepare(stage, mount, tree.as_deref(), path, &mut prepared)?;
+        prepare(stage, mount, bound.as_ref(), path, &mut prepared)?;
     }
     if let Some((target, content)) = &job.script {
         let path = directory.path().join("script");
@@ -270,7 +274,7 @@ fn bind(target: &str, path: PathBuf, read_only: bool) -> MountRequest {
 fn prepare(
     stage: &Stage<'_, '_>,
     mount: &Mount,
-    tree: Option<&Tree>,
+    bound: Option<&Bound>,
     path: PathBuf,
     prepared: &mut Prepared,
 ) -> Result<(), StepError> {
@@ -283,10 +287,13 @@ fn prepare(
     match &mount.kind {
         Kind::Bind { source, writable, .. } => {
             let failed = || StepError::io(format!("cannot copy {source} to mount it at {target}"));
-            let tree = tree.ok_or_else(|| StepError::Text(format!("there is no {source} to mount")))?;
+            let (tree, described) =
+                bound.ok_or_else(|| StepError::Text(format!("there is no {source} to mount")))?;
             let item = tree.resolve(source.as_bytes()).map_err(failed())?;
             let item = item.ok_or_else(|| StepError::Text(format!("there is no {source} to mount")))?;
-            mounts::materialise(tree, &item, &path).map_err(failed())?;
+            if mounts::materialise(tree, &item, &path).map_err(failed())? != *described {
+                return Err(failed()(changed()));
+            }
             prepared.mounts.push(bind(target, path, !writable));
         }
         Kind::Cache { id, read_only, mode, uid, gid, .. } => {

@@ -265,35 +265,42 @@ fn copy_children(
     path: &[Vec<u8>],
     how: &How,
 ) -> io::Result<()> {
-    for (relative, name, child) in children(tree, directory, relative)? {
-        let is_excluded = how.exclude.matches(&String::from_utf8_lossy(&relative));
-        if is_excluded && !(child.info.kind == FileKind::Directory && how.exclude.brings_back()) {
-            continue;
+    // Those still to be copied: how deep they are is up to who made them.
+    let mut pending = vec![(directory.clone(), relative.to_vec(), path.to_vec())];
+    while let Some((directory, relative, path)) = pending.pop() {
+        for (relative, name, child) in children(tree, &directory, &relative)? {
+            let is_excluded = how.exclude.matches(&String::from_utf8_lossy(&relative));
+            if is_excluded && !(child.info.kind == FileKind::Directory && how.exclude.brings_back()) {
+                continue;
+            }
+            let at = below(&path, &name);
+            if child.info.kind != FileKind::Directory {
+                draft.put(&at, how.made_of(tree, &child)?)?;
+                continue;
+            }
+            if is_excluded && !any_wanted(tree, &child, &relative, &how.exclude)? {
+                continue;
+            }
+            let info = how.apply(&child.info);
+            if !draft.make_directories(&at, &info)? {
+                draft.set_directory(&at, info);
+            }
+            pending.push((child, relative, at));
         }
-        let at = below(path, &name);
-        if child.info.kind != FileKind::Directory {
-            draft.put(&at, how.made_of(tree, &child)?)?;
-            continue;
-        }
-        if is_excluded && !any_wanted(tree, &child, &relative, &how.exclude)? {
-            continue;
-        }
-        let info = how.apply(&child.info);
-        if !draft.make_directories(&at, &info)? {
-            draft.set_directory(&at, info);
-        }
-        copy_children(draft, tree, &child, &relative, &at, how)?;
     }
     Ok(())
 }
 
 fn any_wanted(tree: &Tree, directory: &Item, relative: &[u8], exclude: &Ignore) -> io::Result<bool> {
-    for (relative, _, child) in children(tree, directory, relative)? {
-        let is_directory = child.info.kind == FileKind::Directory;
-        if !exclude.matches(&String::from_utf8_lossy(&relative))
-            || is_directory && any_wanted(tree, &child, &relative, exclude)?
-        {
-            return Ok(true);
+    let mut pending = vec![(directory.clone(), relative.to_vec())];
+    while let Some((directory, relative)) = pending.pop() {
+        for (relative, _, child) in children(tree, &directory, &relative)? {
+            if !exclude.matches(&String::from_utf8_lossy(&relative)) {
+                return Ok(true);
+            }
+            if child.info.kind == FileKind::Directory {
+                pending.push((child, relative));
+            }
         }
     }
     Ok(false)

@@ -15,6 +15,9 @@ use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 use crate::patterns::Ignore;
 
 const MAX_LINKS: u32 = 40;
+/// A path with its end, as the kernel counts. A layer can nest deeper, by entries that lead through links; no more than
+/// this is taken from it, as none of it could be named elsewhere.
+const PATH_MAX: usize = 4096;
 
 /// A tree of files to take from.
 pub enum Tree {
@@ -61,6 +64,9 @@ impl Tree {
     /// What a directory has under a name.
     pub fn child(&self, directory: &Item, name: &[u8]) -> io::Result<Option<Item>> {
         let path = joined(&directory.path, name);
+        if path.len() >= PATH_MAX {
+            return Err(rustix::io::Errno::NAMETOOLONG.into());
+        }
         match (self, &directory.node) {
             (Tree::Host(host), _) => host.look(&path),
             (Tree::Layers(view), Some(node)) => match view.child(node, name)? {
@@ -168,13 +174,21 @@ impl Host {
     }
 
     fn look(&self, path: &[u8]) -> io::Result<Option<Item>> {
+        match self.look_at_all(path)? {
+            Some(item) if self.is_visible(&item)? => Ok(Some(item)),
+            _ => Ok(None),
+        }
+    }
+
+    /// What is there, ignored or not.
+    fn look_at_all(&self, path: &[u8]) -> io::Result<Option<Item>> {
         match self.open(path, OFlags::PATH | OFlags::NOFOLLOW) {
             Ok(found) => {
                 let stat = rustix::fs::statat(&found, "", AtFlags::EMPTY_PATH)?;
                 let item = self.item(path, &stat);
                 let is_there = item.info.kind != FileKind::Fifo
                     || FileType::from_raw_mode(stat.st_mode) == FileType::Fifo;
-                Ok((is_there && self.is_visible(&item)?).then_some(item))
+                Ok(is_there.then_some(item))
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 Ok(None)
@@ -185,25 +199,40 @@ impl Host {
 
     /// Whether it is not ignored, or something in it is not.
     fn is_visible(&self, item: &Item) -> io::Result<bool> {
-        if !self.ignore.matches(&String::from_utf8_lossy(&item.path)) {
-            return Ok(true);
+        let mut pending = vec![item.clone()];
+        while let Some(item) = pending.pop() {
+            if !self.ignore.matches(&String::from_utf8_lossy(&item.path)) {
+                return Ok(true);
+            }
+            if item.info.kind == FileKind::Directory && self.ignore.brings_back() {
+                for name in self.list(&item.path)? {
+                    pending.extend(self.look_at_all(&joined(&item.path, &name))?);
+                }
+            }
         }
-        if item.info.kind != FileKind::Directory || !self.ignore.brings_back() {
-            return Ok(false);
-        }
-        Ok(!self.names(&item.path)?.is_empty())
+        Ok(false)
     }
 
     fn names(&self, path: &[u8]) -> io::Result<Vec<Vec<u8>>> {
-        let directory = self.open(path, OFlags::RDONLY | OFlags::DIRECTORY)?;
         let mut names = Vec::new();
-        for entry in Dir::new(directory)? {
-            let name = entry?.file_name().to_bytes().to_vec();
-            if !matches!(name.as_slice(), b"." | b"..") && self.look(&joined(path, &name))?.is_some() {
+        for name in self.list(path)? {
+            if self.look(&joined(path, &name))?.is_some() {
                 names.push(name);
             }
         }
         names.sort_unstable();
+        Ok(names)
+    }
+
+    fn list(&self, path: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+        let directory = self.open(path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let mut names = Vec::new();
+        for entry in Dir::new(directory)? {
+            let name = entry?.file_name().to_bytes().to_vec();
+            if !matches!(name.as_slice(), b"." | b"..") {
+                names.push(name);
+            }
+        }
         Ok(names)
     }
 
