@@ -2,6 +2,7 @@
 //!
 //! It is kept as JSON, so that what a base image has and nobody here knows of stays.
 
+use cloche_images::set_env;
 use serde_json::{Map, Value, json};
 
 use crate::dockerfile::{Command, HealthCheck};
@@ -87,13 +88,7 @@ impl Config {
 
     /// `ENV`
     pub fn set_env(&mut self, name: &str, value: &str) {
-        let mut env = self.env();
-        let new = format!("{name}={value}");
-        match env.iter_mut().find(|known| known.split('=').next() == Some(name)) {
-            Some(known) => *known = new,
-            None => env.push(new),
-        }
-        self.set("Env", json!(env));
+        set_env(&mut self.inner, &format!("{name}={value}"));
     }
 
     /// The working directory; absolute.
@@ -268,24 +263,6 @@ impl Config {
     }
 }
 
-/// The ports that EXPOSE means by `80`, `80/udp` or `8000-8002`.
-pub fn ports(text: &str) -> Result<Vec<String>, String> {
-    let bad = || format!("{text:?} is no port; write 80, 80/udp or 8000-8010/tcp");
-    let (range, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-    let protocol = protocol.to_ascii_lowercase();
-    if !["tcp", "udp", "sctp"].contains(&protocol.as_str()) {
-        return Err(bad());
-    }
-    let (first, last) = range.split_once('-').unwrap_or((range, range));
-    let port =
-        |text: &str| text.parse::<u16>().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
-    let (first, last) = (port(first).ok_or_else(bad)?, port(last).ok_or_else(bad)?);
-    if first > last {
-        return Err(bad());
-    }
-    Ok((first..=last).map(|port| format!("{port}/{protocol}")).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,14 +294,5 @@ mod tests {
         };
         assert_eq!(left(Config::set_command), (Some(json!(["e"])), None));
         assert_eq!(left(Config::set_entrypoint), (None, None));
-    }
-
-    #[test]
-    fn ports_have_ranges_and_protocols() {
-        assert_eq!(ports("80").unwrap(), ["80/tcp"]);
-        assert_eq!(ports("1-3/UDP").unwrap(), ["1/udp", "2/udp", "3/udp"]);
-        for bad in ["", "x", "80/x", "3-1", "70000", "+1", "8080:80"] {
-            assert!(ports(bad).is_err(), "{bad}");
-        }
     }
 }

@@ -7,11 +7,11 @@ use std::sync::atomic::Ordering;
 
 use cloche_images::{
     Bounded, BuildError, CachedStep, Digest, FileKind, Image, LayerWriter, Reference, ResolveError, Store,
-    StoreError, StoredLayer, View, timestamp,
+    StoreError, StoredLayer, View, ports, timestamp,
 };
 use serde_json::{Value, json};
 
-use crate::config::{Config, ports};
+use crate::config::Config;
 use crate::dockerfile::{
     Dockerfile, Heredoc, Instruction, Place, Step, SyntaxError, Transfer, TransferSource, words,
 };
@@ -235,7 +235,7 @@ impl Stage<'_, '_> {
             }
             Instruction::Workdir(path) => self.workdir(path),
             _ => {
-                let written = self.change_config(&step.instruction)?;
+                let written = self.change_config(step)?;
                 let mut key = Key::new("configuration", Some(self.done.key));
                 key.text(&written);
                 self.finish_step(&key, &written, |_| Ok(None))
@@ -263,7 +263,7 @@ impl Stage<'_, '_> {
     }
 
     /// Changes the configuration, and tells what has changed, as the history has it.
-    fn change_config(&mut self, instruction: &Instruction) -> Result<String, StepError> {
+    fn change_config(&mut self, step: &Step) -> Result<String, StepError> {
         let expand_pairs = |pairs: &[(String, String)]| {
             let expand = |(name, value): &(String, String)| Ok((self.expand(name)?, self.expand(value)?));
             pairs.iter().map(expand).collect::<Result<Vec<_>, StepError>>()
@@ -272,7 +272,7 @@ impl Stage<'_, '_> {
             pairs.iter().map(|(name, value)| format!(" {name}={value}")).collect::<String>()
         };
         let as_json = |words: &[String]| json!(words).to_string();
-        Ok(match instruction {
+        Ok(match &step.instruction {
             Instruction::Env(pairs) => {
                 let pairs = expand_pairs(pairs)?;
                 pairs.iter().for_each(|(name, value)| self.done.config.set_env(name, value));
@@ -310,7 +310,8 @@ impl Stage<'_, '_> {
                     words::expand_words(text, self.build.file.escape, &lookup).map_err(StepError::Text)?;
                 let mut all = Vec::new();
                 for word in &words {
-                    all.extend(ports(word).map_err(StepError::Text)?);
+                    let bad = || format!("{word:?} is no port; write 80, 80/udp or 8000-8010/tcp");
+                    all.extend(ports(word).ok_or_else(|| StepError::Text(bad()))?);
                 }
                 self.done.config.expose(all);
                 format!("EXPOSE {}", words.join(" "))
@@ -330,7 +331,7 @@ impl Stage<'_, '_> {
             }
             Instruction::HealthCheck(check) => {
                 self.done.config.set_health_check(check);
-                format!("HEALTHCHECK {check:?}")
+                step.written.clone()
             }
             Instruction::OnBuild(text) => {
                 self.done.config.add_trigger(text);

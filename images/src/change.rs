@@ -83,15 +83,17 @@ fn extend(config: &mut Map<String, Value>, key: &str, entries: impl Iterator<Ite
     config.insert(key.to_owned(), Value::Object(object));
 }
 
-/// Sets a variable, `NAME=VALUE`, in the place of one of the same name.
-pub(crate) fn set_env(config: &mut Map<String, Value>, variable: &str) {
+/// Sets a variable of a configuration, `NAME=VALUE`, in the place of one of the same name.
+pub fn set_env(config: &mut Map<String, Value>, variable: &str) {
     let name = |variable: &str| variable.split('=').next().map(str::to_owned);
     let mut env = match config.remove("Env") {
         Some(Value::Array(env)) => env,
         _ => Vec::new(),
     };
-    env.retain(|known| known.as_str().and_then(name) != name(variable));
-    env.push(json!(variable));
+    match env.iter_mut().find(|known| known.as_str().and_then(name) == name(variable)) {
+        Some(known) => *known = json!(variable),
+        None => env.push(json!(variable)),
+    }
     config.insert("Env".to_owned(), Value::Array(env));
 }
 
@@ -141,8 +143,8 @@ impl FromStr for Change {
     }
 }
 
-/// The ports that EXPOSE means by `80`, `80/udp` or `8000-8002`.
-fn ports(text: &str) -> Option<Vec<String>> {
+/// The ports that EXPOSE means by `80`, `80/udp` or `8000-8002`, each with its protocol; `None` if it means none.
+pub fn ports(text: &str) -> Option<Vec<String>> {
     let (range, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
     let protocol = protocol.to_ascii_lowercase();
     let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -206,7 +208,7 @@ mod tests {
         assert_eq!(
             Value::Object(config),
             json!({
-                "Env": ["PATH=/bin", "A=1", "B=3"],
+                "Env": ["A=1", "PATH=/bin", "B=3"],
                 "Labels": {"x": "y"},
                 "ExposedPorts": {"80/tcp": {}, "53/udp": {}},
                 "Volumes": {"/v": {}, "/w": {}},

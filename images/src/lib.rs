@@ -48,7 +48,7 @@ mod view;
 
 pub use bounded::{Bounded, Sizes};
 pub use built::{ArchiveKind, BuildError, CachedStep, Changes, LayerWriter, StoredLayer};
-pub use change::{Change, ParseChangeError};
+pub use change::{Change, ParseChangeError, ports, set_env};
 pub use clock::{EpochError, epoch, timestamp};
 pub use commit::{AddError, Commit, CommitError, Settings};
 pub use diff::{DiffError, Difference, Stack, StackError};
