@@ -322,6 +322,20 @@ mod tests {
     }
 
     #[test]
+    fn login_takes_the_place_of_keys_of_older_forms() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        let content = r#"{"auths":{"https://quay.io/v1/":{"auth":"eDp5"},"quay.io":{"auth":"YTpi"}}}"#;
+        fs::write(&path, content).unwrap();
+        let store = CredentialStore::at(&path);
+        assert_eq!(store.get("quay.io").unwrap(), password("a", "b"), "what is written now is the latest");
+        store.put("quay.io", "new", "p").unwrap();
+        assert_eq!(store.get("quay.io").unwrap(), password("new", "p"));
+        let written: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!(written["auths"].as_object().unwrap().len(), 1);
+    }
+
+    #[test]
     fn helper_of_the_host_goes_before_the_general_one() {
         let config = json!({"credsStore": "all", "credHelpers": {"quay.io": "one"}});
         let Value::Object(config) = config else { unreachable!() };
