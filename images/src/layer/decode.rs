@@ -95,7 +95,9 @@ where
             .spawn_scoped(scope, move || {
                 let mut source = HashingReader::new(source, &mut seen);
                 match read_pieces(encoding, &mut source, &filled, &empty) {
-                    Ok(()) => source.finish().map(Some),
+                    Ok(true) => source.finish().map(Some),
+                    // Nobody wants the rest, and a download of it could take an hour.
+                    Ok(false) => Ok(None),
                     Err(error) => {
                         // The other side may have given up already; then nobody asks.
                         let _ = filled.send(Err(error));
@@ -120,13 +122,13 @@ where
     })
 }
 
-/// Decompresses and sends until the end, an error, or nobody listens.
+/// Decompresses and sends until the end, an error, or nobody listens; tells whether it came to the end.
 fn read_pieces(
     encoding: Encoding,
     source: &mut (impl Read + Send),
     filled: &SyncSender<io::Result<Vec<u8>>>,
     empty: &Receiver<Vec<u8>>,
-) -> io::Result<()> {
+) -> io::Result<bool> {
     let mut decoder = match encoding {
         // No second buffer for what goes straight through.
         Encoding::Plain => Box::new(source) as Box<dyn Read>,
@@ -150,8 +152,11 @@ fn read_pieces(
             }
         }
         piece.truncate(length);
-        if filled.send(Ok(piece)).is_err() || length < PIECE {
-            return Ok(());
+        if filled.send(Ok(piece)).is_err() {
+            return Ok(false);
+        }
+        if length < PIECE {
+            return Ok(true);
         }
     }
 }
@@ -221,5 +226,19 @@ impl BufRead for LayerStream {
 
     fn consume(&mut self, count: usize) {
         self.used = (self.used + count).min(self.current.len());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_wants_is_not_read() {
+        let mut read = 0;
+        let source = io::repeat(0).take(64 << 20);
+        let failed = decode(source, |bytes| read = bytes, |_| Err::<(), _>(DecodeError::Compression("none")));
+        assert!(failed.is_err());
+        assert!(read < 16 << 20, "{read} bytes were read for nothing");
     }
 }
