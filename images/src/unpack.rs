@@ -6,6 +6,7 @@
 //!
 //! * Device nodes. (A container could not open them anyway: it gets the devices of its spec, whatever the image has.)
 //! * Attributes `trusted.*`, which nobody in a user namespace can see, and `security.*` but capabilities.
+//! * Access control lists, where no owners are kept: the users and groups in them are none of this user's either.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -252,7 +253,7 @@ impl Unpacking<'_> {
         let mode = Mode::from_raw_mode(u32::from(inode.mode) & 0o7777);
         fchmod(file, mode).map_err(made("set the mode of", path))?;
         for (name, value) in self.reader.xattrs(inode).map_err(self.read)? {
-            if !is_kept(&name) {
+            if !is_kept(&name, self.owners) {
                 self.left_out.xattrs += 1;
                 continue;
             }
@@ -284,7 +285,10 @@ impl Unpacking<'_> {
     }
 }
 
-fn is_kept(name: &[u8]) -> bool {
+fn is_kept(name: &[u8], owners: Owners) -> bool {
+    if owners == Owners::Own && name.starts_with(b"system.posix_acl_") {
+        return false;
+    }
     name == b"security.capability" || !name.starts_with(b"trusted.") && !name.starts_with(b"security.")
 }
 
@@ -330,4 +334,23 @@ fn copy(from: &File, mut from_at: u64, to: &File, mut to_at: u64, mut bytes: u64
         (from_at, to_at, bytes) = (from_at + count, to_at + count, bytes - count);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_users_are_kept_where_owners_are() {
+        for (name, kept, own) in [
+            (&b"system.posix_acl_access"[..], true, false),
+            (b"system.posix_acl_default", true, false),
+            (b"user.x", true, true),
+            (b"security.capability", true, true),
+            (b"security.ima", false, false),
+            (b"trusted.x", false, false),
+        ] {
+            assert_eq!((is_kept(name, Owners::Kept), is_kept(name, Owners::Own)), (kept, own));
+        }
+    }
 }
