@@ -413,8 +413,9 @@ fn parse_config(member: &str, content: &[u8]) -> Result<Vec<Digest>, LoadError> 
     }
     let invalid = |problem: String| LoadError::Invalid { member: member.to_owned(), problem };
     let diff_ids = config.rootfs().diff_ids();
-    if diff_ids.is_empty() || diff_ids.len() > MAX_LAYERS {
-        return Err(invalid(format!("{} layers, where 1 to {MAX_LAYERS} are accepted", diff_ids.len())));
+    // None at all is an image of no files: `FROM scratch` and a configuration.
+    if diff_ids.len() > MAX_LAYERS {
+        return Err(invalid(format!("{} layers, where at most {MAX_LAYERS} are accepted", diff_ids.len())));
     }
     diff_ids.iter().map(|id| id.parse::<Digest>().map_err(|error| invalid(error.to_string()))).collect()
 }

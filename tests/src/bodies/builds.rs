@@ -24,6 +24,7 @@ pub const BODIES: &[Body] = &[
     body!(known_steps_are_not_repeated),
     body!(what_a_step_depends_on_decides_whether_it_is_repeated).only(Isolation::Container),
     body!(configuration_is_that_of_the_instructions).once(),
+    body!(image_of_no_files_travels_and_starts),
     body!(context_comes_from_stdin).once(),
     body!(context_has_no_way_out).once(),
     body!(pruned_builder_gives_the_space_back).only(Isolation::Container),
@@ -285,6 +286,34 @@ fn configuration_is_that_of_the_instructions(bed: &Bed) -> Story {
     ensure!(made["Config"]["Cmd"] == json!(["/none"]), "{made:#}");
     let history = own.run(&["history", "--no-trunc", "scratch"])?.succeeds()?.out();
     ensure!(history.contains("COPY dir /d") && history.contains("ENV X=1"), "{history}");
+    let history = own.run(&["history", "--no-trunc", "metadata"])?.succeeds()?.out();
+    ensure!(history.contains("HEALTHCHECK --interval=5s --timeout=3s --retries=2 CMD true"), "{history}");
+    Ok(())
+}
+
+fn image_of_no_files_travels_and_starts(bed: &Bed) -> Story {
+    let (context, own) = (context(bed)?, own_store(bed, "store")?);
+    let id = build(
+        &own,
+        bed.isolation(),
+        &context,
+        "FROM scratch\nLABEL a=b\nCMD [\"/none\"]\n",
+        &["-t", "none"],
+    )?;
+    let id = id.succeeds()?.out();
+    let archive = bed.scratch().join("none.tar");
+    own.run(&["save", "-o", &archive.to_string_lossy(), "none"])?.succeeds()?;
+    let other = bed.with_store(&bed.scratch().join("other"))?;
+    other.load("none", &archive)?.succeeds()?;
+    let told = other.json(&["image", "inspect", "none"])?;
+    ensure!(told[0]["Id"] == id.trim(), "{told:#} is not {id}");
+    // There is a root, and nothing in it.
+    other.sandbox("none").run()?.exits_with(127)?.says("/none")?;
+    let tool = bed.write("tool", bed.busybox_binary()?)?;
+    fs::set_permissions(&tool, fs::Permissions::from_mode(0o755))?;
+    let mount = format!("{}:/tool:ro", tool.display());
+    let listed = other.sandbox("none").with("-v", &mount).command(&["/tool", "ls", "/"]).run()?;
+    listed.succeeds()?.prints("dev\nproc\nsys\ntool\n")?;
     Ok(())
 }
 
