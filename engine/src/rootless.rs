@@ -210,8 +210,10 @@ impl Trees {
             return Ok(());
         }
         let _turn = self.lock()?;
-        let images = store.images()?;
-        let wanted: HashSet<String> = images.iter().map(|image| image.root_fs_key().hex()).collect();
+        // One that is damaged has to be loaded again, and is unpacked again then.
+        let images = store.each_image()?;
+        let wanted: HashSet<String> =
+            images.iter().flatten().map(|image| image.root_fs_key().hex()).collect();
         let mut unused = Vec::new();
         for map in directories(&self.dir).map_err(io_error("list", &self.dir))? {
             for tree in directories(&map).map_err(io_error("list", &map))? {

@@ -133,7 +133,7 @@ impl Store {
         record.manifest = Some(digest);
         // Nothing is new about its names, which may have changed meanwhile.
         let names = Vec::new();
-        self.commit(vec![ImageRecord { names, ..record.clone() }])?;
+        self.update(ImageRecord { names, ..record.clone() })?;
         let (media_type, config_bytes) = (OCI_MANIFEST.to_owned(), config.len() as u64);
         Ok(Traveller { record, manifest, manifest_digest: digest, media_type, config_bytes })
     }

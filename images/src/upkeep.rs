@@ -93,7 +93,10 @@ impl Store {
         let found = self.resolve(image)?;
         let _hold = self.hold()?;
         let record = self.record(found.id)?;
-        Ok(self.commit(vec![ImageRecord { names: vec![name.to_string()], ..record }])?)
+        match self.update(ImageRecord { names: vec![name.to_string()], ..record })? {
+            true => Ok(()),
+            false => Err(ResolveError::NotFound(image.to_owned())),
+        }
     }
 
     /// What is on disk.
@@ -220,4 +223,43 @@ fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
         }
     }
     Ok(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: &str = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
+
+    #[test]
+    fn damaged_image_does_not_hide_the_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let put = |config: &str| store.put_image(config.as_bytes(), &[], &[]).unwrap();
+        let (damaged, whole) = (put(CONFIG), put(&format!("{CONFIG} ")));
+        fs::remove_file(store.blob_path(damaged)).unwrap();
+        assert!(store.images().is_err());
+        let each = store.each_image().unwrap();
+        assert!(matches!(&each[..], [Err(StoreError::Damaged { image, .. }), Ok(other)]
+            if *image == damaged && other.id == whole));
+        store.remove(&damaged.to_string()).unwrap();
+        assert_eq!(store.images().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_is_new_about_a_removed_image_does_not_bring_it_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let names = ["a:1", "b:1"].map(|name| name.parse().unwrap());
+        let id = store.put_image(CONFIG.as_bytes(), &[], &names[..1]).unwrap();
+        store.tag("a:1", &names[1]).unwrap();
+        let record = store.record(id).unwrap();
+        assert_eq!(record.names.len(), 2);
+        assert!(store.update(record.clone()).unwrap());
+        for name in ["a:1", "b:1"] {
+            store.remove(name).unwrap();
+        }
+        assert!(!store.update(record).unwrap());
+        assert!(store.records().unwrap().is_empty());
+    }
 }

@@ -216,9 +216,17 @@ struct Line {
     bytes: u64,
 }
 
+/// The images that are whole. Of the others it is said what is wrong, so that they can be found and removed.
+pub(super) fn whole(store: &Store) -> anyhow::Result<Vec<StoredImage>> {
+    let said = |image: Result<StoredImage, _>| {
+        image.map_err(|error| eprintln!("cloche: {:#}", anyhow::Error::new(error))).ok()
+    };
+    Ok(store.each_image()?.into_iter().filter_map(said).collect())
+}
+
 /// Lists images.
 pub fn list(global: &Global, arguments: &ImageLs) -> anyhow::Result<ExitCode> {
-    let images = store(global)?.images()?;
+    let images = whole(&store(global)?)?;
     if arguments.json {
         print_json(&images.iter().map(line).collect::<Vec<_>>())?;
         return Ok(ExitCode::SUCCESS);

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{
     home,
-    image::{store, sweep_trees},
+    image::{store, sweep_trees, whole},
     print_json, reconciled,
 };
 use crate::{
@@ -42,7 +42,7 @@ fn in_use(global: &Global) -> anyhow::Result<HashSet<String>> {
 fn df(global: &Global, json: bool) -> anyhow::Result<ExitCode> {
     let home = home(global)?;
     let (store, used) = (store(global)?, in_use(global)?);
-    let (images, usage) = (store.images()?, store.usage()?);
+    let (images, usage) = (whole(&store)?, store.usage()?);
     let is_used = |id: &cloche_images::Digest| used.contains(&id.to_string());
     // A layer that an image in use shares stays.
     let needed: HashSet<_> = images
@@ -130,12 +130,24 @@ fn df(global: &Global, json: bool) -> anyhow::Result<ExitCode> {
 /// Looks at all that images have.
 pub fn verify(global: &Global, images: &[String]) -> anyhow::Result<ExitCode> {
     let store = store(global)?;
+    let mut code = ExitCode::SUCCESS;
     let images = match images {
         // By their ids, as not all have names.
-        [] => store.images()?.iter().map(|image| image.id.to_string()).collect(),
+        [] => {
+            let mut whole = Vec::new();
+            for image in store.each_image()? {
+                match image {
+                    Ok(image) => whole.push(image.id.to_string()),
+                    Err(error) => {
+                        code = ExitCode::FAILURE;
+                        eprintln!("cloche: {:#}", anyhow::Error::new(error));
+                    }
+                }
+            }
+            whole
+        }
         images => images.to_vec(),
     };
-    let mut code = ExitCode::SUCCESS;
     for image in images {
         match store.verify(&image) {
             Ok(damage) if damage.is_empty() => println!("{image}: whole"),

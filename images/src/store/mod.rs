@@ -179,9 +179,14 @@ impl Store {
         Ok(Hold { _lock: lock })
     }
 
-    /// All images, in the order they came.
+    /// All images, in the order they came. One that is damaged fails.
     pub fn images(&self) -> Result<Vec<Image>, StoreError> {
-        self.read_index()?.images.iter().map(|record| self.image(record)).collect()
+        self.each_image()?.into_iter().collect()
+    }
+
+    /// Each image, or what is wrong with it, in the order they came.
+    pub fn each_image(&self) -> Result<Vec<Result<Image, StoreError>>, StoreError> {
+        Ok(self.read_index()?.images.iter().map(|record| self.image(record)).collect())
     }
 
     /// The image with this name (as people write it), this ID, or an ID that starts like this.
@@ -232,6 +237,19 @@ impl Store {
             index.add(record);
         }
         self.write_index(&index)
+    }
+
+    /// Adds what is new about an image that may have been removed meanwhile; tells whether it is there. The caller
+    /// holds a [`Hold`].
+    pub(crate) fn update(&self, record: ImageRecord) -> Result<bool, StoreError> {
+        let _lock = self.lock_index()?;
+        let mut index = self.read_index()?;
+        let is_there = index.images.iter().any(|image| image.id == record.id);
+        if is_there {
+            index.add(record);
+            self.write_index(&index)?;
+        }
+        Ok(is_there)
     }
 
     /// What is known of an image.
