@@ -22,6 +22,7 @@ const DOCKER_HOST: &str = "registry-1.docker.io";
 const MAX_ERROR_BYTES: u64 = 16 << 10;
 /// What is repeated when a server says that it cannot now.
 const RETRIES: u32 = 3;
+/// No pause is longer, whatever a server asks for.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(10);
 
 /// The forms of manifests and indexes that are understood, the preferred ones first.
@@ -98,6 +99,8 @@ pub enum RegistryError {
         status: u16,
         /// What it said, preceded by a colon.
         message: String,
+        /// When it wants to be asked again.
+        retry_after: Option<Duration>,
     },
     /// It said something that cannot be.
     #[error("{url} gave a wrong answer: {problem}")]
@@ -123,8 +126,20 @@ impl RegistryError {
     /// The error that an answer stands for.
     pub(super) fn status(what: impl Into<String>, response: Response<'_>) -> RegistryError {
         let (url, status) = (response.url.to_string(), response.status);
+        // RFC 9110 §10.2.3; a date instead, which registries do not send, is not looked at.
+        let retry_after =
+            response.field("retry-after").and_then(|text| text.parse().ok()).map(Duration::from_secs);
         let content = response.read(MAX_ERROR_BYTES).unwrap_or_default();
-        RegistryError::Status { url, what: what.into(), status, message: message_in(&content) }
+        RegistryError::Status { url, what: what.into(), status, message: message_in(&content), retry_after }
+    }
+
+    /// How long to wait before asking again: as long as was asked for, or else `own`.
+    pub(super) fn pause(&self, own: Duration) -> Duration {
+        let asked = match self {
+            RegistryError::Status { retry_after, .. } => *retry_after,
+            _ => None,
+        };
+        asked.unwrap_or(own).min(MAX_RETRY_AFTER)
     }
 
     /// Whether asking again may help.
@@ -363,7 +378,7 @@ impl Repository {
         let mut pause = self.patience().retry;
         for _ in 0..RETRIES {
             match action() {
-                Err(error) if error.is_passing() => thread::sleep(pause.min(MAX_RETRY_AFTER)),
+                Err(error) if error.is_passing() => thread::sleep(error.pause(pause)),
                 result => return result,
             }
             pause *= 2;
@@ -450,7 +465,7 @@ impl Repository {
         })
     }
 
-    /// The size of a blob that the registry has.
+    /// Whether the registry has a blob.
     pub(super) fn has_blob(&self, digest: Digest) -> Result<bool, RegistryError> {
         let url = self.url(&format!("blobs/{digest}"));
         self.patiently(|| {

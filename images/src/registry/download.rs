@@ -77,7 +77,7 @@ pub(super) fn download(
                         source: Box::new(error),
                     });
                 }
-                thread::sleep(pause);
+                thread::sleep(error.pause(pause));
                 pause = (pause * 2).min(MAX_PAUSE);
             }
         }

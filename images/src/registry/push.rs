@@ -94,7 +94,7 @@ impl Store {
         repository.put_manifest(tag, &traveller.media_type, &traveller.manifest)?;
         let digest = traveller.manifest_digest;
         let digests = vec![format!("{}@{digest}", reference.repository())];
-        self.commit(vec![ImageRecord { digests, names: Vec::new(), ..traveller.record }])?;
+        self.update(ImageRecord { digests, names: Vec::new(), ..traveller.record })?;
         Ok(Pushed { digest, bytes: traveller.manifest.len() as u64 })
     }
 

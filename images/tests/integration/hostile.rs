@@ -393,10 +393,15 @@ fn breaks_down(bed: &Bed) -> Result<(), Failure> {
         let mut seen = seen.lock().ok()?;
         let count: &mut usize = seen.entry(asked.path().to_owned()).or_default();
         *count += 1;
-        let status = [503, 429][*count % 2];
-        (*count <= 2 && asked.path() != "/v2/").then(|| answer(status, &[], ""))
+        let (status, field) = [(503, "X"), (429, "Retry-After")][*count % 2];
+        // One of them is enough to be waited for.
+        let fields = [(field, "1")];
+        let fields = if asked.path().contains("/manifests/") { &fields[..] } else { &[] };
+        (*count <= 2 && asked.path() != "/v2/").then(|| answer(status, fields, ""))
     })?;
+    let began = Instant::now();
     pull(&bed.store, &server.image("app:1")).map_err(|error| chain(&error))?;
+    expect("it waited as long as it was asked to", began.elapsed() >= Duration::from_secs(1))?;
     expect("each was asked for three times", server.count("GET", &shelf.layer_path()) == 3)
 }
 
