@@ -49,6 +49,24 @@ impl NewFile {
     }
 }
 
+impl NewFile {
+    /// Makes the file appear under `name`, in the place of another one. Not brought to disk, and for a moment there may
+    /// be neither.
+    pub(super) fn put(self, name: &str) -> io::Result<()> {
+        let from = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let path = self.directory.join(name);
+        loop {
+            match rustix::fs::linkat(CWD, &from, CWD, &path, AtFlags::SYMLINK_FOLLOW) {
+                Err(Errno::EXIST) => match fs::remove_file(&path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                    _ => {}
+                },
+                result => return Ok(result?),
+            }
+        }
+    }
+}
+
 /// Replaces a file's content in one step. Only one process may do this at a time; the half-written successor of
 /// one that was killed is overwritten by the next.
 pub(super) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
@@ -132,6 +150,18 @@ mod tests {
             new.publish("name").unwrap();
         }
         assert_eq!(fs::read(directory.path().join("name")).unwrap(), b"one");
+    }
+
+    #[test]
+    fn new_file_put_twice_is_the_later_one() {
+        let directory = tempfile::tempdir().unwrap();
+        for content in [b"one", b"two"] {
+            let new = NewFile::create(directory.path()).unwrap();
+            new.file().write_all(content).unwrap();
+            new.put("name").unwrap();
+        }
+        assert_eq!(fs::read(directory.path().join("name")).unwrap(), b"two");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
     #[test]

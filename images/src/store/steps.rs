@@ -5,12 +5,13 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use super::files::NewFile;
 use super::{LayerRecord, Store, StoreError, io_error, read_bounded};
 use crate::digest::Digest;
 
@@ -52,7 +53,7 @@ impl Store {
             layer.blob.filter(|blob| self.has_archive(layer.diff_id, blob))?;
         }
         // For a prune that keeps what is in use; if it fails, the record only looks older.
-        let _ = File::options().write(true).open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+        let _ = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
         Some(record)
     }
 
@@ -61,10 +62,9 @@ impl Store {
         let path = self.steps().join(key.hex());
         let written = || {
             fs::create_dir_all(self.steps())?;
-            let thread = rustix::thread::gettid().as_raw_nonzero();
-            let new = self.steps().join(format!(".{}-{thread}", std::process::id()));
-            fs::write(&new, serde_json::to_vec(record)?)?;
-            fs::rename(&new, &path)
+            let new = NewFile::create(&self.steps())?;
+            new.file().write_all(&serde_json::to_vec(record)?)?;
+            new.put(&key.hex())
         };
         written().map_err(io_error("write", &path))
     }
