@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
@@ -21,13 +22,16 @@ use std::path::{Path, PathBuf};
 use cloche_engine::home::Home;
 use cloche_engine::record::ProcessId;
 use cloche_images::{Bounded, Digest, FileInfo, FileKind};
-use rustix::fs::{AtFlags, CWD, FlockOperation, Timespec, Timestamps};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, ResolveFlags, Timespec, Timestamps,
+};
 use serde::Serialize;
 
+use crate::Observer;
 use crate::dockerfile::Flag;
 use crate::draft::{Hashing, Visit, Walk};
 use crate::key::Key;
-use crate::tree::{Item, Tree};
+use crate::tree::{Item, Tree, joined};
 
 /// Something to mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -209,8 +213,74 @@ impl Fields {
     }
 }
 
-/// A directory of this build, which goes with it. Those of builds that were killed go now.
-pub(crate) fn scratch(home: &Home) -> Result<tempfile::TempDir, String> {
+/// A directory that goes with its holder, whatever modes the directories in it have: those of what steps mount are as
+/// their sources say, and steps change them.
+pub(crate) struct Scratch<'a> {
+    path: PathBuf,
+    observer: &'a dyn Observer,
+}
+
+impl<'a> Scratch<'a> {
+    fn make(within: &Path, prefix: &str, observer: &'a dyn Observer) -> io::Result<Scratch<'a>> {
+        let made = tempfile::Builder::new().prefix(prefix).tempdir_in(within)?;
+        Ok(Scratch { path: made.keep(), observer })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// One in this, for one step.
+    pub(crate) fn of_step(&self) -> io::Result<Scratch<'a>> {
+        Scratch::make(&self.path, "run", self.observer)
+    }
+}
+
+impl Drop for Scratch<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = remove_all(&self.path) {
+            let path = self.path.display();
+            self.observer.warn(&format!("cannot remove {path}, which files of a step were in: {error}"));
+        }
+    }
+}
+
+/// Removes a directory with all in it, also what its owner has no rights to. Files of other users it cannot.
+fn remove_all(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            make_removable(path)?;
+            fs::remove_dir_all(path)
+        }
+        result => result,
+    }
+}
+
+/// Gives their owner all rights to a directory and those in it. A sandbox of a build that was killed may still be
+/// changing them, and gets nothing else changed by that: no link is followed, and nothing leads out.
+fn make_removable(path: &Path) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let root = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
+    let mut pending = vec![b".".to_vec()];
+    while let Some(at) = pending.pop() {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let directory = rustix::fs::openat2(&root, at.as_slice(), flags, Mode::empty(), resolve)?;
+        let itself = format!("/proc/self/fd/{}", directory.as_raw_fd());
+        fs::set_permissions(itself, Permissions::from_mode(0o700))?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        for entry in Dir::new(rustix::fs::openat(&directory, ".", flags, Mode::empty())?)? {
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if entry.file_type() == FileType::Directory && !matches!(name, b"." | b"..") {
+                pending.push(joined(&at, name));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A directory of this build. Those of builds that were killed go now.
+pub(crate) fn scratch<'a>(home: &Home, observer: &'a dyn Observer) -> Result<Scratch<'a>, String> {
     let directory = home.state().join("build");
     let made = || {
         DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
@@ -218,10 +288,10 @@ pub(crate) fn scratch(home: &Home) -> Result<tempfile::TempDir, String> {
             let name = entry.file_name().to_string_lossy().into_owned();
             let maker = name.split('-').next().and_then(|pid| pid.parse().ok());
             if maker.is_none_or(|pid| ProcessId::of(pid).is_none()) {
-                let _ = fs::remove_dir_all(entry.path());
+                drop(Scratch { path: entry.path(), observer });
             }
         }
-        tempfile::Builder::new().prefix(&format!("{}-", std::process::id())).tempdir_in(&directory)
+        Scratch::make(&directory, &format!("{}-", std::process::id()), observer)
     };
     made().map_err(|error| format!("cannot make a directory in {}: {error}", directory.display()))
 }
@@ -452,6 +522,44 @@ mod tests {
         };
         assert!(!as_file && variable.as_deref() == Some("K"));
         assert_eq!(mount("type=tmpfs,target=/t,size=1m").unwrap().kind, Kind::Tmpfs { size: Some(1 << 20) });
+    }
+
+    struct Silent;
+
+    impl Observer for Silent {
+        fn started(&self, _: usize, _: &str) {}
+        fn output(&self, _: usize, _: &[u8]) {}
+        fn ended(&self, _: usize, _: crate::Ended) {}
+        fn warn(&self, text: &str) {
+            panic!("{text}");
+        }
+        fn image(&self, _: &str, _: bool) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn copies_of_binds_go_whatever_their_modes() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = Home::new(Some(folder.path().join("i")), Some(folder.path().join("s"))).unwrap();
+        let scratch = scratch(&home, &Silent).unwrap();
+        let step = scratch.of_step().unwrap();
+        let outside = folder.path().join("outside");
+        let deep = step.path().join("a/b/c");
+        [&outside, &deep].iter().for_each(|path| fs::create_dir_all(path).unwrap());
+        fs::write(deep.join("f"), "").unwrap();
+        symlink(&outside, deep.join("l")).unwrap();
+        let inner = [deep.clone(), step.path().join("a/b"), step.path().join("a")];
+        let all = [&inner[..], &[outside.clone()]].concat();
+        all.iter().for_each(|path| fs::set_permissions(path, Permissions::from_mode(0o055)).unwrap());
+        // By itself, as root needs no rights.
+        make_removable(step.path()).unwrap();
+        let mode = |path: &PathBuf| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(inner.each_ref().map(mode), [0o700; 3]);
+        assert_eq!(mode(&outside), 0o055, "a link was followed");
+        drop(step);
+        drop(scratch);
+        assert_eq!(fs::read_dir(home.state().join("build")).unwrap().count(), 0);
     }
 
     #[test]

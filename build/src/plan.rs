@@ -25,7 +25,7 @@ pub(crate) struct Build<'a> {
     /// SOURCE_DATE_EPOCH.
     pub(crate) epoch: Option<u64>,
     /// Directory of what sandboxes of this build mount.
-    pub(crate) scratch: tempfile::TempDir,
+    pub(crate) scratch: mounts::Scratch<'a>,
     pub(crate) next_step: AtomicUsize,
     /// Build arguments that an ARG has asked for.
     pub(crate) used: Mutex<BTreeSet<String>>,
@@ -247,7 +247,7 @@ fn build_held(
     };
     let mut build = Build {
         epoch: time::epoch().map_err(BuildFailure::Request)?,
-        scratch: mounts::scratch(&request.home).map_err(BuildFailure::Request)?,
+        scratch: mounts::scratch(&request.home, observer).map_err(BuildFailure::Request)?,
         next_step: AtomicUsize::new(1),
         used: Mutex::new(file.arguments.iter().map(|(_, name, _)| name.clone()).collect()),
         needed: BTreeMap::new(),

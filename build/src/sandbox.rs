@@ -174,10 +174,7 @@ fn execute(stage: &mut Stage<'_, '_>, job: &Job) -> Result<StoredLayer, StepErro
             "there is nothing to run in an image of no files; begin with FROM an image that has the program";
         return Err(StepError::Text(problem.into()));
     }
-    let directory = tempfile::Builder::new()
-        .prefix("run")
-        .tempdir_in(build.scratch.path())
-        .map_err(StepError::io("cannot make a directory for mounts"))?;
+    let directory = build.scratch.of_step().map_err(StepError::io("cannot make a directory for mounts"))?;
     let _locks = lock_caches(stage, job)?;
     let mut prepared = Prepared { secrets: Vec::new(), mounts: Vec::new() };
     for (number, (mount, bound)) in job.mounts.iter().enumerate() {
