@@ -11,7 +11,7 @@ use cloche_runtime::Filter;
 use oci_spec::runtime::Spec;
 use rustix::mount::MountFlags;
 
-use crate::{say, spec, syscalls};
+use crate::{network, say, spec, syscalls};
 
 /// Why the guest could not get ready.
 #[derive(Debug, thiserror::Error)]
@@ -135,6 +135,10 @@ fn check_drivers(config: &BootConfig) -> Result<(), BootError> {
     need(
         Path::new("/sys/bus/virtio/drivers/vmw_vsock_virtio_transport").exists(),
         "virtio vsock (CONFIG_VIRTIO_VSOCKETS)",
+    );
+    need(
+        !network::is_given() || Path::new("/sys/bus/virtio/drivers/virtio_net").exists(),
+        "virtio network (CONFIG_VIRTIO_NET)",
     );
     need(!config.share || has_filesystem("virtiofs"), "virtio file system (CONFIG_VIRTIO_FS)");
     if missing.is_empty() && config.layers.iter().any(|layer| !Path::new(layer).exists()) {

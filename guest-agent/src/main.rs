@@ -13,6 +13,7 @@
 mod boot;
 mod changes;
 mod disks;
+mod network;
 mod requests;
 mod serve;
 mod spec;

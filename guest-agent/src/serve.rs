@@ -29,7 +29,7 @@ use crate::{
     boot::{self, Boot, BootError},
     chain,
     changes::Answer,
-    disks,
+    disks, network,
     requests::{Requests, exit_status},
     say,
     stdio::{HostStreams, Streams},
@@ -57,6 +57,9 @@ pub enum ServeError {
     /// The control stream is unusable.
     #[error("the control stream to the host failed")]
     Control(#[from] FrameError),
+    /// The container's interfaces cannot be set up.
+    #[error("cannot set up the container's network")]
+    Network(#[source] io::Error),
     /// The container's end cannot be learnt.
     #[error(transparent)]
     Wait(#[from] WaitError),
@@ -82,6 +85,9 @@ pub fn run() -> Result<(), ServeError> {
         Ok(container) => {
             // Or its end would not be seen.
             drop(gate);
+            if network::is_given() {
+                network::hand_over(container.pid()).map_err(ServeError::Network)?;
+            }
             streams
                 .receive_terminal()
                 .map_err(|error| ServeError::System("receive the container's terminal", error))?;

@@ -71,7 +71,7 @@ pub fn run(home: &Home<'_>, creation: &Creation<'_>, detach: bool, keep: bool) -
     let warn = creation.warn;
     // Nobody is told of a container whose `run` fails, so that nobody would delete it.
     let remove = |known: &Known, spec: &Spec| {
-        if let Err(error) = crate::verbs::remove(known, spec, warn) {
+        if let Err(error) = crate::verbs::remove(home.isolation, known, spec, warn) {
             warn(&chain(&error));
         }
     };
@@ -152,7 +152,7 @@ fn make(home: &Home<'_>, creation: &Creation<'_>, style: Style) -> Result<(Known
         Err(error) => {
             // Processes and cgroup are gone already, as far as they were this container's. The first failure is what the
             // caller has to know.
-            let _ = crate::verbs::forget(&known, &spec, creation.warn);
+            let _ = crate::verbs::forget(home.isolation, &known, &spec, creation.warn);
             Err(error)
         }
     }

@@ -131,6 +131,12 @@ pub trait Isolation: Debug {
     /// The processes of a container.
     fn processes(&self, known: &Known) -> Result<Vec<Inside>, Error>;
 
+    /// Takes back what a container, of which no process is left, has of the host but for its cgroup.
+    fn give_back(&self, known: &Known) -> Result<(), Error> {
+        let _ = known;
+        Ok(())
+    }
+
     /// Changes limits of a container; `cgroup` is the host's.
     fn update(&self, known: &Known, cgroup: &mut Cgroup, resources: &LinuxResources) -> Result<(), Error>;
 }

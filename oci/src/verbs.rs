@@ -13,7 +13,7 @@ use crate::{
     create::{run_hooks, run_poststart},
     error::{Error, of_file, system},
     gate::{self, Outcome},
-    isolation::Inside,
+    isolation::{Inside, Isolation},
     listener,
     state::{Home, Known, Status},
 };
@@ -108,11 +108,16 @@ pub fn delete(home: &Home<'_>, id: &str, force: bool, warn: &dyn Fn(&str)) -> Re
         Err(_) if force => Spec::default(),
         Err(error) => return Err(error),
     };
-    remove(&known, &spec, warn)
+    remove(home.isolation, &known, &spec, warn)
 }
 
 /// Ends what is left of a container and removes all of it.
-pub(crate) fn remove(known: &Known, spec: &Spec, warn: &dyn Fn(&str)) -> Result<(), Error> {
+pub(crate) fn remove(
+    isolation: &dyn Isolation,
+    known: &Known,
+    spec: &Spec,
+    warn: &dyn Fn(&str),
+) -> Result<(), Error> {
     let cgroup = known.possible_cgroup()?;
     let kill_all = || cgroup.as_ref().map_or(Ok(()), Cgroup::kill_all);
     if let Some(process) = known.record.process
@@ -139,11 +144,19 @@ pub(crate) fn remove(known: &Known, spec: &Spec, warn: &dyn Fn(&str)) -> Result<
         (Some(cgroup), Some(_)) => cgroup.delete()?,
         (None, _) => {}
     }
-    forget(known, spec, warn)
+    forget(isolation, known, spec, warn)
 }
 
 /// Removes what is on disk of a container of which nothing else is left.
-pub(crate) fn forget(known: &Known, spec: &Spec, warn: &dyn Fn(&str)) -> Result<(), Error> {
+pub(crate) fn forget(
+    isolation: &dyn Isolation,
+    known: &Known,
+    spec: &Spec,
+    warn: &dyn Fn(&str),
+) -> Result<(), Error> {
+    if let Err(error) = isolation.give_back(known) {
+        warn(&chain(&error));
+    }
     known.forget()?;
     let Some(listed) = spec.hooks() else { return Ok(()) };
     // runtime.md#lifecycle: a poststop hook that fails is warned of, and all goes on as if it had succeeded.

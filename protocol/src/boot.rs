@@ -12,6 +12,13 @@ pub const SPEC_PATH: &str = "/cloche/spec.json";
 /// policy, and compiling it the same work for each guest. The form is the container runtime's.
 pub const FILTER_PATH: &str = "/cloche/filter";
 
+/// Path of messages to the guest's kernel (rtnetlink(7)), one behind the other, each padded to four bytes: one for each
+/// network device, which the agent completes by the attribute `IFLA_NET_NS_PID`, and so moves to the container.
+pub const LINKS_PATH: &str = "/cloche/links";
+/// Path of further ones, which the agent sends in the container's network namespace: what the interfaces there are
+/// called, their addresses and routes. Each asks for an answer.
+pub const NETWORK_PATH: &str = "/cloche/network";
+
 /// Where the guest finds what the host shares with it; see [`share_path`].
 pub const SHARES_DIR: &str = "/cloche/shares";
 /// The tag by which the guest mounts the host's share (virtio 1.2 §5.11.4).

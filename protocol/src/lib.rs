@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!  host (engine)                                   guest (agent, PID 1)
-//!    initramfs:  /cloche/boot.json, /cloche/spec.json ──▶ read at boot
+//!    initramfs:  /cloche/boot.json, /cloche/spec.json, … ──▶ read at boot
 //!    vsock 1024  control ◀── FromGuest frames / ToGuest frames ──▶
 //!    vsock 1025  stdin   ──────────── raw bytes ────────────────▶
 //!    vsock 1026  stdout  ◀─────────── raw bytes ─────────────────
@@ -26,4 +26,4 @@ pub mod message;
 
 /// Version of this contract. The agent refuses a [`boot::BootConfig`] of another version: host and guest are
 /// built from one source tree, so a mismatch means a stale agent.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;

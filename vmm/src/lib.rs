@@ -30,6 +30,7 @@ pub mod event;
 #[doc(hidden)]
 pub mod fuzzing;
 
+pub use backends::tap::{TapError, attach as attach_tap};
 pub use config::VmConfig;
 pub use event::{Event, ExitReason};
 pub use jail::{Jail, JailError};

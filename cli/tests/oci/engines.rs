@@ -1,5 +1,5 @@
 //! Real engines with this runtime in the place of theirs: run, exec, logs, pause, stop, remove. An engine that is not
-//! installed is named, and its test does nothing.
+//! installed is named, and its test does nothing, unless `CLOCHE_TESTS_REQUIRE_ENGINES` is set.
 
 use std::{
     fs,
@@ -13,7 +13,7 @@ use crate::{
 };
 
 pub fn all() -> Vec<Test> {
-    crate::tests![podman_runs_containers, containerd_runs_containers]
+    crate::tests![podman_runs_containers, containerd_runs_containers, docker_runs_containers]
 }
 
 /// This runtime under the name that engines call it by.
@@ -166,6 +166,61 @@ fn containerd_runs_containers() {
     engine.run(&["tasks", "rm", name]);
     engine.ok(&["containers", "rm", name]);
     assert_eq!(engine.ok(&["containers", "ls", "--quiet"]), "");
+}
+
+fn docker_runs_containers() {
+    if !has("dockerd", "docker.io") || !has("docker", "docker.io") {
+        return;
+    }
+    let bundle = Bundle::new(&["true"]);
+    let (runtime, files) = (runtime(&bundle), files(&bundle));
+    let path = |name: &str| bundle.path(name).display().to_string();
+    let log = fs::File::create(bundle.path("log")).unwrap();
+    // With a network and mounts that end with it, and no rules for packets, of which not every kernel has all.
+    let daemon = Command::new("unshare")
+        .args(["--net", "--mount", "dockerd", "--storage-driver", "vfs", "--bip", "10.78.0.1/24"])
+        .args(["--iptables=false", "--ip6tables=false", "--ip-masq=false", "--ip-forward=false"])
+        .args(["--data-root", &path("root"), "--exec-root", &path("run"), "--pidfile", &path("pid")])
+        .args(["--host", &format!("unix://{}", path("socket"))])
+        .arg("--add-runtime")
+        .arg(format!("{}={}", fixture::name(), runtime.display()))
+        .args(["--default-runtime", fixture::name()])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    let pid = daemon.id();
+    let _daemon = Daemon(daemon);
+    let words = ["docker", "--host", &format!("unix://{}", path("socket"))];
+    let engine = Engine { words: words.map(str::to_owned).to_vec(), environment: Vec::new() };
+    await_that("dockerd answers", || engine.run(&["version"]).status.success());
+    engine.ok(&["import", files.to_str().unwrap(), "box"]);
+    let name = bundle.id.as_str();
+    assert_eq!(engine.ok(&["run", "--rm", "box", "echo", "hi"]), "hi");
+    assert_eq!(engine.run(&["run", "--rm", "box", "sh", "-c", "exit 3"]).status.code(), Some(3));
+    assert_eq!(engine.run(&["run", "--rm", "box", "nowhere"]).status.code(), Some(127));
+    assert_eq!(engine.ok(&["run", "--rm", "--network", "none", "--tty", "box", "tty"]), "/dev/pts/0");
+    let script = format!("busybox httpd -p 80 -h /bin; {SERVICE}");
+    engine.ok(&["run", "--detach", "--name", name, "box", "sh", "-c", &script]);
+    await_that("it has started", || engine.ok(&["logs", name]) == "started");
+    assert_eq!(engine.ok(&["exec", name, "id", "-u"]), "0");
+    assert_eq!(engine.run(&["exec", name, "sh", "-c", "exit 4"]).status.code(), Some(4));
+    let address = engine.ok(&["inspect", "--format", "{{.NetworkSettings.IPAddress}}", name]);
+    let fetch = format!("busybox wget -qO- http://{address}/busybox | busybox wc -c");
+    let network = format!("--net=/proc/{pid}/ns/net");
+    let fetched =
+        Command::new("nsenter").args([&network, "timeout", "20", "sh", "-c", &fetch]).output().unwrap();
+    let bytes = fs::metadata(bundle.path("rootfs/bin/busybox")).unwrap().len();
+    assert_eq!(text(&fetched.stdout), bytes.to_string(), "{fetched:?}");
+    engine.ok(&["pause", name]);
+    assert_eq!(engine.ok(&["inspect", "--format", "{{.State.Status}}", name]), "paused");
+    engine.ok(&["unpause", name]);
+    engine.ok(&["stop", "--time", "10", name]);
+    assert_eq!(engine.ok(&["logs", name]), "started\nbye");
+    assert_eq!(engine.ok(&["inspect", "--format", "{{.State.ExitCode}}", name]), "0");
+    engine.ok(&["rm", name]);
+    assert_eq!(engine.ok(&["ps", "--all", "--quiet"]), "");
 }
 
 /// An OCI archive of the bundle's root file system.

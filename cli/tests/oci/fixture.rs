@@ -189,11 +189,12 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).trim_end().to_owned()
 }
 
-/// Whether a program is there; says so if not.
+/// Whether a program is there; says so if not, and fails where `CLOCHE_TESTS_REQUIRE_ENGINES` is set.
 pub fn has(program: &str, package: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).any(|directory| directory.join(program).exists());
     if !found {
+        assert!(std::env::var_os("CLOCHE_TESTS_REQUIRE_ENGINES").is_none(), "{program} is not there");
         eprintln!("not run: needs {program} (install {package})");
     }
     found

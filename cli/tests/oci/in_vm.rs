@@ -8,6 +8,7 @@ use serde_json::json;
 use crate::{
     Test,
     fixture::{Bundle, await_that, text},
+    network::{Cable, Namespace, joined},
     processes::receive,
 };
 
@@ -58,6 +59,7 @@ pub fn of(all: Vec<Test>) -> Vec<Test> {
         signal_to_the_attending_process_reaches_the_container,
         files_of_the_host_are_there_and_can_be_written,
         hooks_of_the_host_run_around_it,
+        interface_is_given_to_one_machine_only,
         what_a_virtual_machine_cannot_do_is_refused,
         labels_of_the_host_are_dropped_with_a_warning,
         machine_of_run_gets_its_signals,
@@ -126,7 +128,8 @@ fn exec_has_a_terminal_whose_size_follows() {
     bundle.start();
     let socket = bundle.path("socket");
     let listener = UnixListener::bind(&socket).unwrap();
-    let script = "tty; read line; stty size; echo got $line; exit 3";
+    let script = "tty; while [ \"$(stty size)\" != '31 101' ]; do sleep 0.02; done; echo resized; read line; \
+                  echo got $line; exit 3";
     let words = [
         "exec",
         "--tty",
@@ -154,10 +157,8 @@ fn exec_has_a_terminal_whose_size_follows() {
     show_until("/dev/pts/");
     let size = rustix::termios::Winsize { ws_row: 31, ws_col: 101, ws_xpixel: 0, ws_ypixel: 0 };
     rustix::termios::tcsetwinsize(&master, size).unwrap();
-    // The change goes its way by a signal and a message, before what is typed.
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    show_until("resized");
     rustix::io::write(&master, b"hello\r").unwrap();
-    show_until("31 101");
     show_until("got hello");
 }
 
@@ -273,6 +274,17 @@ fn hooks_of_the_host_run_around_it() {
     assert_eq!(bundle.ok(&["list", "--quiet"]), "");
 }
 
+fn interface_is_given_to_one_machine_only() {
+    let bundle = Bundle::script("exec busybox httpd -f -p 80 -h /bin");
+    let cable = Cable::new(&bundle);
+    let bundle = joined(bundle, &cable);
+    bundle.start();
+    let other = joined(Bundle::new(&["true"]), &cable);
+    assert!(other.refused(&["run", &other.id]).contains("has an ingress queueing discipline already"));
+    // Whose network is as it was.
+    await_that("it serves", || cable.outside.run("busybox wget -qO- http://10.77.0.2/sh").status.success());
+}
+
 fn what_a_virtual_machine_cannot_do_is_refused() {
     let joined = json!({ "type": "cgroup", "path": "/proc/1/ns/cgroup" });
     let bundle = Bundle::new(&["true"]).with("/linux/namespaces/-", joined);
@@ -280,6 +292,15 @@ fn what_a_virtual_machine_cannot_do_is_refused() {
     let inside = json!({ "createContainer": [{ "path": "/bin/true" }] });
     let bundle = Bundle::new(&["true"]).with("/hooks", inside);
     assert!(bundle.refused(&["run", &bundle.id]).contains("hooks.createContainer is not supported"));
+    let network = Namespace::new();
+    network.ok("ip link add eth0 type dummy");
+    let bundle = Bundle::new(&["true"])
+        .with("/linux/namespaces/1", json!({ "type": "network", "path": network.path() }));
+    assert!(
+        bundle
+            .refused(&["run", &bundle.id])
+            .contains("interface eth0 of its network namespace is of the kind dummy")
+    );
     let pod = json!({ "io.kubernetes.cri.container-type": "container" });
     let bundle = Bundle::new(&["true"]).with("/annotations", pod);
     assert!(bundle.refused(&["create", &bundle.id]).contains("pod"));

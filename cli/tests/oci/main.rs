@@ -10,6 +10,7 @@ mod hostile;
 mod in_vm;
 mod life;
 mod mishaps;
+mod network;
 mod notify_ioctl;
 mod processes;
 mod seccomp;
@@ -39,6 +40,7 @@ fn main() {
         failures::all(),
         mishaps::all(),
         seccomp::all(),
+        network::all(),
         engines::all(),
         differential::all(),
     ]

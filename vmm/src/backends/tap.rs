@@ -52,13 +52,18 @@ pub enum TapError {
     },
 }
 
+/// Attaches to the tap with this name in the network namespace of this process, which is made if it is not there; then
+/// it is gone once nobody has the descriptor any more.
+pub fn attach(name: &str) -> Result<OwnedFd, TapError> {
+    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").map_err(TapError::Open)?;
+    ioctls::attach(file.as_fd(), name, flag::TAP | flag::NO_PI | flag::VNET_HDR).map_err(TapError::Attach)?;
+    Ok(file.into())
+}
+
 impl Tap {
     /// Attaches to the tap with this name in the network namespace of this process.
     pub fn open(name: &str) -> Result<Self, TapError> {
-        let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").map_err(TapError::Open)?;
-        ioctls::attach(file.as_fd(), name, flag::TAP | flag::NO_PI | flag::VNET_HDR)
-            .map_err(TapError::Attach)?;
-        Self::set_up(file)
+        Self::set_up(attach(name)?.into())
     }
 
     /// Takes over a descriptor that is attached already.

@@ -36,7 +36,7 @@ use std::{
 
 use cloche_protocol::{
     VERSION,
-    boot::{BOOT_CONFIG_PATH, BootConfig, FILTER_PATH, SHARE_TAG, SPEC_PATH},
+    boot::{BOOT_CONFIG_PATH, BootConfig, FILTER_PATH, LINKS_PATH, NETWORK_PATH, SHARE_TAG, SPEC_PATH},
     frame::{self, Decoder, FrameError},
     machine::{GUEST_CID, vsock_port},
     message::{Exit, FromGuest, ToGuest},
@@ -56,7 +56,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use process::{FIRST_INHERITED_FD, SpawnError, Vmm};
 
-use self::{cgroup::VmCgroup, dial::VSOCK_SOCKET, share::FileServer};
+use self::{cgroup::VmCgroup, dial::VSOCK_SOCKET, oci::network::Network, share::FileServer};
 use super::{Lost, Running, Streams, observed};
 use crate::{
     record::{ProcessId, Processes},
@@ -177,6 +177,7 @@ pub fn start(
         root_share: None,
         waits: false,
         stdin: request.interactive,
+        network: None,
     };
     let config = machine(dir, layers, request)?;
     let mut machine =
@@ -246,6 +247,7 @@ struct Load<'a> {
     root_share: Option<usize>,
     waits: bool,
     stdin: bool,
+    network: Option<&'a Network>,
 }
 
 /// Boots a machine with `load` in it. `dir` is for this VM only.
@@ -268,6 +270,9 @@ fn boot(
     let listen_fd = inherit(programs.into());
     config.vsock.iter_mut().for_each(|vsock| vsock.listen_fd = Some(listen_fd));
     let socket = file_server.as_mut().and_then(FileServer::take_socket);
+    if let Some(network) = load.network {
+        config.nets = network.devices(&mut inherit).map_err(setup("hand the container's network on"))?;
+    }
     config.share = socket.map(|socket| ShareConfig { tag: SHARE_TAG.into(), socket_fd: inherit(socket) });
     config.validate()?;
     write_boot_archive(dir, load, &config)?;
@@ -406,6 +411,10 @@ fn write_boot_archive(dir: &Path, load: &Load<'_>, config: &VmConfig) -> Result<
     archive.file(SPEC_PATH, 0o600, &json(serde_json::to_vec(load.spec))?);
     if let Some(filter) = load.filter {
         archive.file(FILTER_PATH, 0o600, &filter.to_bytes());
+    }
+    if let Some(messages) = load.network.and_then(Network::messages) {
+        archive.file(LINKS_PATH, 0o600, &messages.links);
+        archive.file(NETWORK_PATH, 0o600, &messages.network);
     }
     fs::write(dir.join("boot.cpio"), archive.finish()).map_err(setup("write the guest's configuration"))
 }

@@ -16,7 +16,7 @@ use std::{
     ffi::CStr,
     fs::{self, File},
     io::{self, Read, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
     time::{Duration, Instant},
 };
@@ -215,7 +215,8 @@ impl Vmm {
         if self.status.is_none() {
             // A process gives up its namespaces before its files. The end of a network namespace waits for the host's
             // RCU in the background, and KVM's own wait would queue behind it: so it ends after KVM (decision 0018).
-            let network = File::open(format!("/proc/{}/ns/net", self.pid));
+            let network =
+                name_in_proc(self.pidfd()).and_then(|pid| File::open(format!("/proc/{pid}/ns/net")).ok());
             let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
             if has_ended_within(self.pidfd(), PATIENCE) {
                 self.reap();
@@ -253,6 +254,12 @@ impl Drop for Vmm {
             std::mem::take(&mut self.cgroup).leave();
         }
     }
+}
+
+/// The number by which `/proc` knows a process, which may be another one than in this process's PID namespace (proc(5)).
+fn name_in_proc(pidfd: BorrowedFd) -> Option<i32> {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+    info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok().filter(|pid| *pid > 0)
 }
 
 /// Whether a process ends in this time. Its end is not taken.
@@ -409,6 +416,7 @@ mod tests {
     fn end_of_a_process_is_awaited_for_a_time_only() {
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        assert_eq!(name_in_proc(pidfd.as_fd()), Some(child.id() as i32));
         let begun = Instant::now();
         assert!(!has_ended_within(pidfd.as_fd(), Duration::from_millis(50)));
         assert!(begun.elapsed() >= Duration::from_millis(50));

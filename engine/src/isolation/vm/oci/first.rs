@@ -20,6 +20,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::{
     super::{LAST_WORDS, Load, Machine, START_PATIENCE, Streams, VmError, boot, cgroup::VmCgroup},
     attendant::{self, Carried, Gate, GuestStreams, Peer, Refusal, Report, open_terminal},
+    network::Network,
     spec::{ROOT_SHARE, Split},
 };
 use crate::{isolation::Running, trace::Trace};
@@ -43,14 +44,15 @@ pub(super) fn attend(plan: Plan<'_>, report: Report) -> Result<u8, Refusal> {
         attendant::join_network(path)?;
     }
     report.hold()?;
-    refuse_interfaces()?;
+    // Hooks have set it up by now.
+    let network = Network::take_over(plan.split.network.as_deref(), plan.directory)?;
     let process = plan.split.guest.process().clone().unwrap_or_default();
     let terminal = terminal(&process, plan.console_socket)?;
     let gate = match plan.gate {
         Some(gate) => Some(gate.try_clone_to_owned().map_err(Refusal::step("keep the gate"))?),
         None => None,
     };
-    let mut machine = boot_plan(plan)?;
+    let mut machine = boot_plan(plan, &network)?;
     // Not before: what the VMM inherits as blocked, it would not get.
     let signals = Signals::collect().map_err(Refusal::step("collect signals"))?;
     await_news(&mut machine, &FromGuest::Created)?;
@@ -85,7 +87,7 @@ fn carried(streams: Streams, terminal: Option<OwnedFd>) -> std::io::Result<Carri
     Carried::new(GuestStreams { stdin, stdout: streams.stdout, stderr }, terminal)
 }
 
-fn boot_plan(plan: Plan<'_>) -> Result<Machine, Refusal> {
+fn boot_plan(plan: Plan<'_>, network: &Network) -> Result<Machine, Refusal> {
     let load = Load {
         id: plan.id,
         spec: &plan.split.guest,
@@ -95,6 +97,7 @@ fn boot_plan(plan: Plan<'_>) -> Result<Machine, Refusal> {
         root_share: Some(ROOT_SHARE),
         waits: true,
         stdin: true,
+        network: Some(network),
     };
     let cgroup =
         |config: &VmConfig| Ok(VmCgroup::around(Cgroup::open(plan.cgroup)?, config, &plan.split.shares));
@@ -127,23 +130,6 @@ fn await_news(machine: &mut Machine, expected: &FromGuest) -> Result<(), Refusal
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(Refusal::step("wait for the VM")(errno)),
         }
-    }
-}
-
-/// Interfaces that a namespace of the host's may have and a guest would not.
-fn refuse_interfaces() -> Result<(), Refusal> {
-    /// Of tunnels, in every namespace while their drivers are loaded; down.
-    const FALLBACKS: [&str; 9] =
-        ["tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0", "ip6gre0"];
-    let table =
-        std::fs::read_to_string("/proc/self/net/dev").map_err(Refusal::step("list its interfaces"))?;
-    let names = table.lines().filter_map(|line| Some(line.split_once(':')?.0.trim()));
-    match names.into_iter().find(|name| *name != "lo" && !FALLBACKS.contains(name)) {
-        Some(name) => Err(Refusal::new(format!(
-            "its network namespace has the interface {name}, which is not passed on to a virtual machine yet; use a \
-             network namespace without any (--network none), or cloche-container"
-        ))),
-        None => Ok(()),
     }
 }
 

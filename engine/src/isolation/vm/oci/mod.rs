@@ -14,6 +14,7 @@
 mod attendant;
 mod first;
 mod further;
+pub(super) mod network;
 mod spec;
 
 use std::{
@@ -175,6 +176,10 @@ impl Isolation for OciVm {
             }),
         });
         Ok(inside.collect())
+    }
+
+    fn give_back(&self, known: &Known) -> Result<(), Error> {
+        network::give_back_of(&directory(known)?)
     }
 
     fn update(&self, known: &Known, cgroup: &mut Cgroup, resources: &LinuxResources) -> Result<(), Error> {
