@@ -44,7 +44,7 @@ use cloche_images::{BuildError, Digest, Reference, StoreError};
 
 pub use context::{ContextError, Input, Source};
 use dockerfile::{Place, SyntaxError};
-pub use mounts::{CacheUsage, cache_mounts, prune_cache_mounts};
+pub use mounts::{CacheUsage, cache_mounts, prune_cache_mounts, remove_remains};
 pub use patterns::PatternError;
 pub use stage::StepError;
 

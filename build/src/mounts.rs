@@ -1,9 +1,10 @@
 //! `RUN --mount`: what is mounted while a command runs, and is no part of the image.
 //!
 //! ```text
-//! ROOT/build-mounts/HEX/id     of type=cache: what it is called; HEX is that name's digest
-//!                       data   its files, which outlive the build
-//!                       lock   held (flock) exclusively by a RUN with sharing=locked
+//! ROOT/build-mounts/HEX/id      of type=cache: what it is called; HEX is that name's digest
+//!                       data    its files, which outlive the build
+//!                       new-…   what is about to become `data`
+//!                       lock    held (flock) exclusively by a RUN with sharing=locked or =private
 //! STATE/build/PID-…            of type=bind and type=secret: copies that end with the build
 //! ```
 //!
@@ -21,9 +22,10 @@ use std::path::{Path, PathBuf};
 
 use cloche_engine::home::Home;
 use cloche_engine::record::ProcessId;
-use cloche_images::{Bounded, Digest, FileInfo, FileKind};
+use cloche_images::{Bounded, Digest, FileInfo, FileKind, bytes_below, remove_tree};
 use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, ResolveFlags, Timespec, Timestamps,
+    AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags, Timespec,
+    Timestamps,
 };
 use serde::Serialize;
 
@@ -44,8 +46,17 @@ pub(crate) struct Mount {
 pub(crate) enum Kind {
     /// Files of the context (without `from`), a stage or an image.
     Bind { from: Option<String>, source: String, writable: bool },
-    /// A directory that is kept.
-    Cache { id: String, locked: bool, read_only: bool, mode: u32, uid: u32, gid: u32 },
+    /// A directory that is kept. It begins empty, or as `source` in `from`.
+    Cache {
+        id: String,
+        sharing: Sharing,
+        read_only: bool,
+        from: Option<String>,
+        source: String,
+        mode: u32,
+        uid: u32,
+        gid: u32,
+    },
     /// An empty file system in memory.
     Tmpfs { size: Option<u64> },
     /// A secret, as a file or (with `variable`) as a variable.
@@ -60,6 +71,17 @@ pub(crate) enum Kind {
     },
 }
 
+/// Who may use a cache at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// Everybody.
+    Shared,
+    /// One after the other.
+    Locked,
+    /// Everybody has one alone, of as many as are needed.
+    Private,
+}
+
 /// Expands variables.
 type Expand<'a> = &'a dyn Fn(&str) -> Result<String, String>;
 
@@ -68,7 +90,7 @@ pub(crate) fn sources(flags: &[Flag]) -> Result<Vec<String>, String> {
     let plain = |text: &str| Ok(text.to_owned());
     let mut found = Vec::new();
     for mount in parse(flags, &plain)? {
-        if let Kind::Bind { from: Some(from), .. } = mount.kind {
+        if let Kind::Bind { from: Some(from), .. } | Kind::Cache { from: Some(from), .. } = mount.kind {
             if from.contains('$') {
                 return Err(
                     "from= cannot have variables; name a stage of this file, which can: FROM $IMAGE AS NAME"
@@ -106,22 +128,27 @@ fn parse_one(text: &str, expand: Expand<'_>) -> Result<Mount, String> {
         }
         "cache" => {
             let target = needed(target)?;
-            let locked = match fields.take("sharing").as_deref() {
-                None | Some("shared") => false,
-                Some("locked") => true,
+            let sharing = match fields.take("sharing").as_deref() {
+                None | Some("shared") => Sharing::Shared,
+                Some("locked") => Sharing::Locked,
+                Some("private") => Sharing::Private,
                 Some(other) => {
-                    return Err(format!("sharing={other} is not supported; shared and locked are"));
+                    return Err(format!("sharing={other} is not supported; shared, locked and private are"));
                 }
             };
-            if let Some(from) = fields.take("from") {
-                return Err(format!("from={from} is not supported for type=cache; it begins empty"));
+            let from = fields.take("from");
+            let source = fields.take("source").or_else(|| fields.take("src"));
+            if from.is_none() && source.is_some() {
+                return Err(format!("--mount={text} has a source= without a from="));
             }
             let writable = fields.truth("rw")?.or(fields.truth("readwrite")?);
             let read_only = fields.truth("readonly")?.or(fields.truth("ro")?);
             let kind = Kind::Cache {
                 id: fields.take("id").unwrap_or_else(|| target.clone()),
-                locked,
+                sharing,
                 read_only: read_only.unwrap_or(writable == Some(false)),
+                from,
+                source: source.unwrap_or_else(|| "/".into()),
                 mode: fields.mode(0o755)?,
                 uid: fields.number("uid")?.unwrap_or(0),
                 gid: fields.number("gid")?.unwrap_or(0),
@@ -247,10 +274,10 @@ impl Drop for Scratch<'_> {
 
 /// Removes a directory with all in it, also what its owner has no rights to. Files of other users it cannot.
 fn remove_all(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
+    match remove_tree(path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             make_removable(path)?;
-            fs::remove_dir_all(path)
+            remove_tree(path)
         }
         result => result,
     }
@@ -279,17 +306,30 @@ fn make_removable(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// The directories of builds that were killed.
+fn remains(home: &Home) -> Vec<PathBuf> {
+    let entries = fs::read_dir(home.state().join("build")).into_iter().flatten().flatten();
+    let is_dead = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let maker = name.split('-').next().and_then(|pid| pid.parse().ok());
+        maker.is_none_or(|pid| ProcessId::of(pid).is_none())
+    };
+    entries.map(|entry| entry.path()).filter(is_dead).collect()
+}
+
+/// Removes what builds that were killed have left of what their sandboxes had mounted: secrets, too. The next build says
+/// if it cannot be.
+pub fn remove_remains(home: &Home) {
+    remains(home).iter().for_each(|path| drop(remove_all(path)));
+}
+
 /// A directory of this build. Those of builds that were killed go now.
 pub(crate) fn scratch<'a>(home: &Home, observer: &'a dyn Observer) -> Result<Scratch<'a>, String> {
     let directory = home.state().join("build");
     let made = || {
         DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
-        for entry in fs::read_dir(&directory)?.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let maker = name.split('-').next().and_then(|pid| pid.parse().ok());
-            if maker.is_none_or(|pid| ProcessId::of(pid).is_none()) {
-                drop(Scratch { path: entry.path(), observer });
-            }
+        for path in remains(home) {
+            drop(Scratch { path, observer });
         }
         Scratch::make(&directory, &format!("{}-", std::process::id()), observer)
     };
@@ -300,13 +340,13 @@ fn cache_directory(home: &Home) -> PathBuf {
     home.images().join("build-mounts")
 }
 
-/// Which caches a RUN uses, and which of them alone. Each is locked once, and all in one order whoever locks them: so
-/// nobody waits for what waits for him.
+/// Which caches a RUN uses, and which of them alone, but for the private ones. Each is locked once, and all in one order
+/// whoever locks them: so nobody waits for what waits for him.
 pub(crate) fn cache_locks<'a>(mounts: impl Iterator<Item = &'a Mount>) -> BTreeMap<&'a str, bool> {
     let mut locks = BTreeMap::new();
     for mount in mounts {
-        if let Kind::Cache { id, locked, .. } = &mount.kind {
-            *locks.entry(id.as_str()).or_insert(false) |= locked;
+        if let Kind::Cache { id, sharing: sharing @ (Sharing::Shared | Sharing::Locked), .. } = &mount.kind {
+            *locks.entry(id.as_str()).or_insert(false) |= *sharing == Sharing::Locked;
         }
     }
     locks
@@ -329,21 +369,51 @@ pub(crate) fn lock_cache(home: &Home, id: &str, locked: bool) -> io::Result<Opti
     }
 }
 
+/// The first cache of a name that nobody uses, with its lock.
+pub(crate) fn lock_private(home: &Home, id: &str) -> io::Result<(String, File)> {
+    for number in 0u64.. {
+        let name = if number == 0 { id.to_owned() } else { format!("{id} ({number})") };
+        if let Some(lock) = lock_cache(home, &name, true)? {
+            return Ok((name, lock));
+        }
+    }
+    Err(io::ErrorKind::WouldBlock.into())
+}
+
+/// How a cache begins.
+pub(crate) enum Beginning<'a> {
+    /// Empty, with this mode, owner and group.
+    Empty(u32, u32, u32),
+    /// As a copy.
+    Of(&'a Tree, &'a Item),
+}
+
 /// The directory of a cache whose lock is held.
-pub(crate) fn open_cache(home: &Home, id: &str, (mode, uid, gid): (u32, u32, u32)) -> io::Result<PathBuf> {
+pub(crate) fn open_cache(home: &Home, id: &str, beginning: &Beginning<'_>) -> io::Result<PathBuf> {
     let directory = cache_directory(home).join(Digest::of(id.as_bytes()).hex());
     let data = directory.join("data");
-    if !data.is_dir() {
-        fs::write(directory.join("id"), id)?;
-        // Whoever else makes it meanwhile makes the same.
-        match DirBuilder::new().mode(0o700).create(&data) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
-        }
-        own(&data, uid, gid)?;
-        fs::set_permissions(&data, Permissions::from_mode(mode))?;
+    if data.is_dir() {
+        return Ok(data);
     }
-    Ok(data)
+    fs::write(directory.join("id"), id)?;
+    let new = tempfile::Builder::new().prefix("new-").tempdir_in(&directory)?;
+    let root = new.path().join("root");
+    match beginning {
+        Beginning::Empty(mode, uid, gid) => {
+            DirBuilder::new().mode(0o700).create(&root)?;
+            own(&root, *uid, *gid)?;
+            fs::set_permissions(&root, Permissions::from_mode(*mode))?;
+        }
+        // Layers do not change while they are read.
+        Beginning::Of(tree, item) => {
+            materialise(tree, item, &root)?;
+        }
+    }
+    match rustix::fs::renameat_with(CWD, &root, CWD, &data, RenameFlags::NOREPLACE) {
+        // Whoever else has made it meanwhile has made the same.
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(data),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// What caches of RUN take.
@@ -375,16 +445,16 @@ pub fn prune_cache_mounts(home: &Home) -> io::Result<CacheUsage> {
             continue;
         }
         let bytes = bytes_below(&directory);
-        let data = directory.join("data");
-        if let Err(error) = fs::remove_dir_all(&data) {
-            let said = io::Error::new(error.kind(), format!("{}: {error}", data.display()));
+        // The lock stays: somebody may wait for it.
+        let parts = fs::read_dir(&directory)?.flatten().filter(|entry| entry.file_name() != "lock");
+        let failed = parts.map(|entry| entry.path()).find_map(|path| Some((remove_all(&path).err()?, path)));
+        if let Some((error, path)) = failed {
+            let said = io::Error::new(error.kind(), format!("{}: {error}", path.display()));
             failure.get_or_insert(said);
             continue;
         }
         removed.count += 1;
         removed.bytes += bytes;
-        // The lock stays: somebody may wait for it.
-        let _ = fs::remove_file(directory.join("id"));
     }
     failure.map_or(Ok(removed), Err)
 }
@@ -395,25 +465,10 @@ fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
         result => result?,
     };
     let paths = entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()?;
-    Ok(paths.into_iter().filter(|path| path.join("data").is_dir()).collect())
-}
-
-/// What cannot be looked at is not counted: a step can make names that are longer than any path.
-fn bytes_below(directory: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let mut bytes = 0;
-    let mut pending = vec![directory.to_owned()];
-    while let Some(directory) = pending.pop() {
-        let Ok(entries) = fs::read_dir(&directory) else { continue };
-        for entry in entries.flatten() {
-            let Ok(metadata) = entry.metadata() else { continue };
-            bytes += metadata.blocks() * 512;
-            if metadata.is_dir() {
-                pending.push(entry.path());
-            }
-        }
-    }
-    bytes
+    let is_used = |path: &PathBuf| {
+        fs::read_dir(path).is_ok_and(|entries| entries.flatten().any(|entry| entry.file_name() != "lock"))
+    };
+    Ok(paths.into_iter().filter(is_used).collect())
 }
 
 /// Writes a secret or a script to a file.
@@ -507,8 +562,16 @@ mod tests {
     fn mounts_have_the_defaults_of_docker() {
         let cache = mount("type=cache,target=/c$A").unwrap();
         assert_eq!(cache.target, "/c1");
-        let kind =
-            Kind::Cache { id: "/c1".into(), locked: false, read_only: false, mode: 0o755, uid: 0, gid: 0 };
+        let kind = Kind::Cache {
+            id: "/c1".into(),
+            sharing: Sharing::Shared,
+            read_only: false,
+            from: None,
+            source: "/".into(),
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+        };
         assert_eq!(cache.kind, kind);
         let bind = mount("target=/b,from=x,ro").unwrap();
         assert_eq!(bind.kind, Kind::Bind { from: Some("x".into()), source: "/".into(), writable: false });
@@ -568,6 +631,7 @@ mod tests {
             "type=cache,id=b,target=/1",
             "type=cache,id=a,target=/2",
             "type=cache,id=b,target=/3,sharing=locked",
+            "type=cache,id=p,target=/4,sharing=private",
         ]
         .map(|text| mount(text).unwrap());
         let locks = cache_locks(mounts.iter());
@@ -581,6 +645,11 @@ mod tests {
         let shared = lock_cache(&home, "b", false).unwrap();
         assert!(shared.is_some() && lock_cache(&home, "b", false).unwrap().is_some());
         assert!(lock_cache(&home, "b", true).unwrap().is_none());
+        let (name, first) = lock_private(&home, "p").unwrap();
+        let (other, _second) = lock_private(&home, "p").unwrap();
+        assert!(name == "p" && other != name);
+        drop(first);
+        assert_eq!(lock_private(&home, "p").unwrap().0, "p");
     }
 
     #[test]
@@ -591,10 +660,10 @@ mod tests {
             "type=x,target=/a",
             "type=bind,target=/a,colour=red",
             "type=secret",
-            "type=cache,target=/a,sharing=private",
+            "type=cache,target=/a,sharing=mine",
+            "type=cache,target=/a,source=/b",
             "type=cache,target=/a,mode=9",
             "type=tmpfs,target=/a,size=x",
-            "type=cache,target=/a,from=x",
             "type=bind,target=/a,,",
             "type=bind,target=/a,rw=maybe",
         ] {

@@ -10,17 +10,17 @@ use std::time::Duration;
 
 use cloche_engine::mounts::{MountRequest, MountSource};
 use cloche_engine::request::{Isolation, host_memory_bytes};
-use cloche_images::{Changes, Digest, StoredLayer};
+use cloche_images::{Changes, Digest, FileKind, StoredLayer};
 use rustix::process::PidfdFlags;
 
 use crate::Secret;
 use crate::dockerfile::{Command, Flag, Heredoc};
 use crate::draft::{changed, describe_tree};
 use crate::key::Key;
-use crate::mounts::{self, Kind, Mount};
+use crate::mounts::{self, Beginning, Kind, Mount, Sharing};
 use crate::stage::{Stage, StepError, is_predefined};
 use crate::step::{self, Report, Work};
-use crate::tree::Tree;
+use crate::tree::{Item, Tree};
 
 /// Bytes of one line of output; a longer one is told in pieces.
 const MAX_LINE: u64 = 16 << 10;
@@ -67,8 +67,8 @@ pub(crate) fn run(
     words.iter().chain(&env).for_each(|part| key.text(part));
     key.text(&format!("{:?} {} {:?}", config.user(), config.workdir(), script));
     let mut found = Vec::new();
-    for mount in mounts {
-        let bound = describe(stage, &mut key, &mount)?;
+    for mut mount in mounts {
+        let bound = describe(stage, &mut key, &mut mount)?;
         found.push((mount, bound));
     }
     // How to reach a proxy is nothing that the result depends on.
@@ -142,21 +142,29 @@ fn words(
     }
 }
 
-/// Adds a mount to the key; gives the files that a bind takes.
-fn describe(stage: &mut Stage<'_, '_>, key: &mut Key, mount: &Mount) -> Result<Option<Bound>, StepError> {
+/// Adds a mount to the key; gives the files that it takes.
+fn describe(stage: &mut Stage<'_, '_>, key: &mut Key, mount: &mut Mount) -> Result<Option<Bound>, StepError> {
     key.text(&mount.target);
-    match &mount.kind {
+    match &mut mount.kind {
         Kind::Bind { from, source, writable } => {
             let tree = match from {
                 Some(from) => stage.tree_of(from)?,
                 None => Arc::clone(&stage.build.context.tree),
             };
             key.text(&format!("bind {writable}"));
-            let failed = || StepError::io(format!("cannot read {source} to mount it"));
-            let item = tree.resolve(source.as_bytes()).map_err(failed())?;
-            let item = item.ok_or_else(|| StepError::Text(format!("there is no {source} to mount")))?;
-            let described = describe_tree(&tree, &item).map_err(failed())?;
+            let (_, described) = describe_source(&tree, source)?;
             key.bytes(described.as_bytes());
+            Ok(Some((tree, described)))
+        }
+        Kind::Cache { from: Some(from), source, id, .. } => {
+            let tree = stage.tree_of(from)?;
+            let (item, described) = describe_source(&tree, source)?;
+            if item.info.kind != FileKind::Directory {
+                return Err(StepError::Text(format!("{source} is no directory, and a cache is one")));
+            }
+            // What begins otherwise is another cache.
+            id.push_str(&format!(" {described}"));
+            key.text(&format!("{:?}", mount.kind));
             Ok(Some((tree, described)))
         }
         // What is in a cache, and what a secret is, is nothing that a result may depend on.
@@ -167,6 +175,20 @@ fn describe(stage: &mut Stage<'_, '_>, key: &mut Key, mount: &Mount) -> Result<O
     }
 }
 
+/// What is to be mounted, and the digest of all that is below it.
+fn describe_source(tree: &Tree, source: &str) -> Result<(Item, Digest), StepError> {
+    let item = find_source(tree, source)?;
+    let described = describe_tree(tree, &item);
+    let described = described.map_err(StepError::io(format!("cannot read {source} to mount it")))?;
+    Ok((item, described))
+}
+
+fn find_source(tree: &Tree, source: &str) -> Result<Item, StepError> {
+    let item = tree.resolve(source.as_bytes());
+    let item = item.map_err(StepError::io(format!("cannot look for {source} to mount it")))?;
+    item.ok_or_else(|| StepError::Text(format!("there is no {source} to mount")))
+}
+
 fn execute(stage: &mut Stage<'_, '_>, job: &Job) -> Result<StoredLayer, StepError> {
     let build = stage.build;
     if stage.done.layers.is_empty() {
@@ -175,11 +197,11 @@ fn execute(stage: &mut Stage<'_, '_>, job: &Job) -> Result<StoredLayer, StepErro
         return Err(StepError::Text(problem.into()));
     }
     let directory = build.scratch.of_step().map_err(StepError::io("cannot make a directory for mounts"))?;
-    let _locks = lock_caches(stage, job)?;
+    let caches = lock_caches(stage, job)?;
     let mut prepared = Prepared { secrets: Vec::new(), mounts: Vec::new() };
     for (number, (mount, bound)) in job.mounts.iter().enumerate() {
         let path = directory.path().join(number.to_string());
-        prepare(stage, mount, bound.as_ref(), path, &mut prepared)?;
+        prepare(stage, mount, bound.as_ref(), path, &caches, &mut prepared)?;
     }
     if let Some((target, content)) = &job.script {
         let path = directory.path().join("script");
@@ -248,11 +270,20 @@ struct Prepared {
 /// How often a cache is asked for that another step has.
 const CACHE_POLL: Duration = Duration::from_millis(50);
 
-fn lock_caches(stage: &Stage<'_, '_>, job: &Job) -> Result<Vec<File>, StepError> {
+/// Caches that are in use while this is there.
+struct Caches {
+    _locks: Vec<File>,
+    /// The names of the private ones, by their targets.
+    private: BTreeMap<String, String>,
+}
+
+fn lock_caches(stage: &Stage<'_, '_>, job: &Job) -> Result<Caches, StepError> {
     let mut locks = Vec::new();
+    let mut private = BTreeMap::new();
+    let home = &stage.build.request.home;
     for (id, locked) in mounts::cache_locks(job.mounts.iter().map(|(mount, _)| mount)) {
         loop {
-            let lock = mounts::lock_cache(&stage.build.request.home, id, locked);
+            let lock = mounts::lock_cache(home, id, locked);
             if let Some(lock) = lock.map_err(StepError::io(format!("cannot lock the cache {id}")))? {
                 locks.push(lock);
                 break;
@@ -261,7 +292,15 @@ fn lock_caches(stage: &Stage<'_, '_>, job: &Job) -> Result<Vec<File>, StepError>
             std::thread::sleep(CACHE_POLL);
         }
     }
-    Ok(locks)
+    for (mount, _) in &job.mounts {
+        if let Kind::Cache { id, sharing: Sharing::Private, .. } = &mount.kind {
+            let failed = StepError::io(format!("cannot lock the cache {id}"));
+            let (name, lock) = mounts::lock_private(home, id).map_err(failed)?;
+            locks.push(lock);
+            private.insert(mount.target.clone(), name);
+        }
+    }
+    Ok(Caches { _locks: locks, private })
 }
 
 fn bind(target: &str, path: PathBuf, read_only: bool) -> MountRequest {
@@ -273,6 +312,7 @@ fn prepare(
     mount: &Mount,
     bound: Option<&Bound>,
     path: PathBuf,
+    caches: &Caches,
     prepared: &mut Prepared,
 ) -> Result<(), StepError> {
     let target = crate::transfer::absolute(&stage.done_config().workdir(), &mount.target);
@@ -286,15 +326,23 @@ fn prepare(
             let failed = || StepError::io(format!("cannot copy {source} to mount it at {target}"));
             let (tree, described) =
                 bound.ok_or_else(|| StepError::Text(format!("there is no {source} to mount")))?;
-            let item = tree.resolve(source.as_bytes()).map_err(failed())?;
-            let item = item.ok_or_else(|| StepError::Text(format!("there is no {source} to mount")))?;
+            let item = find_source(tree, source)?;
             if mounts::materialise(tree, &item, &path).map_err(failed())? != *described {
                 return Err(failed()(changed()));
             }
             prepared.mounts.push(bind(target, path, !writable));
         }
-        Kind::Cache { id, read_only, mode, uid, gid, .. } => {
-            let opened = mounts::open_cache(&request.home, id, (*mode, *uid, *gid));
+        Kind::Cache { id, read_only, source, mode, uid, gid, .. } => {
+            let item = match bound {
+                Some((tree, _)) => Some((tree, find_source(tree, source)?)),
+                None => None,
+            };
+            let beginning = match &item {
+                Some((tree, item)) => Beginning::Of(tree, item),
+                None => Beginning::Empty(*mode, *uid, *gid),
+            };
+            let name = caches.private.get(&mount.target).unwrap_or(id);
+            let opened = mounts::open_cache(&request.home, name, &beginning);
             let data = opened.map_err(StepError::io(format!("cannot open the cache {id}")))?;
             prepared.mounts.push(bind(target, data, *read_only));
         }

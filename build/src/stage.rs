@@ -594,19 +594,12 @@ impl Stage<'_, '_> {
 
     /// What is in an archive; nothing if it is none.
     fn unpacked(&self, file: std::fs::File, path: &str) -> Result<Option<Source>, StepError> {
-        let kind =
-            self.build.store.archive_kind(&file).map_err(StepError::io(format!("cannot read {path}")))?;
-        match kind {
-            cloche_images::ArchiveKind::None => Ok(None),
-            cloche_images::ArchiveKind::Unsupported(name) => Err(StepError::Text(format!(
-                "{path} is an archive compressed with {name}, which is not supported; compress it with gzip or zstd, \
-                 or use COPY to leave it as it is"
-            ))),
-            cloche_images::ArchiveKind::Tar => {
-                let view = self.build.store.view_of_archive(file)?;
-                Ok(Some(Source::Unpacked(Arc::new(Tree::Layers(view)))))
-            }
+        let is_archive = self.build.store.is_archive(&file);
+        if !is_archive.map_err(StepError::io(format!("cannot read {path}")))? {
+            return Ok(None);
         }
+        let view = self.build.store.view_of_archive(file)?;
+        Ok(Some(Source::Unpacked(Arc::new(Tree::Layers(view)))))
     }
 
     fn downloaded(&self, asked: &Transfer, url: &str, now: i64) -> Result<Source, StepError> {

@@ -20,8 +20,7 @@ use std::{
     path::Path,
 };
 
-use cloche_images::{StackError, Store};
-use cloche_runtime::{Rootfs, RootfsError};
+use cloche_images::{RootError, Store};
 use cloche_vmm::control::api::RunState;
 
 use crate::{
@@ -148,32 +147,26 @@ pub enum ExportError {
     Changes(#[from] ChangesError),
     /// It cannot be put on the sandbox's image.
     #[error(transparent)]
-    Stack(#[from] StackError),
-    /// They cannot be mounted.
-    #[error("cannot mount the sandbox's layers; export needs root")]
-    Mount(#[from] RootfsError),
-    /// The root cannot be read.
-    #[error("cannot read the sandbox's root")]
-    Read(#[source] io::Error),
+    Root(#[from] RootError),
+    /// The archive cannot be made or written.
+    #[error("cannot write the sandbox's root")]
+    Write(#[source] io::Error),
 }
 
-/// A sandbox's whole root file system, without what is mounted on it, as a tar archive that is made while it is read. This
-/// process gets a mount namespace of its own for it.
+/// Writes a sandbox's whole root file system, without what is mounted on it, as a tar archive.
 pub fn export(
     sandboxes: &Sandboxes,
     store: &Store,
     reference: &str,
     pause: bool,
-) -> Result<impl Read + use<>, ExportError> {
+    output: &mut dyn Write,
+) -> Result<(), ExportError> {
     let changes = sandboxes.changes(reference, pause)?;
     let image = changes.record.image_id.clone();
-    // With its end, the sandbox goes on.
-    let stack = store.stack(&image, changes)?;
-    let lowers = stack.layers.iter().cloned().map(Into::into).collect();
-    let root = cloche_runtime::open_root(&Rootfs::Layers { lowers, upper_bytes: None })?;
-    // What is mounted stays there without its name.
-    drop(stack);
-    cloche_runtime::Changes::of_root(root).map_err(ExportError::Read)
+    // With the end of its changes, the sandbox goes on.
+    let root = store.root_of_sandbox(&image, changes)?;
+    root.write_archive(output).map_err(ExportError::Write)?;
+    Ok(())
 }
 
 /// Keeps a sandbox's changes in its directory, to be read after its end. They must leave as much room as they take, and

@@ -27,7 +27,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use cloche_images::{Image, LeftOut, Owners, RootFs, Store, StoreError, unpack};
+use cloche_images::{Image, LeftOut, Owners, RootFs, Store, StoreError, bytes_below, remove_tree, unpack};
 use cloche_runtime::{WorkError, as_root_of, is_machine_root};
 use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder};
 use rustix::{
@@ -178,6 +178,17 @@ pub struct Held {
     _lock: File,
 }
 
+/// What the trees of a store take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TreeUsage {
+    /// How many there are.
+    pub count: usize,
+    /// Those that sandboxes run from.
+    pub active: usize,
+    /// Bytes on disk.
+    pub bytes: u64,
+}
+
 /// The trees of one store.
 #[derive(Debug)]
 pub struct Trees {
@@ -202,6 +213,24 @@ impl Trees {
         let lock = File::open(&place).map_err(io_error("open", &place))?;
         flock(&lock, FlockOperation::LockShared).map_err(io_error("lock", &place))?;
         Ok(Held { root: place.join("root"), left_out, _lock: lock })
+    }
+
+    /// What they take.
+    pub fn usage(&self) -> Result<TreeUsage, RootlessError> {
+        let mut trees = Vec::new();
+        if self.dir.is_dir() {
+            for map in directories(&self.dir).map_err(io_error("list", &self.dir))? {
+                trees.extend(directories(&map).map_err(io_error("list", &map))?);
+            }
+        }
+        if trees.is_empty() {
+            return Ok(TreeUsage::default());
+        }
+        // Directories of the containers' other users are closed to this one.
+        let sum = || Ok(trees.iter().map(|tree| bytes_below(tree)).sum::<u64>().to_string());
+        let bytes = work(&IdMaps::of_caller(), "look at unpacked images", sum)?;
+        let active = trees.iter().filter(|tree| !is_unused(tree)).count();
+        Ok(TreeUsage { count: trees.len(), active, bytes: bytes.parse().unwrap_or(0) })
     }
 
     /// Removes trees of which the store has no image any more, and that no sandbox runs from.
@@ -237,7 +266,7 @@ impl Trees {
         }
         let remove = || {
             for tree in &gone {
-                fs::remove_dir_all(tree).map_err(io_error("remove", tree))?;
+                remove_tree(tree).map_err(io_error("remove", tree))?;
             }
             Ok(String::new())
         };
@@ -260,10 +289,10 @@ impl Trees {
 
 /// Removes a directory with all in it, files of this user's containers' other users included.
 pub(crate) fn remove_all(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
+    match remove_tree(path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied && !is_machine_root() => {
             let remove = || {
-                fs::remove_dir_all(path)?;
+                remove_tree(path)?;
                 Ok(String::new())
             };
             work(&IdMaps::of_caller(), "remove files", remove).map_err(io::Error::other).map(drop)
@@ -283,7 +312,7 @@ fn make(dir: &Path, maps: &IdMaps, root_fs: &RootFs, name: &str) -> Result<LeftO
     let root = staging.join("root");
     let unpack_all = || {
         // What a killed process has left.
-        match fs::remove_dir_all(&staging) {
+        match remove_tree(&staging) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             result => result.map_err(io_error("remove", &staging))?,
         }

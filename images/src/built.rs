@@ -11,7 +11,7 @@ use crate::bounded::{Bounded, Sizes};
 use crate::commit::AddError;
 use crate::digest::Digest;
 use crate::image::{Image, Layer};
-use crate::layer::{self, DecodeError, LayerError, decompressor, detect};
+use crate::layer::{self, LayerError, decompressor, detect};
 use crate::limits::{MAX_ENTRIES, MAX_LAYERS};
 use crate::load::LoadError;
 use crate::reference::Reference;
@@ -134,23 +134,16 @@ impl Store {
     }
 
     /// Whether a file is an archive that [`Self::view_of_archive`] reads.
-    pub fn archive_kind(&self, file: &File) -> io::Result<ArchiveKind> {
+    pub fn is_archive(&self, file: &File) -> io::Result<bool> {
         let mut file = file.try_clone()?;
         file.rewind()?;
-        let found = match detect(&file) {
-            Err(DecodeError::Compression(name)) => Ok(ArchiveKind::Unsupported(name)),
-            Err(DecodeError::Read(error)) => Err(error),
-            Ok((encoding, stream)) => {
-                // A single block is enough, and of what is no archive no more is decompressed.
-                let mut head = Vec::new();
-                let stream = decompressor(encoding, BufReader::new(stream))?;
-                let is_read = stream.take(512).read_to_end(&mut head).is_ok();
-                let is_tar = is_read && (head.get(257..262) == Some(b"ustar") || is_old_tar(&head));
-                Ok(if is_tar { ArchiveKind::Tar } else { ArchiveKind::None })
-            }
-        };
+        let (encoding, stream) = detect(&file).map_err(io::Error::other)?;
+        // A single block is enough, and of what is no archive no more is decompressed.
+        let mut head = Vec::new();
+        let is_read =
+            decompressor(encoding, BufReader::new(stream))?.take(512).read_to_end(&mut head).is_ok();
         file.rewind()?;
-        found
+        Ok(is_read && (head.get(257..262) == Some(b"ustar") || is_old_tar(&head)))
     }
 
     /// A nameless file on the store's file system.
@@ -268,17 +261,6 @@ impl Store {
     }
 }
 
-/// Whether a file can be unpacked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ArchiveKind {
-    /// It is no archive.
-    None,
-    /// It is one.
-    Tar,
-    /// It is compressed by a method that this crate does not know.
-    Unsupported(&'static str),
-}
-
 /// A header without a magic, as before POSIX, that adds up.
 fn is_old_tar(head: &[u8]) -> bool {
     let mut tar = TarReader::new(io::Cursor::new(head.to_vec()));
@@ -286,7 +268,7 @@ fn is_old_tar(head: &[u8]) -> bool {
 }
 
 impl FileInfo {
-    fn entry(&self, path: &[u8], target: &[u8]) -> Entry {
+    pub(crate) fn entry(&self, path: &[u8], target: &[u8]) -> Entry {
         let kind = match self.kind {
             FileKind::File => EntryKind::File { size: self.size, extents: None },
             FileKind::Directory => EntryKind::Directory,

@@ -1,16 +1,15 @@
-//! What a sandbox has changed of its image's files, by name: `diff`; and its whole root file system as layers: `export`.
+//! What a sandbox has changed of its image's files, by name: `diff`; and its whole root file system: `export`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
-use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::io::{self, Read};
 
 use crate::commit::AddError;
 use crate::layer::{self, LayerError, LayerPath, Summary, summarise};
 use crate::layers::LayersError;
-use crate::store::{Hold, ResolveError, Store, StoreError};
+use crate::store::{ResolveError, Store, StoreError};
 use crate::travel::TravelError;
+use crate::view::View;
 
 /// How a path differs from the image's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,25 +37,19 @@ pub enum DiffError {
 /// Why there is nothing to export.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum StackError {
+pub enum RootError {
     /// The sandbox's image is not there any more.
     #[error("the image of the sandbox is gone")]
     Image(#[from] ResolveError),
     /// What the sandbox has written cannot be a layer.
     #[error("cannot make a layer of what the sandbox has written")]
     Layer(#[from] AddError),
+    /// It does not go with the image.
+    #[error("cannot merge what the sandbox has written with its image")]
+    Merge(#[source] io::Error),
     /// The store cannot be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-/// The layers of a sandbox: those of its image, and one of its changes that no store has.
-#[derive(Debug)]
-pub struct Stack {
-    /// EROFS file systems, bottom first, as long as this lives.
-    pub layers: Vec<PathBuf>,
-    _changes: File,
-    _hold: Hold,
 }
 
 impl Store {
@@ -86,15 +79,22 @@ impl Store {
         Ok(paths)
     }
 
-    /// The layers of an image with what a sandbox of it has written, a tar archive that nobody has checked yet, on top.
-    pub fn stack(&self, image: &str, archive: impl Read + Send) -> Result<Stack, StackError> {
-        let hold = self.hold()?;
+    /// The root of a sandbox: its image's files, and on top what it has written, a tar archive that nobody has checked
+    /// yet. No store has that.
+    pub fn root_of_sandbox(&self, image: &str, archive: impl Read + Send) -> Result<View, RootError> {
+        let _hold = self.hold()?;
         let image = self.resolve(image)?;
         let (changes, recipe) = (self.scratch()?, self.scratch()?);
         layer::adopt(archive, &changes, &recipe).map_err(AddError::from)?;
-        let mut layers: Vec<PathBuf> = image.layers.into_iter().map(|layer| layer.erofs).collect();
-        layers.push(format!("/proc/self/fd/{}", changes.as_raw_fd()).into());
-        Ok(Stack { layers, _changes: changes, _hold: hold })
+        let mut layers = Vec::new();
+        for path in image.layers.into_iter().map(|layer| layer.erofs) {
+            match File::open(&path) {
+                Ok(layer) => layers.push(layer),
+                Err(source) => return Err(StoreError::Io { action: "open", path, source }.into()),
+            }
+        }
+        layers.push(changes);
+        View::new(layers).map_err(RootError::Merge)
     }
 }
 

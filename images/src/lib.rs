@@ -23,6 +23,7 @@ mod commit;
 mod diff;
 mod digest;
 mod erofs;
+mod flatten;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -36,6 +37,7 @@ mod load;
 mod merge;
 pub mod reference;
 pub mod registry;
+mod remove;
 mod rootfs;
 mod save;
 mod store;
@@ -47,11 +49,11 @@ mod upkeep;
 mod view;
 
 pub use bounded::{Bounded, Sizes};
-pub use built::{ArchiveKind, BuildError, CachedStep, Changes, LayerWriter, StoredLayer};
+pub use built::{BuildError, CachedStep, Changes, LayerWriter, StoredLayer};
 pub use change::{Change, ParseChangeError, ports, set_env};
 pub use clock::{EpochError, epoch, timestamp};
 pub use commit::{AddError, Commit, CommitError, Settings};
-pub use diff::{DiffError, Difference, Stack, StackError};
+pub use diff::{DiffError, Difference, RootError};
 pub use digest::{Digest, ParseDigestError};
 pub use erofs::BlobError;
 pub use image::{Image, Layer};
@@ -62,6 +64,7 @@ pub use layers::{HistoryEntry, LayerReport, LayersError};
 pub use load::{LayerStart, LoadError, LoadOptions, Loaded, NoProgress, Progress};
 pub use merge::MergeError;
 pub use reference::{Reference, ReferenceError};
+pub use remove::{bytes_below, remove_tree};
 pub use rootfs::RootFs;
 pub use save::SaveError;
 pub use store::{Hold, RemoveError, Removed, ResolveError, StepUsage, Store, StoreError};

@@ -82,3 +82,6 @@ pub(crate) const MAX_LINK_DEPTH: u32 = 40;
 
 /// Window of a zstd frame, as a power of two: 64 MiB of memory. Level 19 uses 8 MiB.
 pub(crate) const MAX_ZSTD_WINDOW_LOG: u32 = 26;
+
+/// Memory for an xz stream, in KiB: its dictionary, which is 64 MiB at level 9, and some more.
+pub(crate) const MAX_XZ_MEMORY_KIB: u32 = 96 << 10;

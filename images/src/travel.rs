@@ -117,7 +117,8 @@ impl Store {
             let suffix = match encoding {
                 Encoding::Gzip => "+gzip",
                 Encoding::Zstd => "+zstd",
-                Encoding::Plain => "",
+                // What is kept is a layer.
+                Encoding::Plain | Encoding::Bzip2 | Encoding::Xz => "",
             };
             layers.push(Descriptor::new(format!("{OCI_LAYER}{suffix}"), blob.digest, blob.bytes));
         }

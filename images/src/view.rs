@@ -158,6 +158,18 @@ impl View {
         Ok(Data::new(blob, blob.inode(node.0.ok_or_else(missing)?)?))
     }
 
+    /// Where a regular file has data, by offset and length; the rest is zeros.
+    pub(crate) fn extents(&self, node: &Node) -> io::Result<Vec<(u64, u64)>> {
+        let blob = self.blob()?;
+        blob.extents(&blob.inode(node.0.ok_or_else(missing)?)?)
+    }
+
+    /// A part of a regular file's content.
+    pub(crate) fn open_part(&self, node: &Node, extent: (u64, u64)) -> io::Result<impl Read + '_> {
+        let blob = self.blob()?;
+        Ok(Data::part(blob, blob.inode(node.0.ok_or_else(missing)?)?, extent))
+    }
+
     /// Where a symbolic link leads.
     pub fn target(&self, node: &Node) -> io::Result<Vec<u8>> {
         let blob = self.blob()?;

@@ -45,7 +45,7 @@ pub use launch::{
 pub use mounts::{MOUNT_OPTIONS, MountError, OptionError, protect::make_mount_readonly};
 pub use namespaces::NamespaceError;
 pub use process::capabilities::names as capability_names;
-pub use rootfs::{RootfsError, open as open_root};
+pub use rootfs::RootfsError;
 pub use seccomp::{ACTIONS as SECCOMP_ACTIONS, Filter, SeccompError};
 pub use spec_check::{SpecError, check as check_spec};
 pub use syscalls::{

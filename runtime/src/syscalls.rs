@@ -81,12 +81,6 @@ fn clone3_as(flags: u64, exit_signal: c_int, cgroup: Option<BorrowedFd<'_>>) -> 
     }
 }
 
-/// Gives this process a mount namespace of its own.
-pub(crate) fn unshare_mount_namespace() -> io::Result<()> {
-    // SAFETY: this flag affects neither memory nor descriptors.
-    check(unsafe { libc::unshare(libc::CLONE_NEWNS) }.into())
-}
-
 /// Makes a cgroup namespace whose root is the cgroup that this process is in.
 pub(crate) fn unshare_cgroup_namespace() -> io::Result<()> {
     // SAFETY: this flag affects neither memory nor descriptors.

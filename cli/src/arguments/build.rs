@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Subcommand, ValueEnum};
 use cloche_engine::request::Bytes;
 
@@ -31,12 +32,16 @@ interface is `lo` for now. Steps whose result is known are not repeated; `cloche
 
 With SOURCE_DATE_EPOCH set, the same input gives the same image, digest by digest.
 
-Not supported, and refused by name: RUN --network=host, --security=insecure and --mount=type=ssh, Git repositories,
-bzip2 and xz archives in ADD, platforms other than linux/amd64.")]
+Not supported, and refused by name: --network=host, RUN --security=insecure and --mount=type=ssh, Git repositories,
+platforms other than linux/amd64.")]
 pub struct Build {
     /// What stands between the commands of RUN and this machine
-    #[arg(long, env = "CLOCHE_ISOLATION", value_name = "KIND", default_value = "vm", hide_env_values = true)]
+    #[arg(long, env = "CLOCHE_ISOLATION", value_name = "KIND", default_value = "vm", hide_env_values = true,
+        value_parser = isolation())]
     pub isolation: IsolationName,
+    /// Network of RUN: `none`; `default` is the same for now
+    #[arg(long, value_name = "KIND", default_value = "default", value_parser = network)]
+    pub network: String,
     /// Name for the image; any number of them
     #[arg(short, long, value_name = "NAME")]
     pub tag: Vec<String>,
@@ -79,14 +84,32 @@ pub struct Build {
     /// How to show what happens, on stderr
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub progress: BuildProgress,
-    /// When to get base images from their registries
-    #[arg(long, env = "CLOCHE_PULL", value_name = "WHEN", default_value = "missing", hide_env_values = true)]
+    /// Ask the registries for newer base images; --pull=WHEN says when to [default: missing]
+    #[arg(long, env = "CLOCHE_PULL", value_name = "WHEN", default_value = "missing", hide_env_values = true,
+        num_args = 0..=1, require_equals = true, default_missing_value = "always", hide_default_value = true)]
     pub pull: PullPolicy,
     #[command(flatten)]
     pub registry: Registry,
     /// Directory, archive (plain, gzip, zstd), or - for an archive or a Dockerfile on stdin
     #[arg(value_name = "CONTEXT")]
     pub context: PathBuf,
+}
+
+/// A step's changes are read from its sandbox, so there must be one.
+fn isolation() -> impl TypedValueParser<Value = IsolationName> {
+    PossibleValuesParser::new(["container", "vm"]).map(|name| match name.as_str() {
+        "container" => IsolationName::Container,
+        _ => IsolationName::Vm,
+    })
+}
+
+/// What every sandbox has is `lo` alone, and so both are the same.
+fn network(text: &str) -> Result<String, String> {
+    match text {
+        "none" | "default" => Ok(text.to_owned()),
+        "host" => Err("a step has a network of its own under either isolation; write none or default".into()),
+        _ => Err("only none and default are supported".into()),
+    }
 }
 
 #[derive(Debug, Subcommand)]

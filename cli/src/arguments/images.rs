@@ -33,7 +33,9 @@ Examples:
 
 Names are Docker's: `debian` is docker.io/library/debian:latest. Logins are those of `cloche login` and `docker login`
 (~/.docker/config.json and its credential helpers). Certificate authorities: the system's, and /etc/docker/certs.d/HOST
-or /etc/containers/certs.d/HOST. A pull that was broken off goes on where it ended. Proxies: HTTPS_PROXY and NO_PROXY.")]
+or /etc/containers/certs.d/HOST. A pull that was broken off goes on where it ended. Proxies: HTTPS_PROXY and NO_PROXY.
+Mirrors, which are asked first: CLOCHE_REGISTRY_MIRRORS='docker.io=https://mirror.example', any number of them with
+blanks between; else docker.io's in /etc/docker/daemon.json (registry-mirrors).")]
 pub struct Pull {
     #[command(flatten)]
     pub registry: Registry,

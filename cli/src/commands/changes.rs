@@ -71,15 +71,10 @@ fn shown(path: &[u8]) -> String {
 
 /// Writes a sandbox's root file system to an archive.
 pub fn export(global: &Global, arguments: &Export) -> anyhow::Result<ExitCode> {
-    ensure!(
-        cloche_oci::is_root(),
-        "export needs root, since it mounts the image's layers; `cloche commit` and `cloche save` do not"
-    );
     let (store, sandboxes) = (store(global)?, reconciled(&home(global)?)?);
     write_archive(arguments.output.as_deref(), |output| {
         let pause = arguments.pause.pause;
-        let mut root = cloche_engine::changes::export(&sandboxes, &store, &arguments.sandbox, pause)?;
-        io::copy(&mut root, output)?;
+        cloche_engine::changes::export(&sandboxes, &store, &arguments.sandbox, pause, output)?;
         Ok(output.flush()?)
     })?;
     Ok(ExitCode::SUCCESS)

@@ -36,8 +36,9 @@ fn home(global: &Global) -> Result<Home, HomeError> {
     Home::new(global.root.clone(), global.state.clone())
 }
 
-/// The sandboxes, after ending and reporting what dead monitors left.
+/// The sandboxes, after ending and reporting what dead monitors left, and cleaning up after dead builds.
 fn reconciled(home: &Home) -> anyhow::Result<Sandboxes> {
+    cloche_build::remove_remains(home);
     let sandboxes = Sandboxes::new(home.sandboxes());
     for notice in sandboxes.reconcile()? {
         eprintln!("cloche: {}", notice.message);

@@ -10,7 +10,9 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use cloche_images::{
     Digest, NoProgress, Reference, Store,
-    registry::{self, CredentialStore, Proxies, Pulled, Pushed, RegistryOptions, Repository, Step, Transfer},
+    registry::{
+        self, CredentialStore, Mirrors, Proxies, Pulled, Pushed, RegistryOptions, Repository, Step, Transfer,
+    },
 };
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
@@ -32,6 +34,7 @@ pub fn options(registry: &Registry) -> anyhow::Result<RegistryOptions> {
         trust_loopback: !registry.tls_verify,
         credentials: CredentialStore::of_user().ok(),
         proxies: Proxies::of_environment()?,
+        mirrors: Mirrors::of_environment()?,
         ..RegistryOptions::default()
     })
 }
@@ -135,11 +138,12 @@ fn pull_one(
     options: &RegistryOptions,
     quiet: bool,
 ) -> anyhow::Result<Pulled> {
-    let pull = || -> anyhow::Result<Pulled> {
-        let repository = Repository::open(reference, false, options)?;
-        Ok(with_progress(quiet, |progress| store.pull(reference, &repository, progress))?)
+    let failed = |mirror: &str, error| {
+        let error = anyhow::Error::new(error);
+        eprintln!("cloche: the mirror {mirror} does not serve {}: {error:#}", reference.short());
     };
-    pull().with_context(|| format!("cannot pull {}", reference.short()))
+    let pulled = with_progress(quiet, |progress| store.pull_from_any(reference, options, progress, &failed));
+    pulled.with_context(|| format!("cannot pull {}", reference.short()))
 }
 
 /// Does something with a bar for each layer, if anybody looks.

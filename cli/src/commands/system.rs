@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, process::ExitCode};
 
-use cloche_engine::{record::State, volumes::Volumes};
+use cloche_engine::{record::State, rootless::Trees, volumes::Volumes};
 use serde::Serialize;
 
 use super::{
@@ -60,6 +60,7 @@ fn df(global: &Global, json: bool) -> anyhow::Result<ExitCode> {
     let sandboxes = reconciled(&home)?.entries()?;
     let running = sandboxes.iter().filter(|entry| !matches!(entry.record.state, State::Exited(_))).count();
     let volumes = Volumes::new(home.volumes()).list()?;
+    let trees = Trees::new(home.trees()).usage()?;
     let (steps, caches) = (store.step_usage()?, cloche_build::cache_mounts(&home)?);
     let lines = [
         Line {
@@ -75,6 +76,13 @@ fn df(global: &Global, json: bool) -> anyhow::Result<ExitCode> {
             count: images.len(),
             active: 0,
             bytes: Some(usage.blobs),
+            reclaimable_bytes: None,
+        },
+        Line {
+            kind: "images, unpacked for a plain user",
+            count: trees.count,
+            active: trees.active,
+            bytes: Some(trees.bytes),
             reclaimable_bytes: None,
         },
         Line {

@@ -181,6 +181,29 @@ impl BlobReader {
         Ok(found)
     }
 
+    /// Where a regular file has data, by offset and length: in order, apart from each other, and with holes between them.
+    pub(crate) fn extents(&self, inode: &RawInode) -> io::Result<Vec<(u64, u64)>> {
+        if inode.layout != 4 {
+            return Ok(vec![(0, inode.size)]);
+        }
+        let chunk_bytes = BLOCK << (inode.payload & 0x1f);
+        let mut extents: Vec<(u64, u64)> = Vec::new();
+        for number in 0..inode.size.div_ceil(chunk_bytes) {
+            let mut entry = [0; 4];
+            self.disk.read_exact_at(&mut entry, inode.xattrs.0 + inode.xattrs.1 + 4 * number)?;
+            if u32::from_le_bytes(entry) == NULL_BLOCK {
+                continue;
+            }
+            let start = number * chunk_bytes;
+            let length = chunk_bytes.min(inode.size - start);
+            match extents.last_mut() {
+                Some((before, bytes)) if *before + *bytes == start => *bytes += length,
+                _ => extents.push((start, length)),
+            }
+        }
+        Ok(extents)
+    }
+
     /// Reads a regular file's data at an offset into a buffer that ends within the file.
     fn read_at(&self, inode: &RawInode, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         if inode.layout != 4 {
@@ -217,6 +240,11 @@ pub(crate) struct Data<'a> {
 impl<'a> Data<'a> {
     pub(crate) fn new(blob: &'a BlobReader, inode: RawInode) -> Data<'a> {
         Data { blob, inode, position: 0 }
+    }
+
+    /// What is at a place in it, and of that length.
+    pub(crate) fn part(blob: &'a BlobReader, inode: RawInode, (offset, bytes): (u64, u64)) -> impl Read {
+        Data { blob, inode, position: offset }.take(bytes)
     }
 }
 

@@ -4,10 +4,12 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
+use bzip2::bufread::MultiBzDecoder;
 use flate2::bufread::MultiGzDecoder;
+use lzma_rust2::XzReader;
 
 use crate::digest::{Digest, Hasher, HashingReader};
-use crate::limits::{MAX_LAYER_BYTES, MAX_ZSTD_WINDOW_LOG};
+use crate::limits::{MAX_LAYER_BYTES, MAX_XZ_MEMORY_KIB, MAX_ZSTD_WINDOW_LOG};
 
 /// Bytes handed from thread to thread at once.
 const PIECE: usize = 1 << 20;
@@ -20,6 +22,10 @@ pub(crate) enum Encoding {
     Plain,
     Gzip,
     Zstd,
+    /// Archives may be; layers are not (OCI image-spec: layer.md#distributable-format).
+    Bzip2,
+    /// As bzip2.
+    Xz,
 }
 
 /// Why a stream cannot be read.
@@ -42,8 +48,8 @@ pub(crate) fn detect<R: Read>(mut source: R) -> Result<(Encoding, impl Read), De
         [0x1f, 0x8b, ..] => Encoding::Gzip,
         // A frame, or a skippable frame as parallel compressors put first (RFC 8878 §3.1).
         [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Encoding::Zstd,
-        [b'B', b'Z', b'h', ..] => return Err(DecodeError::Compression("bzip2")),
-        [0xfd, b'7', b'z', b'X', b'Z', 0] => return Err(DecodeError::Compression("xz")),
+        [b'B', b'Z', b'h', ..] => Encoding::Bzip2,
+        [0xfd, b'7', b'z', b'X', b'Z', 0] => Encoding::Xz,
         _ => Encoding::Plain,
     };
     Ok((encoding, io::Cursor::new(head).chain(source)))
@@ -62,6 +68,8 @@ pub(crate) fn decompressor<'a, R: BufRead + 'a>(
             decoder.window_log_max(MAX_ZSTD_WINDOW_LOG)?;
             Box::new(decoder)
         }
+        Encoding::Bzip2 => Box::new(MultiBzDecoder::new(source)),
+        Encoding::Xz => Box::new(XzReader::new_mem_limit(source, true, MAX_XZ_MEMORY_KIB)),
     })
 }
 
@@ -87,6 +95,11 @@ where
 {
     let mut seen = seen;
     let (encoding, source) = detect(source)?;
+    match encoding {
+        Encoding::Bzip2 => return Err(DecodeError::Compression("bzip2").into()),
+        Encoding::Xz => return Err(DecodeError::Compression("xz").into()),
+        Encoding::Plain | Encoding::Gzip | Encoding::Zstd => {}
+    }
     thread::scope(|scope| {
         let (filled, pieces) = sync_channel(PIECES);
         let (recycle, empty) = sync_channel(PIECES + 2);

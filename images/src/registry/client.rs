@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::auth::{self, Challenge};
 use super::credentials::{CredentialError, CredentialStore, Credentials};
 use super::http::{Body, Http, HttpError, Request, Response};
+use super::mirror::{Mirror, Mirrors};
 use super::proxy::Proxies;
 use super::url::Url;
 use super::wire::Patience;
@@ -42,6 +43,8 @@ pub struct RegistryOptions {
     pub credentials: Option<CredentialStore>,
     /// Through which machines others are reached.
     pub proxies: Proxies,
+    /// Who else serves what a registry has.
+    pub mirrors: Mirrors,
 }
 
 /// Why a registry did not do what it was asked.
@@ -210,20 +213,45 @@ impl Repository {
             url: domain.clone(),
             problem: "it is no host".to_owned(),
         })?;
+        let actions = if push { "pull,push" } else { "pull" };
+        let mut repository =
+            Repository::at(base, domain, reference.path(), actions, options.trust_loopback, options)?;
+        repository.find_scheme();
+        Ok(repository)
+    }
+
+    /// The same repository of a mirror, to pull from.
+    pub(super) fn open_mirror(
+        reference: &Reference,
+        mirror: &Mirror,
+        options: &RegistryOptions,
+    ) -> Result<Repository, RegistryError> {
+        let base = mirror.0.at("/v2/");
+        // Who names a mirror on this machine by `http:` wants no encryption there.
+        let trust_loopback = options.trust_loopback || !base.secure;
+        Repository::at(base, mirror.0.authority(), reference.path(), "pull", trust_loopback, options)
+    }
+
+    /// At a server that is known as `domain`, also to the store of credentials.
+    fn at(
+        base: Url,
+        domain: String,
+        path: &str,
+        actions: &str,
+        trust_loopback: bool,
+        options: &RegistryOptions,
+    ) -> Result<Repository, RegistryError> {
         let store = options.credentials.as_ref();
         let credentials = store.map(|store| store.get(&domain)).transpose()?.flatten();
-        let actions = if push { "pull,push" } else { "pull" };
-        let mut repository = Repository {
-            http: Http::new(options.patience.clone(), options.trust_loopback, options.proxies.clone()),
+        Ok(Repository {
+            http: Http::new(options.patience.clone(), trust_loopback, options.proxies.clone()),
             base,
-            scopes: vec![format!("repository:{}:{actions}", reference.path())],
-            path: reference.path().to_owned(),
+            scopes: vec![format!("repository:{path}:{actions}")],
+            path: path.to_owned(),
             domain,
             credentials,
             authorization: Mutex::default(),
-        };
-        repository.find_scheme();
-        Ok(repository)
+        })
     }
 
     /// The same as `user`, whatever is known of the registry; for `login`.
@@ -238,6 +266,7 @@ impl Repository {
             patience: options.patience.clone(),
             credentials: None,
             proxies: options.proxies.clone(),
+            mirrors: Mirrors::default(),
         };
         let mut repository = Repository::open(reference, false, &anonymous)?;
         // A token for nothing in particular proves it as well, and there is no repository to ask for.

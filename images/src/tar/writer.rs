@@ -29,6 +29,41 @@ impl<W: Write> TarWriter<W> {
         self.end(size)
     }
 
+    /// Writes the headers of a file that has data at these places only (offset, length; in order); that data, and
+    /// [`Self::end`], must follow. Returns the bytes before them (GNU tar manual, "PAX Format, Version 1.0").
+    pub(crate) fn begin_sparse(&mut self, entry: &Entry, extents: &[(u64, u64)]) -> io::Result<u64> {
+        let EntryKind::File { size, .. } = entry.kind else {
+            return Err(io::Error::other("only a file has holes"));
+        };
+        // One without length tells where the file ends.
+        let ended = [(size, 0)];
+        let mut map = format!("{}\n", extents.len() + 1);
+        for (offset, bytes) in extents.iter().chain(&ended) {
+            map.push_str(&format!("{offset}\n{bytes}\n"));
+        }
+        let before = (map.len() as u64).next_multiple_of(BLOCK_BYTES);
+        let stored = before + extents.iter().map(|(_, bytes)| bytes).sum::<u64>();
+        // For who knows no sparse files, it has another name and what is stored as its content.
+        let kind = EntryKind::File { size: stored, extents: None };
+        let shown = Entry { path: b"GNUSparseFile.0/x".to_vec(), kind, ..entry.clone() };
+        let mut records = records(&shown);
+        for (name, value) in [
+            (&b"GNU.sparse.major"[..], &b"1"[..]),
+            (b"GNU.sparse.minor", b"0"),
+            (b"GNU.sparse.name", &entry.path),
+            (b"GNU.sparse.realsize", size.to_string().as_bytes()),
+        ] {
+            record(&mut records, name, value);
+        }
+        self.output.write_all(&header(b'x', b"PaxHeaders/x", records.len() as u64, entry, false))?;
+        self.output.write_all(&records)?;
+        self.end(records.len() as u64)?;
+        self.output.write_all(&header(b'0', &shown.path, stored, &shown, true))?;
+        self.output.write_all(map.as_bytes())?;
+        self.end(map.len() as u64)?;
+        Ok(before)
+    }
+
     /// Writes one entry's headers; the data of a file, of the size that is returned, and [`Self::end`] must follow.
     pub(crate) fn begin(&mut self, entry: &Entry) -> io::Result<u64> {
         let records = records(entry);

@@ -18,15 +18,19 @@ const PODMAN: &[Need] = &[Need::Root, Need::Tool("podman"), REGISTRY];
 
 pub fn tests() -> Vec<Trial> {
     vec![
-        test("saved_archives_are_loaded_by_docker", DOCKER, |bed| loaded(bed, &Docker::start(bed)?)),
+        test("saved_archives_are_loaded_by_docker", DOCKER, |bed| {
+            loaded(bed, &Docker::start(bed, Driver::Vfs)?)
+        }),
         test("saved_archives_are_loaded_by_podman", PODMAN, |bed| loaded(bed, &Podman::new(bed)?)),
-        test("docker_and_we_have_the_same_digests", DOCKER, |bed| exchanged(bed, &Docker::start(bed)?)),
+        test("docker_and_we_have_the_same_digests", DOCKER, |bed| {
+            exchanged(bed, &Docker::start(bed, Driver::Vfs)?)
+        }),
         test("podman_and_we_have_the_same_digests", PODMAN, |bed| exchanged(bed, &Podman::new(bed)?)),
     ]
 }
 
 /// A command line like Docker's.
-trait Engine {
+pub trait Engine {
     fn run(&self, words: &[&str]) -> Result<String, Failure>;
     /// Options of its `pull` and `push`.
     fn plain_http(&self) -> &'static [&'static str];
@@ -44,27 +48,40 @@ trait Engine {
     }
 }
 
+/// How a daemon keeps images: a whole tree for each layer, or what each layer changes, for overlayfs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Driver {
+    Vfs,
+    Overlay,
+}
+
 /// A daemon in the bed, gone with this.
-struct Docker {
+pub struct Docker {
     daemon: Child,
     socket: String,
+    driver: Driver,
+    root: PathBuf,
 }
 
 impl Docker {
-    fn start(bed: &Bed) -> Result<Docker, Failure> {
+    pub fn start(bed: &Bed, driver: Driver) -> Result<Docker, Failure> {
         let path = |name: &str| bed.path(name).display().to_string();
         let socket = format!("unix://{}", path("docker.sock"));
         let log = fs::File::create(bed.path("dockerd.log"))?;
         // Neither networks nor mounts: no container is run.
         let daemon = Command::new("dockerd")
             .args(["--host", &socket, "--data-root", &path("docker"), "--exec-root", &path("docker-exec")])
-            .args(["--pidfile", &path("docker.pid"), "--storage-driver", "vfs"])
+            .args(["--pidfile", &path("docker.pid"), "--storage-driver"])
+            .arg(match driver {
+                Driver::Vfs => "vfs",
+                Driver::Overlay => "overlay2",
+            })
             .args(["--bridge", "none", "--iptables=false", "--ip6tables=false"])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()?;
-        let docker = Docker { daemon, socket };
+        let docker = Docker { daemon, socket, driver, root: bed.path("docker") };
         let patience = Instant::now() + Duration::from_secs(120);
         while docker.run(&["version"]).is_err() {
             if Instant::now() > patience {
@@ -77,6 +94,25 @@ impl Docker {
             std::thread::sleep(Duration::from_millis(100));
         }
         Ok(docker)
+    }
+
+    /// The directories that an image consists of, the uppermost first.
+    pub fn directories(&self, image: &str) -> Result<Vec<PathBuf>, Failure> {
+        let inspect = |format: &str| self.run(&["image", "inspect", "--format", format, image]);
+        if self.driver == Driver::Overlay {
+            let list =
+                inspect("{{with .GraphDriver.Data}}{{.UpperDir}}:{{with .LowerDir}}{{.}}{{end}}{{end}}")?;
+            let paths = list.trim().split(':').filter(|path| !path.is_empty() && *path != "<no value>");
+            return Ok(paths.map(PathBuf::from).collect());
+        }
+        // OCI image-spec: config.md#layer-chainid, by which the daemon names what it has unpacked.
+        let layers: Vec<String> = serde_json::from_str(&inspect("{{json .RootFS.Layers}}")?)?;
+        let chain = layers.into_iter().reduce(|below, layer| {
+            format!("sha256:{}", crate::bed::sha256(format!("{below} {layer}").as_bytes()))
+        });
+        let chain = chain.ok_or("an image without layers")?.replace(':', "/");
+        let name = fs::read_to_string(self.root.join("image/vfs/layerdb").join(chain).join("cache-id"))?;
+        Ok(vec![self.root.join("vfs/dir").join(name)])
     }
 }
 

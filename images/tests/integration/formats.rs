@@ -22,6 +22,11 @@ pub fn tests() -> Vec<Trial> {
         test("sparse_file_in_every_encoding_is_the_same", &[], sparse_encodings),
         test("pipe_is_loaded_like_a_file", &[], pipe),
         test("archives_of_other_tools_are_loaded", &[Need::Tool("skopeo"), Need::Tool("umoci")], other_tools),
+        test(
+            "archives_packed_by_bzip2_and_xz_are_loaded",
+            &[Need::Tool("bzip2"), Need::Tool("xz")],
+            other_compressors,
+        ),
         test("archives_of_buildah_are_loaded", &[Need::Root, Need::Tool("buildah")], buildah),
     ]
 }
@@ -59,6 +64,37 @@ fn every_form(bed: &Bed) -> Result<(), Failure> {
         }
     }
     expect("the same bytes each time", blobs.windows(2).all(|pair| pair[0] == pair[1]))
+}
+
+/// Docker takes archives, but not layers, that bzip2 and xz have packed.
+fn other_compressors(bed: &Bed) -> Result<(), Failure> {
+    let image = small("x").packed(Packing::Plain);
+    let archive = bed.write("image.tar", &tar_of(&image.docker_files()?))?.display().to_string();
+    let packed = |tool: &str, options: &[&str]| -> Result<_, Failure> {
+        let path = bed.path(&format!("image.tar.{tool}"));
+        run("sh", &["-c", &format!("{tool} {} -c {archive} >{}", options.join(" "), path.display())])?;
+        Ok(path)
+    };
+    for (tool, options) in [("bzip2", &[][..]), ("xz", &[]), ("xz", &["-9", "--check=sha256"])] {
+        bed.load(&packed(tool, options)?).map_err(|error| format!("{tool}: {error}"))?;
+        bed.store.remove("test")?;
+    }
+    // What claims to need more memory than anybody's does gets none.
+    let greedy = bed.try_load(&packed("xz", &["--lzma2=dict=512MiB"])?);
+    let said = greedy.err().map(|error| chain(&error)).ok_or("an xz stream got 512 MiB of memory")?;
+    expect(&format!("it says so: {said}"), said.contains("memory"))?;
+    for tool in ["bzip2", "xz"] {
+        let layer = bed.write("layer.tar", &image.layers[0])?.display().to_string();
+        let path = bed.path("layer.packed").display().to_string();
+        run("sh", &["-c", &format!("{tool} -c {layer} >{path}")])?;
+        let mut files = image.docker_files()?;
+        let member = files.iter_mut().find(|(name, _)| name.ends_with("layer.tar")).ok_or("no layer")?;
+        member.1 = std::fs::read(&path)?;
+        let refused = bed.try_load(&bed.write("bad.tar", &tar_of(&files))?);
+        let said = refused.err().map(|error| chain(&error)).ok_or("such a layer was loaded")?;
+        expect(&format!("{tool} is named: {said}"), said.contains(tool))?;
+    }
+    Ok(())
 }
 
 /// `docker save` of old wrote layers that others have as links.

@@ -204,6 +204,19 @@ pub fn duplicates() -> Tarball {
     ])
 }
 
+/// Directories whose entries come after those of what is in them.
+pub fn late_parents() -> Tarball {
+    Tarball::of([
+        Item::file("late/child", "x"),
+        Item::file("late/deep/below/file", "x"),
+        Item::symlink("late/link", "child"),
+        Item::directory("late/deep/below").mode(0o700).owner(3, 4),
+        Item::directory("late/deep").mode(0o711).time(1_400_000_000, 0),
+        Item::directory("late").mode(0o750).owner(1, 2).time(1_500_000_000, 5),
+        root(),
+    ])
+}
+
 /// Entries that go through symbolic links of the same layer.
 pub fn through_links() -> Tarball {
     Tarball::of([

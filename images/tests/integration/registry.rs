@@ -1,7 +1,7 @@
 //! Pulling and pushing, against Debian's docker-registry, with skopeo as the other client.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cloche_images::registry::{
-    CredentialStore, Proxies, PullError, Pulled, PushError, Pushed, RegistryOptions, Repository, search,
+    CredentialStore, Mirrors, Proxies, PullError, Pulled, PushError, Pushed, RegistryOptions, Repository,
+    search,
 };
 use cloche_images::{NoProgress, Reference, Store};
 use libtest_mimic::Trial;
@@ -17,6 +18,7 @@ use libtest_mimic::Trial;
 use crate::archive::{Packing, TestImage, tar_of};
 use crate::bed::{Bed, Failure, Need, chain, run, test};
 use crate::layers::noise;
+use crate::server::{self, Asked, Server};
 use crate::tarball::{Item, Tarball};
 
 const REGISTRY: Need = Need::Tool("docker-registry");
@@ -35,6 +37,8 @@ pub fn tests() -> Vec<Trial> {
         test("layer_of_another_repository_is_taken_over", &[REGISTRY], mounted),
         test("password_is_asked_for_and_checked", &[REGISTRY], password),
         test("registry_is_reached_through_a_proxy", &[REGISTRY, OPENSSL], through_proxy),
+        test("redirect_to_this_machine_is_not_followed", &[OPENSSL], inward),
+        test("mirrors_are_asked_first_and_the_registry_if_they_fail", &[REGISTRY], mirrors),
         test("tags_and_repositories_are_listed", &[REGISTRY], listed),
         test("certificate_is_trusted_only_if_named", &[REGISTRY, OPENSSL], certificates),
         test("real_image_comes_back_from_a_registry_as_it_was_loaded", &[REGISTRY, Need::RealImages], real),
@@ -372,12 +376,12 @@ fn certificates(bed: &Bed) -> Result<(), Failure> {
 }
 
 /// What a proxy was asked for.
-type Asked = Arc<Mutex<Vec<String>>>;
+type Targets = Arc<Mutex<Vec<String>>>;
 
 /// Makes tunnels to this machine, whichever is asked for; returns where it is, and what it was asked.
-fn proxy() -> Result<(String, Asked), Failure> {
+fn proxy() -> Result<(String, Targets), Failure> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    let (address, asked) = (listener.local_addr()?.to_string(), Asked::default());
+    let (address, asked) = (listener.local_addr()?.to_string(), Targets::default());
     let heard = Arc::clone(&asked);
     let serve = move |mut client: TcpStream| -> std::io::Result<()> {
         let mut reader = BufReader::new(client.try_clone()?);
@@ -442,6 +446,118 @@ fn through_proxy(bed: &Bed) -> Result<(), Failure> {
     })();
     fs::remove_dir_all(&folder)?;
     travelled
+}
+
+/// A registry of some other machine, as the proxy makes it look like, that has its manifests on ours.
+fn inward(bed: &Bed) -> Result<(), Failure> {
+    let (cert, key) = certificate(bed, "server", "DNS:registry.test")?;
+    let victim = Server::start(|_| server::answer(200, &[], "for this machine only"))?;
+    let manifests = bed.path("v2/app/manifests");
+    fs::create_dir_all(&manifests)?;
+    let location = victim.url("/secret");
+    fs::write(manifests.join("1"), format!("HTTP/1.0 302 Found\r\nLocation: {location}\r\n\r\n"))?;
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    // With -HTTP it gives out files as they are, heads included.
+    let child = Command::new("openssl")
+        .args(["s_server", "-quiet", "-HTTP", "-accept", &format!("127.0.0.1:{port}"), "-cert"])
+        .arg(&cert)
+        .arg("-key")
+        .arg(&key)
+        .current_dir(bed.path(""))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let host = format!("127.0.0.1:{port}");
+    let server = Registry { child, host: host.clone() };
+    wait_for(&host)?;
+    let host = format!("registry.test:{port}");
+    let home = std::env::var_os("HOME").ok_or("no HOME")?;
+    let folder = Path::new(&home).join(".config/containers/certs.d").join(&host);
+    fs::create_dir_all(&folder)?;
+    let (address, _) = proxy()?;
+    let options = RegistryOptions {
+        trust_loopback: true,
+        proxies: Proxies::parse(&format!("http://{address}"), "")?,
+        ..RegistryOptions::default()
+    };
+    let pulled = fs::copy(&cert, folder.join("ca.crt"))
+        .map(|_| pull_with(&bed.store, &format!("{host}/app:1"), &options));
+    fs::remove_dir_all(&folder)?;
+    drop(server);
+    let said = pulled?.err().map(|error| chain(&error)).ok_or("something was pulled")?;
+    expect(&format!("the redirect is named: {said}"), said.contains("which is this machine"))?;
+    expect("this machine was not asked", victim.log().is_empty())
+}
+
+fn wait_for(host: &str) -> Result<(), Failure> {
+    let patience = Instant::now() + Duration::from_secs(30);
+    while TcpStream::connect(host).is_err() {
+        if Instant::now() > patience {
+            return Err(format!("nobody listens at {host}").into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+fn mirrors(bed: &Bed) -> Result<(), Failure> {
+    let registry = Registry::plain(bed)?;
+    let name = registry.image("app:1");
+    bed.load(&bed.write("image.tar", &tar_of(&sample(&name, Packing::Gzip).oci_files()?))?)?;
+    let pushed = push(&bed.store, &name).map_err(|error| chain(&error))?;
+    let pull = |store: &Store, image: &str, mirrors: &str| -> Result<_, Failure> {
+        let options = RegistryOptions { mirrors: Mirrors::parse(mirrors)?, ..on_this_machine() };
+        let told = Mutex::new(Vec::new());
+        let failed = |mirror: &str, error| {
+            let said = format!("{mirror}: {}", chain(&error));
+            told.lock().unwrap_or_else(PoisonError::into_inner).push(said);
+        };
+        let pulled = store.pull_from_any(&image.parse()?, &options, &NoProgress, &failed);
+        let pulled = pulled.map_err(|error| chain(&error))?;
+        Ok((pulled, told.into_inner().unwrap_or_else(PoisonError::into_inner)))
+    };
+    // Nobody is at the registry itself; the image has its name nevertheless.
+    let away = "127.0.0.1:1/app:1";
+    let mirror = format!("127.0.0.1:1=http://{}", registry.host);
+    let store = other_store(bed, "from-mirror")?;
+    let (pulled, told) = pull(&store, away, &mirror)?;
+    expect("the mirror's image", pulled.digest == pushed.digest && told.is_empty())?;
+    expect("under the registry's name", store.resolve(away)?.id == pulled.id)?;
+
+    // Mirrors that are away, have nothing, or lie about a layer.
+    let domain = registry.host.clone();
+    let empty = Server::start(|_| server::answer(404, &[], ""))?;
+    let upstream = domain.clone();
+    let liar = Server::start(move |asked| {
+        let forwarded = ask(&upstream, asked).unwrap_or_default();
+        let is_blob = asked.path().contains("/blobs/") && forwarded.len() > 100_000;
+        server::raw(if is_blob { vec![b'x'; forwarded.len()] } else { forwarded })
+    })?;
+    let list = format!(
+        "{domain}=http://127.0.0.1:1 {domain}={} {domain}={}",
+        empty.url("").trim_end_matches('/'),
+        liar.url("").trim_end_matches('/')
+    );
+    let (pulled, told) = pull(&other_store(bed, "from-registry")?, &name, &list)?;
+    expect("the registry's image", pulled.digest == pushed.digest)?;
+    expect(&format!("each is told of: {told:#?}"), told.len() == 3)?;
+    expect("all that were there were asked", !empty.log().is_empty() && liar.count("GET", "/blobs/") > 0)?;
+    Ok(())
+}
+
+/// What a server answers, whole.
+fn ask(host: &str, asked: &Asked) -> std::io::Result<Vec<u8>> {
+    let mut stream = TcpStream::connect(host)?;
+    let accept = asked.field("accept").unwrap_or("*/*");
+    let (method, target) = (&asked.method, &asked.target);
+    let head = format!(
+        "{method} {target} HTTP/1.1\r\nHost: {host}\r\nAccept: {accept}\r\nConnection: close\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes())?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    Ok(answer)
 }
 
 fn listed(bed: &Bed) -> Result<(), Failure> {

@@ -84,19 +84,9 @@ impl From<TreeError> for io::Error {
     }
 }
 
-/// What a tree is archived as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Form {
-    /// The upper directory of an overlay, as a layer.
-    Layer,
-    /// A whole root, as it is.
-    Whole,
-}
-
 /// The archive, as it is read.
 #[derive(Debug)]
 pub struct Changes {
-    form: Form,
     root: OwnedFd,
     /// The directory that is being read; opened again after one within it.
     directory: Option<OwnedFd>,
@@ -131,17 +121,11 @@ struct Data {
 impl Changes {
     /// Of a container's writable layer: see [`crate::Container::writable`].
     pub fn of_base(base: BorrowedFd<'_>) -> io::Result<Self> {
-        Self::new(rootfs::upper(base)?, Form::Layer)
+        Self::new(rootfs::upper(base)?)
     }
 
-    /// Of a whole root directory. What is mounted on it is not in the archive.
-    pub fn of_root(root: OwnedFd) -> io::Result<Self> {
-        Self::new(root, Form::Whole)
-    }
-
-    fn new(root: OwnedFd, form: Form) -> io::Result<Self> {
+    fn new(root: OwnedFd) -> io::Result<Self> {
         let mut changes = Self {
-            form,
             root,
             directory: None,
             levels: Vec::new(),
@@ -156,7 +140,7 @@ impl Changes {
         let xattrs = changes.xattrs(changes.root.as_fd())?;
         let is_changed =
             stat.st_mode & 0o7777 != ROOT_MODE || stat.st_uid != 0 || stat.st_gid != 0 || !xattrs.is_empty();
-        if form == Form::Whole || is_changed {
+        if is_changed {
             let header = Header { path: b"./", kind: Kind::Directory, xattrs: &xattrs, ..of_stat(&stat) };
             header.write(&mut changes.out);
         }
@@ -265,12 +249,11 @@ impl Changes {
             FileType::Fifo => Kind::Fifo,
             _ => return Ok(false),
         };
-        let is_layer = self.form == Form::Layer;
-        if is_layer && kind == Kind::CharDevice && stat.st_rdev == 0 {
+        if kind == Kind::CharDevice && stat.st_rdev == 0 {
             self.add_marker(&[b".wh.", name.to_bytes()].concat());
             return Ok(false);
         }
-        if is_layer && name.to_bytes().starts_with(b".wh.") {
+        if name.to_bytes().starts_with(b".wh.") {
             return Err(TreeError::WhiteoutName(self.path.clone()));
         }
         if kind == Kind::Directory {
@@ -324,15 +307,14 @@ impl Changes {
     }
 
     fn add_directory(&mut self, directory: BorrowedFd<'_>, stat: &Stat) -> Result<bool, TreeError> {
-        let is_layer = self.form == Form::Layer;
-        if is_layer && COVERED.contains(&&self.path[..]) && is_empty(directory) {
+        if COVERED.contains(&&self.path[..]) && is_empty(directory) {
             return Ok(false);
         }
         let xattrs = self.xattrs(directory)?;
         let path = [&self.path[..], b"/"].concat();
         let header = Header { path: &path, kind: Kind::Directory, xattrs: &xattrs, ..of_stat(stat) };
         header.write(&mut self.out);
-        if is_layer && is_opaque(directory) {
+        if is_opaque(directory) {
             let marker = [&path[..], b".wh..wh..opq"].concat();
             Header { path: &marker, ..PLAIN }.write(&mut self.out);
         }
@@ -509,10 +491,10 @@ mod tests {
         File::open(path).unwrap().into()
     }
 
-    fn archive(form: Form, path: &Path) -> io::Result<Vec<u8>> {
+    fn archive(path: &Path) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
         // In uneven pieces, as sockets take them.
-        let mut changes = Changes::new(open(path), form)?;
+        let mut changes = Changes::new(open(path))?;
         let mut piece = [0; 777];
         loop {
             match changes.read(&mut piece)? {
@@ -570,9 +552,9 @@ mod tests {
         sparse.write_all_at(b"in the middle", 32 << 20).unwrap();
         fs::set_permissions(root.join("b"), PermissionsExt::from_mode(0o4711)).unwrap();
 
-        let bytes = archive(Form::Whole, root).unwrap();
+        let bytes = archive(root).unwrap();
         assert!(bytes.len() < 1 << 20, "holes are not stored: {} bytes", bytes.len());
-        assert_eq!(bytes, archive(Form::Whole, root).unwrap());
+        assert_eq!(bytes, archive(root).unwrap());
         let to = tempfile::tempdir_in("/dev/shm").unwrap();
         let file = to.path().join("archive.tar");
         fs::write(&file, &bytes).unwrap();
@@ -607,9 +589,9 @@ mod tests {
         for name in ["dev", "proc", "sys/own", "etc"] {
             fs::create_dir_all(from.path().join(name)).unwrap();
         }
-        assert_eq!(listed(&archive(Form::Layer, from.path()).unwrap()), ["etc/", "sys/", "sys/own/"]);
+        assert_eq!(listed(&archive(from.path()).unwrap()), ["etc/", "sys/", "sys/own/"]);
         fs::set_permissions(from.path(), PermissionsExt::from_mode(0o700)).unwrap();
-        assert_eq!(listed(&archive(Form::Layer, from.path()).unwrap())[0], "./");
+        assert_eq!(listed(&archive(from.path()).unwrap())[0], "./");
     }
 
     #[test]
@@ -617,28 +599,28 @@ mod tests {
         let from = tempfile::tempdir_in("/dev/shm").unwrap();
         fs::create_dir(from.path().join("d")).unwrap();
         fs::write(from.path().join("d/.wh.x"), "").unwrap();
-        let error = archive(Form::Layer, from.path()).unwrap_err();
+        let error = archive(from.path()).unwrap_err();
         assert!(error.to_string().starts_with("\"d/.wh.x\" cannot be in a layer"), "{error}");
-        assert!(archive(Form::Whole, from.path()).is_ok());
     }
 
     /// Were the pipe opened, this would wait for a writer; a link's attributes and target are its own.
     #[test]
     fn what_is_no_file_is_described_and_not_opened() {
         let from = tempfile::tempdir_in("/dev/shm").unwrap();
+        fs::set_permissions(from.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let pipe = from.path().join("pipe");
         rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
         symlink("pipe", from.path().join("link")).unwrap();
         symlink("nowhere", from.path().join("dangling")).unwrap();
-        let names = listed(&archive(Form::Whole, from.path()).unwrap());
-        assert_eq!(names, ["./", "dangling", "link", "pipe"]);
+        let names = listed(&archive(from.path()).unwrap());
+        assert_eq!(names, ["dangling", "link", "pipe"]);
     }
 
     #[test]
     fn file_that_became_shorter_ends_in_zeros() {
         let from = tempfile::tempdir_in("/dev/shm").unwrap();
         fs::write(from.path().join("f"), vec![1; 4000]).unwrap();
-        let mut changes = Changes::new(open(from.path()), Form::Whole).unwrap();
+        let mut changes = Changes::new(open(from.path())).unwrap();
         let mut head = vec![0; 3 * BLOCK];
         changes.read_exact(&mut head).unwrap();
         fs::write(from.path().join("f"), "").unwrap();

@@ -99,18 +99,6 @@ pub(crate) fn mount(rootfs: &Rootfs, base: Option<BorrowedFd<'_>>) -> Result<Own
     }
 }
 
-/// Opens a root file system to read it, in a mount namespace that this process gets for that.
-pub fn open(rootfs: &Rootfs) -> Result<OwnedFd, RootfsError> {
-    syscalls::unshare_mount_namespace().map_err(RootfsError::Isolate)?;
-    isolate_mounts()?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let here = openat(CWD, ".", flags, Mode::empty());
-    let root = mount(rootfs, None);
-    // Making the mount may have led elsewhere.
-    here.and_then(|here| fchdir(&here)).map_err(|errno| RootfsError::Isolate(errno.into()))?;
-    root
-}
-
 /// What is under the writable layer of layers, for a caller that wants to keep it: it outlives the container's mounts as
 /// long as the descriptor is open. [`changes`] reads it.
 pub(crate) fn base(rootfs: &Rootfs) -> Result<Option<OwnedFd>, RootfsError> {

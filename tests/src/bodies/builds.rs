@@ -1,15 +1,19 @@
 //! `cloche build`: Dockerfiles that check themselves, under each isolation; and what is said of those that fail.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write as _};
+use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
 use serde_json::json;
 
+use super::crash::{init_below, vmm_below};
 use crate::bed::Bed;
 use crate::finished::Finished;
-use crate::image::gzip;
+use crate::image::{gzip, sha256_hex};
 use crate::process::{Input, Running};
 use crate::suite::{Body, Story, body};
 use crate::tar::{Archive, Header, kind};
@@ -28,6 +32,8 @@ pub const BODIES: &[Body] = &[
     body!(context_comes_from_stdin).once(),
     body!(context_has_no_way_out).once(),
     body!(pruned_builder_gives_the_space_back).only(Isolation::Container),
+    body!(files_are_added_from_urls).once(),
+    body!(secrets_stay_nowhere_and_killed_build_leaves_nothing),
 ];
 
 /// The time that reproducible images get.
@@ -103,6 +109,8 @@ fn context(bed: &Bed) -> Result<PathBuf> {
     archive.entry(Header { uid: 5, gid: 6, ..Header::new(kind::FILE, "in/x", 0o640) }, b"x\n");
     archive.entry(Header { link: "x".into(), ..Header::new(kind::SYMLINK, "in/y", 0o777) }, b"");
     fs::write(root.join("archive.tar.gz"), gzip(&archive.finish())?)?;
+    fs::write(root.join("archive.tar.xz"), include_bytes!("../dockerfiles/archive.tar.xz"))?;
+    fs::write(root.join("archive.tar.bz2"), include_bytes!("../dockerfiles/archive.tar.bz2"))?;
     Ok(root)
 }
 
@@ -385,5 +393,119 @@ fn pruned_builder_gives_the_space_back(bed: &Bed) -> Story {
     let left: Vec<&String> =
         after.iter().filter(|path| !before.contains(path) && !path.ends_with("/steps")).collect();
     ensure!(left.is_empty(), "left are {left:?}");
+    Ok(())
+}
+
+/// A web server of these files, until the test program ends. Returns its address.
+fn serve(files: Vec<(&'static str, Vec<u8>)>) -> Result<String> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?.to_string();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut head =
+                BufReader::new(&stream).lines().map_while(Result::ok).take_while(|line| !line.is_empty());
+            let line = head.next().unwrap_or_default();
+            // A client that goes away is its own business.
+            let _ = head.count();
+            let path = line.split(' ').nth(1).unwrap_or_default().split('?').next().unwrap_or_default();
+            let file = files.iter().find(|(name, _)| *name == path).map(|(_, content)| content.as_slice());
+            let status = if file.is_some() { "200 OK" } else { "404 Not Found" };
+            let content = file.unwrap_or_default();
+            let head = format!(
+                "HTTP/1.1 {status}\r\nContent-Length: {}\r\nLast-Modified: Sun, 06 Nov 1994 08:49:37 GMT\r\n\
+                 Connection: close\r\n\r\n",
+                content.len()
+            );
+            let _ = stream.write_all(&[head.as_bytes(), content].concat());
+        }
+    });
+    Ok(address)
+}
+
+fn files_are_added_from_urls(bed: &Bed) -> Story {
+    let (own, context) = (own_store(bed, "store")?, context(bed)?);
+    let archive = fs::read(context.join("archive.tar.gz"))?;
+    let digest = sha256_hex(b"from afar\n");
+    let host = serve(vec![("/dir/file.txt", b"from afar\n".to_vec()), ("/a.tar.gz", archive)])?;
+    let url = format!("http://{host}/dir/file.txt");
+    let text = format!(
+        "FROM busybox\n\
+         ADD {url} /into/\n\
+         ADD --checksum=sha256:{digest} --chmod=755 --chown=5:6 {url}?a=b /named\n\
+         ADD http://{host}/a.tar.gz /kept.tar.gz\n\
+         ADD --unpack=true http://{host}/a.tar.gz /unpacked/\n\
+         RUN [ \"$(cat /into/file.txt /named | sort -u)\" = 'from afar' ] && [ \"$(stat -c '%a %u:%g' /named)\" = '755 5:6' ] \
+         && [ \"$(stat -c '%a %Y' /into/file.txt)\" = '600 784111777' ] && gunzip -t /kept.tar.gz && [ -f /unpacked/in/x ]\n"
+    );
+    build(&own, Isolation::Container, &context, &text, &[])?.succeeds()?;
+    build(&own, Isolation::Container, &context, &text, &[])?.succeeds()?.says("CACHED")?;
+    for (line, words) in [
+        (
+            format!("ADD --checksum=sha256:{} {url} /", "0".repeat(64)),
+            &["line 2", digest.as_str(), "expected"][..],
+        ),
+        (format!("ADD http://{host}/missing /"), &["line 2", "404"]),
+        (format!("ADD http://{host}/ /"), &["line 2"]),
+        ("ADD http://registry.test/x /".to_owned(), &["line 2", "not encrypted"]),
+        ("ADD ftp://127.0.0.1/x /".to_owned(), &["line 2", "not supported"]),
+        (format!("COPY {url} /"), &["line 2", "ADD takes URLs"]),
+    ] {
+        let text = format!("FROM busybox\n{line}\n");
+        let mut failed = build(&own, Isolation::Container, &context, &text, &[])?.exits_with(1)?;
+        for word in words {
+            failed = failed.says(word)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file below has these bytes in it.
+fn holds(directory: &Path, bytes: &[u8]) -> Result<bool> {
+    let mut pending = vec![directory.to_owned()];
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            if entry.file_type()?.is_dir() {
+                pending.push(entry.path());
+            } else if fs::read(entry.path())?.windows(bytes.len()).any(|piece| piece == bytes) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+fn secrets_stay_nowhere_and_killed_build_leaves_nothing(bed: &Bed) -> Story {
+    let (own, context) = (own_store(bed, "store")?, context(bed)?);
+    let secret = b"a secret that is nowhere else";
+    let option = format!("id=token,src={}", bed.write("secret", secret)?.display());
+    let state = own.scratch().join("state");
+    let mounts = "--mount=type=secret,id=token --mount=type=secret,id=token,env=TOKEN";
+    let text = format!(
+        "FROM busybox\nRUN {mounts} [ \"$(cat /run/secrets/token)\" = \"$TOKEN\" ] && echo > /made\n"
+    );
+    let more = ["--secret", option.as_str(), "-t", "made"];
+    build(&own, bed.isolation(), &context, &text, &more)?.succeeds()?;
+    ensure!(!holds(own.store_root(), secret)? && !holds(&state, secret)?, "the secret is kept somewhere");
+
+    let before = own.store_listing()?;
+    let text = format!("FROM busybox\nRUN {mounts} echo > /made; sleep 100000\n");
+    let mut command = own.cloche();
+    command.args(["build", "--isolation", bed.isolation().as_str(), "--progress=plain", "-f", "-"]);
+    command.args(more).arg(&context);
+    let mut running = Running::start(command, &Input::Bytes(text.into_bytes()), bed.deadline())?;
+    match bed.isolation() {
+        Isolation::Vm => running.wait_for("the step's VMM", vmm_below)?,
+        _ => running.wait_for("the step's container", init_below)?,
+    };
+    ensure!(holds(&state, secret)?, "the step has no secret, so that nothing is tested here");
+    running.signal(Signal::KILL)?;
+    running.wait()?.exits_with(137)?;
+    own.run(&["ps"])?.succeeds()?;
+    ensure!(!holds(&state, secret)? && !holds(own.store_root(), secret)?, "the secret outlived the build");
+    own.is_clean()?;
+    own.run(&["image", "prune"])?.succeeds()?;
+    let after = own.store_listing()?;
+    ensure!(before == after, "the killed build left something in the store:\n{before:#?}\n{after:#?}");
+    build(&own, bed.isolation(), &context, "FROM busybox\nRUN echo > /made\n", &[])?.succeeds()?;
     Ok(())
 }

@@ -262,6 +262,12 @@ fn plain_user_s_trees_go_with_their_image(bed: &Bed) -> Story {
     let image = bed.generate("private", &image)?;
     image.sandbox().with("-u", "33").sh("cat /private/file").run()?.succeeds()?;
     ensure!(trees(&bed).len() > before.len(), "nothing was unpacked");
+    let usage = bed.json(&["system", "df", "--json"])?;
+    let row = usage.as_array().into_iter().flatten().find(|row| row["kind"].to_string().contains("unpacked"));
+    ensure!(
+        row.is_some_and(|row| row["count"].as_u64() > Some(0) && row["bytes"].as_u64() > Some(100_000)),
+        "{usage:#}"
+    );
     let running = image.sandbox().sh("echo up; sleep 100000").start()?;
     running.wait_for_stdout("up\n")?;
     bed.run(&["image", "rm", "private"])?.succeeds()?;
