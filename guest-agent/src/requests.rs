@@ -181,10 +181,14 @@ impl Further {
     /// After a round in which `commanded` and `has_ended` told that its control stream, or its process, has something.
     pub fn advance(&mut self, commanded: bool, has_ended: bool) -> io::Result<()> {
         if commanded && !self.obey() {
-            // With whoever wanted it the other ends of its streams are gone; as on a host, it runs on.
+            // Who stands for it on the host ends before it only if killed; so would it be. With that one the other ends of
+            // its streams are gone.
             self.is_deserted = true;
-            if let State::Made { streams, .. } = &mut self.state {
+            if let State::Made { joined, streams, ended } = &mut self.state {
                 streams.pumps.clear();
+                if ended.is_none() {
+                    let _ = cloche_runtime::send_signal(joined.pidfd(), libc::SIGKILL);
+                }
             }
             if matches!(self.state, State::Awaited { .. }) {
                 self.state = State::Over;
