@@ -29,7 +29,10 @@ use crate::arguments::{Arguments, Global};
 
 /// Prints completions.
 pub fn completion(shell: clap_complete::Shell) {
-    clap_complete::generate(shell, &mut Arguments::command(), "cloche", &mut std::io::stdout());
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "cloche", &mut script);
+    // By what minds no reader that is gone.
+    print!("{}", String::from_utf8_lossy(&script));
 }
 
 fn home(global: &Global) -> Result<Home, HomeError> {
