@@ -9,6 +9,9 @@
 //!  nr ≥ 200? ─┬─ nr ≥ 90? ─ … ─▶ return action
 //!             └─ nr ≥ 320? ─ … ─▶ compare arguments ─▶ return action
 //! ```
+//! Each instruction costs the kernel a microsecond when the filter is installed, in every process and every thread that
+//! gets one. So returns are shared by all that are near enough, and an argument that is compared with several values is
+//! loaded once. Since jumps only lead forward, the program is written from its end, and the target of a jump is known.
 
 use libc::{
     BPF_ABS, BPF_ALU, BPF_AND, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JGT, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W,
@@ -98,23 +101,22 @@ pub enum Comparison {
 
 /// The program of a policy. It may be longer than [`MAX_INSTRUCTIONS`].
 pub fn assemble(policy: &Policy) -> Vec<sock_filter> {
-    let ranges = ranges(policy);
     // No policy lists x32 calls. One that ends whoever calls what is not listed ends these callers, too; under others
     // they see what a kernel without x32 answers.
     let x32 = match policy.default & SECCOMP_RET_ACTION_FULL {
         SECCOMP_RET_KILL_PROCESS | SECCOMP_RET_KILL_THREAD | SECCOMP_RET_TRAP => policy.default,
         _ => SECCOMP_RET_ERRNO | libc::ENOSYS as u32,
     };
-    let mut program = vec![
-        load(OFFSET_ARCHITECTURE),
-        jump(BPF_JEQ, AUDIT_ARCH_X86_64, 1, 0),
-        ret(SECCOMP_RET_KILL_PROCESS),
-        load(OFFSET_NUMBER),
-        jump(BPF_JGE, X32_SYSCALL_BIT, 0, 1),
-        ret(x32),
-    ];
-    program.extend(search(&ranges));
-    program
+    let mut code = Code::default();
+    let search = code.search(&ranges(policy));
+    let x32 = code.ret(x32);
+    code.jump(BPF_JGE, X32_SYSCALL_BIT, x32, search);
+    let native = code.push(load(OFFSET_NUMBER));
+    let kill = code.ret(SECCOMP_RET_KILL_PROCESS);
+    code.jump(BPF_JEQ, AUDIT_ARCH_X86_64, native, kill);
+    code.push(load(OFFSET_ARCHITECTURE));
+    code.reversed.reverse();
+    code.reversed
 }
 
 /// A run of call numbers, from `first` up to the next range, that are treated alike.
@@ -144,82 +146,190 @@ fn ranges(policy: &Policy) -> Vec<Range> {
     ranges
 }
 
-/// Code that finds the range of the call number in the accumulator and acts on it. Never falls through.
-fn search(ranges: &[Range]) -> Vec<sock_filter> {
-    let (low, high) = ranges.split_at(ranges.len() / 2);
-    let Some(middle) = high.first() else { return Vec::new() };
-    if low.is_empty() {
-        return decide(&middle.decision);
-    }
-    let (low, high) = (search(low), search(high));
-    // A conditional jump reaches 255 instructions; an unconditional one, any.
-    let mut code = match u8::try_from(low.len()) {
-        Ok(distance) => vec![jump(BPF_JGE, middle.first, distance, 0)],
-        Err(_) => vec![jump(BPF_JGE, middle.first, 0, 1), jump(BPF_JA, low.len() as u32, 0, 0)],
-    };
-    code.extend(low);
-    code.extend(high);
-    code
+/// A program that is written from its end.
+#[derive(Default)]
+struct Code {
+    reversed: Vec<sock_filter>,
 }
 
-fn decide(decision: &Decision) -> Vec<sock_filter> {
-    match decision {
-        Decision::Always(action) => vec![ret(*action)],
-        Decision::Match { rules, otherwise } => {
-            rules.iter().flat_map(match_rule).chain([ret(*otherwise)]).collect()
+/// An instruction of it, by its distance from the program's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place(usize);
+
+/// A conditional jump reaches 255 instructions; some may come between choosing a target and writing the jump.
+const REACH: usize = 240;
+
+impl Code {
+    /// Writes an instruction in front of all others.
+    fn push(&mut self, instruction: sock_filter) -> Place {
+        self.reversed.push(instruction);
+        Place(self.reversed.len() - 1)
+    }
+
+    /// Instructions between one that is written next, and this.
+    fn distance(&self, to: Place) -> usize {
+        self.reversed.len() - 1 - to.0
+    }
+
+    /// Where this action is returned: the nearest place, or a new one.
+    fn ret(&mut self, action: u32) -> Place {
+        let is_it = |other: &&sock_filter| other.code == RET && other.k == action;
+        let near = self.reversed.iter().rev().take(REACH).position(|other| is_it(&other));
+        match near {
+            Some(distance) => Place(self.reversed.len() - 1 - distance),
+            None => self.push(sock_filter { code: RET, jt: 0, jf: 0, k: action }),
         }
     }
-}
 
-/// Code that returns the rule's action if all its conditions hold, and else falls through.
-fn match_rule(rule: &Rule) -> Vec<sock_filter> {
-    let mut code = vec![ret(rule.action)];
-    for condition in rule.conditions.iter().rev() {
-        // At most six conditions of at most seven instructions follow, so the distance fits a conditional jump.
-        let mut test = condition_test(condition, code.len() as u8);
-        test.append(&mut code);
-        code = test;
+    /// A place within a conditional jump's reach from where the same happens as at `place`.
+    fn near(&mut self, place: Place) -> Place {
+        let distance = self.distance(place);
+        if distance < REACH {
+            return place;
+        }
+        match self.reversed.get(place.0) {
+            Some(found) if found.code == RET => {
+                let action = found.k;
+                self.ret(action)
+            }
+            _ => self.push(sock_filter {
+                code: (BPF_JMP | BPF_JA | BPF_K) as u16,
+                jt: 0,
+                jf: 0,
+                k: distance as u32,
+            }),
+        }
     }
-    code
-}
 
-/// Code that falls through if the condition holds, and else skips the `rest` instructions behind it.
-fn condition_test(condition: &Condition, rest: u8) -> Vec<sock_filter> {
-    let low_word = OFFSET_ARGUMENTS + 8 * u32::from(condition.argument);
-    let high_word = low_word + 4;
-    // `then` and `otherwise`: how far to jump from the end of the test.
-    let order = |low_operator, value: u64, then: u8, otherwise: u8| {
+    /// Goes on at `then` if the comparison holds, else at `otherwise`.
+    fn jump(&mut self, operator: u32, k: u32, then: Place, otherwise: Place) -> Place {
+        let (then, otherwise) = (self.near(then), self.near(otherwise));
+        // Two instructions at most were written since they were found near.
+        let (jt, jf) = (self.distance(then) as u8, self.distance(otherwise) as u8);
+        self.push(sock_filter { code: (BPF_JMP | operator | BPF_K) as u16, jt, jf, k })
+    }
+
+    /// Finds the range of the call number in the accumulator and acts on it.
+    fn search(&mut self, ranges: &[Range]) -> Place {
+        let (low, high) = ranges.split_at(ranges.len() / 2);
+        let middle = high.first().map_or(0, |range| range.first);
+        match ranges {
+            // There is always one.
+            [] => self.ret(SECCOMP_RET_KILL_PROCESS),
+            [one] => self.decide(&one.decision),
+            _ => {
+                let (high, low) = (self.search(high), self.search(low));
+                self.jump(BPF_JGE, middle, high, low)
+            }
+        }
+    }
+
+    fn decide(&mut self, decision: &Decision) -> Place {
+        match decision {
+            Decision::Always(action) => self.ret(*action),
+            Decision::Match { rules, otherwise } => {
+                let mut next = self.ret(*otherwise);
+                let mut rest = rules.as_slice();
+                while let Some((last, before)) = rest.split_last() {
+                    rest = before;
+                    let Some((argument, value)) = equality(last) else {
+                        next = self.rule(last, next);
+                        continue;
+                    };
+                    // As many as are about the same argument, with the same high word: those before come first.
+                    let (high, _) = split(value);
+                    let same = |rule: &Rule| {
+                        equality(rule).filter(|(at, value)| *at == argument && split(*value).0 == high)
+                    };
+                    let unlike = next;
+                    next = self.low_word_equals(value, last.action, next);
+                    while let Some((rule, before)) = rest.split_last()
+                        && let Some((_, value)) = same(rule)
+                    {
+                        next = self.low_word_equals(value, rule.action, next);
+                        rest = before;
+                    }
+                    next = self.push(load(low_word(argument)));
+                    self.jump(BPF_JEQ, high, next, unlike);
+                    next = self.push(load(high_word(argument)));
+                }
+                next
+            }
+        }
+    }
+
+    /// For an argument whose low word is in the accumulator.
+    fn low_word_equals(&mut self, value: u64, action: u32, next: Place) -> Place {
+        let action = self.ret(action);
+        self.jump(BPF_JEQ, split(value).1, action, next)
+    }
+
+    /// Returns the rule's action if all its conditions hold, and else goes on at `next`.
+    fn rule(&mut self, rule: &Rule, next: Place) -> Place {
+        let mut place = self.ret(rule.action);
+        for condition in rule.conditions.iter().rev() {
+            place = self.test(condition, place, next);
+        }
+        place
+    }
+
+    /// Goes on at `then` if the condition holds, else at `otherwise`.
+    fn test(&mut self, condition: &Condition, then: Place, otherwise: Place) -> Place {
+        let argument = condition.argument;
+        match condition.comparison {
+            Comparison::Equal(value) => self.equal(argument, None, value, then, otherwise),
+            Comparison::NotEqual(value) => self.equal(argument, None, value, otherwise, then),
+            Comparison::MaskedEqual { mask, value } => {
+                self.equal(argument, Some(mask), value, then, otherwise)
+            }
+            Comparison::Greater(value) => self.above(argument, BPF_JGT, value, then, otherwise),
+            Comparison::GreaterOrEqual(value) => self.above(argument, BPF_JGE, value, then, otherwise),
+            Comparison::Less(value) => self.above(argument, BPF_JGE, value, otherwise, then),
+            Comparison::LessOrEqual(value) => self.above(argument, BPF_JGT, value, otherwise, then),
+        }
+    }
+
+    fn equal(&mut self, argument: u8, mask: Option<u64>, value: u64, then: Place, otherwise: Place) -> Place {
         let (high, low) = split(value);
-        vec![
-            load(high_word),
-            jump(BPF_JGT, high, 3 + then, 0),
-            jump(BPF_JEQ, high, 0, 2 + otherwise),
-            load(low_word),
-            jump(low_operator, low, then, otherwise),
-        ]
-    };
-    let equal = |mask: Option<u64>, value: u64, then: u8, otherwise: u8| {
-        let (high, low) = split(value);
-        let and = |mask: u32| sock_filter { code: (BPF_ALU | BPF_AND | BPF_K) as u16, jt: 0, jf: 0, k: mask };
         let masks = mask.map(split);
-        let low_length = if masks.is_some() { 3 } else { 2 };
-        let mut code = vec![load(high_word)];
-        code.extend(masks.map(|(high, _)| and(high)));
-        code.push(jump(BPF_JEQ, high, 0, low_length + otherwise));
-        code.push(load(low_word));
-        code.extend(masks.map(|(_, low)| and(low)));
-        code.push(jump(BPF_JEQ, low, then, otherwise));
-        code
-    };
-    match condition.comparison {
-        Comparison::Equal(value) => equal(None, value, 0, rest),
-        Comparison::NotEqual(value) => equal(None, value, rest, 0),
-        Comparison::MaskedEqual { mask, value } => equal(Some(mask), value, 0, rest),
-        Comparison::Greater(value) => order(BPF_JGT, value, 0, rest),
-        Comparison::GreaterOrEqual(value) => order(BPF_JGE, value, 0, rest),
-        Comparison::Less(value) => order(BPF_JGE, value, rest, 0),
-        Comparison::LessOrEqual(value) => order(BPF_JGT, value, rest, 0),
+        self.jump(BPF_JEQ, low, then, otherwise);
+        masks.map(|(_, mask)| self.push(and(mask)));
+        let low_part = self.push(load(low_word(argument)));
+        self.jump(BPF_JEQ, high, low_part, otherwise);
+        masks.map(|(mask, _)| self.push(and(mask)));
+        self.push(load(high_word(argument)))
     }
+
+    fn above(&mut self, argument: u8, operator: u32, value: u64, then: Place, otherwise: Place) -> Place {
+        let (high, low) = split(value);
+        self.jump(operator, low, then, otherwise);
+        let low_part = self.push(load(low_word(argument)));
+        let is_equal = self.jump(BPF_JEQ, high, low_part, otherwise);
+        self.jump(BPF_JGT, high, then, is_equal);
+        self.push(load(high_word(argument)))
+    }
+}
+
+/// The argument and the value, for a rule that is nothing but their equality.
+fn equality(rule: &Rule) -> Option<(u8, u64)> {
+    match rule.conditions.as_slice() {
+        [Condition { argument, comparison: Comparison::Equal(value) }] => Some((*argument, *value)),
+        _ => None,
+    }
+}
+
+fn low_word(argument: u8) -> u32 {
+    OFFSET_ARGUMENTS + 8 * u32::from(argument)
+}
+
+fn high_word(argument: u8) -> u32 {
+    low_word(argument) + 4
+}
+
+const RET: u16 = (BPF_RET | BPF_K) as u16;
+
+fn and(mask: u32) -> sock_filter {
+    sock_filter { code: (BPF_ALU | BPF_AND | BPF_K) as u16, jt: 0, jf: 0, k: mask }
 }
 
 fn split(value: u64) -> (u32, u32) {
@@ -228,12 +338,4 @@ fn split(value: u64) -> (u32, u32) {
 
 fn load(offset: u32) -> sock_filter {
     sock_filter { code: (BPF_LD | BPF_W | BPF_ABS) as u16, jt: 0, jf: 0, k: offset }
-}
-
-fn jump(operator: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
-    sock_filter { code: (BPF_JMP | operator | BPF_K) as u16, jt, jf, k }
-}
-
-fn ret(action: u32) -> sock_filter {
-    sock_filter { code: (BPF_RET | BPF_K) as u16, jt: 0, jf: 0, k: action }
 }
