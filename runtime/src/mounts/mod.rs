@@ -17,9 +17,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{LinuxIdMapping, Mount as SpecMount};
+use oci_spec::runtime::{LinuxIdMapping, Mount as SpecMount, Process, Spec};
 use rustix::{
-    fs::CWD,
+    fs::{CWD, Mode, OFlags},
     io::Errno,
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
@@ -275,6 +275,33 @@ pub(crate) fn open_sources(
         sources.made.push(source);
     }
     Ok(sources)
+}
+
+/// Makes in a root file system, by itself, what mounting all of this and entering the working directory would make there:
+/// for whoever then mounts it read-only. False if more than that would be made, since there is no file system for `/dev`.
+pub fn make_mount_points(root: &Path, spec: &Spec) -> io::Result<bool> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(root, flags, Mode::empty())?;
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    let is_covered = |path: &Path, mounts: &[SpecMount]| {
+        mounts.iter().any(|mount| path != mount.destination() && path.starts_with(mount.destination()))
+    };
+    for (index, mount) in mounts.iter().enumerate() {
+        let destination = mount.destination();
+        // It is made in what is mounted before.
+        if is_covered(destination, &mounts[..index]) {
+            continue;
+        }
+        let is_file = Mount::from_spec(mount).is_ok_and(|mount| mount.is_bind())
+            && mount.source().as_ref().is_some_and(|source| !source.is_dir());
+        let make = if is_file { Make::EmptyFile } else { Make::Directory };
+        paths::open_or_make(root.as_fd(), destination, Symlinks::Follow, make)?;
+    }
+    let cwd = spec.process().as_ref().map(Process::cwd);
+    if let Some(cwd) = cwd.filter(|cwd| !is_covered(cwd, mounts)) {
+        paths::open_or_make(root.as_fd(), cwd, Symlinks::Follow, Make::Directory)?;
+    }
+    Ok(mounts.iter().any(|mount| mount.destination() == Path::new("/dev")))
 }
 
 /// Makes the mounts in their order. `before_cgroups` is called before the first cgroup mount, when the process must

@@ -24,7 +24,28 @@ pub fn tests() -> impl IntoIterator<Item = Test> {
         proc_behind_a_symlink_is_refused,
         magic_link_is_not_a_mount_point,
         root_propagation_is_the_specs,
+        mount_points_made_beforehand_are_those_that_mounting_makes,
     ]
+}
+
+fn mount_points_made_beforehand_are_those_that_mounting_makes() {
+    let (root, file) = (tempfile::tempdir().unwrap(), tempfile::NamedTempFile::new().unwrap());
+    fs::create_dir(root.path().join("etc")).unwrap();
+    symlink("/etc", root.path().join("link")).unwrap();
+    let mount = |kind: &str, at: &str| json!({ "destination": at, "type": kind, "source": file.path() });
+    let make = |mounts: serde_json::Value| {
+        let process = json!({ "user": { "uid": 0, "gid": 0 }, "cwd": "/work/here" });
+        let spec = json!({ "ociVersion": "1.2.0", "process": process, "mounts": mounts });
+        cloche_runtime::make_mount_points(root.path(), &serde_json::from_value(spec).unwrap()).unwrap()
+    };
+    assert!(!make(json!([mount("tmpfs", "/data"), mount("bind", "/link/file")])));
+    assert!(make(json!([mount("tmpfs", "/dev"), mount("devpts", "/dev/pts"), mount("tmpfs", "/work")])));
+    let kind = |path: &str| fs::metadata(root.path().join(path)).ok().map(|found| found.is_dir());
+    assert_eq!(
+        ["data", "etc/file", "dev", "work/here"].map(kind),
+        [Some(true), Some(false), Some(true), Some(true)]
+    );
+    assert_eq!(kind("dev/pts"), None);
 }
 
 fn default_devices_are_there_and_work() {

@@ -79,6 +79,12 @@ impl Isolation for OciVm {
         if let Some(process) = split.guest.process_mut() {
             spec::drop_labels(process, first.warn);
         }
+        if first.spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true)) {
+            // Nothing is to be made in it any more, so that the file server, too, can keep it as it is.
+            let made = cloche_runtime::make_mount_points(first.rootfs, first.spec);
+            split.shares[spec::ROOT_SHARE].read_only =
+                made.map_err(|source| Error::System("make mount points in the root file system", source))?;
+        }
         let failed = |action| {
             let path = first.directory.to_owned();
             move |source| Error::File { action, path, source }
