@@ -16,6 +16,7 @@ mod contender;
 mod cpio;
 mod guest_cost;
 mod images;
+mod port_trace;
 mod report;
 mod runtimes;
 mod startup;

@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::bundle::Bundle;
 use crate::contender::{Contender, find_program};
 use crate::guest_cost;
+use crate::port_trace::PortTrace;
 use crate::report::{Phase, Report, Row};
 use crate::statistics::Summary;
 use crate::stopwatch::{Lap, settle, time};
@@ -46,12 +47,16 @@ pub fn measure(runs: u32, warm_up: u32, scope: Scope) -> Result<Report> {
     let guests = Guests::write(scratch.path())?;
     let mut vmms: Vec<(Vmm, Vec<VmLap>)> = Vec::new();
     let mut vmm_costs = Vec::new();
-    if scope != Scope::WithoutVms {
+    let trace = match scope {
+        Scope::WithoutVms => None,
+        Scope::All | Scope::Vmms => Some(PortTrace::start()?),
+    };
+    if let Some(trace) = &trace {
         let (found, lacking) = vmms::all(&cloche)?;
         missing.extend(lacking);
         for vmm in found {
             let tried = (0..warm_up.max(1))
-                .try_for_each(|_| guests.time(&vmm).map(drop))
+                .try_for_each(|_| guests.time(&vmm, trace).map(drop))
                 .and_then(|()| guests.look(&vmm));
             match tried {
                 Ok(cost) => {
@@ -88,8 +93,9 @@ pub fn measure(runs: u32, warm_up: u32, scope: Scope) -> Result<Report> {
             entrant.laps.push(lap.with_context(|| format!("measure {}", entrant.contender.name))?);
         }
         for (vmm, laps) in &mut vmms {
+            let Some(trace) = &trace else { continue };
             settle(round);
-            laps.push(guests.time(vmm).with_context(|| format!("measure {}", vmm.kind.name()))?);
+            laps.push(guests.time(vmm, trace).with_context(|| format!("measure {}", vmm.kind.name()))?);
         }
     }
     let programs: Vec<&Path> = programs.iter().map(PathBuf::as_path).collect();

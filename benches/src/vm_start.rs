@@ -2,22 +2,21 @@
 //! `cloche vmm` and for other VMMs, with one kernel and one initramfs; and what each costs besides time at `/init`.
 //!
 //! The guest's `/init` prints a line on the console, writes Cloche's mark port, waits until the line is out, and
-//! resets the machine; to be looked at, it waits instead. Cloche's moment is the mark, which comes after the line was
-//! handed to the console; a peer's is the line arriving here.
+//! resets the machine; to be looked at, it waits instead. `/init` runs when the port is written, which the host's kernel
+//! tells of every VMM's guest ([`crate::port_trace`]).
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdout, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::guest_cost::{self, GuestCost};
+use crate::port_trace::PortTrace;
 use crate::stopwatch::now_ns;
-use crate::vmms::{Kind, Machine, Running, Vmm};
+use crate::vmms::{Machine, Running, Vmm};
 
 #[path = "../../engine/src/isolation/vm/cpio.rs"]
 mod cpio;
@@ -88,15 +87,15 @@ impl Guests {
     }
 
     /// Starts a VM and waits for its end.
-    pub fn time(&self, vmm: &Vmm) -> Result<VmLap> {
+    pub fn time(&self, vmm: &Vmm, trace: &PortTrace) -> Result<VmLap> {
+        trace.clear()?;
         let mut running = vmm.start(&self.machine(&self.resets), Stdio::piped())?;
-        let mut stdout = BufReader::new(running.child.stdout.take().context("stdout is piped")?);
-        let init_ns = await_init(vmm.kind, &mut stdout)?;
-        // To the end, or the VMM could not say the rest.
+        let mut stdout = running.child.stdout.take().context("stdout is piped")?;
+        // Or the VMM could not say what it has to.
         std::io::copy(&mut stdout, &mut std::io::sink()).context("read stdout")?;
         let status = running.child.wait().context("wait for the VMM")?;
         let end_ns = now_ns();
-        let init_ns = init_ns.with_context(|| no_init(&mut running, &status.to_string()))?;
+        let init_ns = trace.first_ns()?.with_context(|| no_init(&mut running, &status.to_string()))?;
         Ok(VmLap { start_ns: running.start_ns, init_ns, end_ns })
     }
 
@@ -125,24 +124,6 @@ impl Guests {
 
 fn no_init(running: &mut Running, end: &str) -> String {
     format!("its /init did not report; it ended with {end}: {}", running.complaint().trim())
-}
-
-/// When `/init` ran; `None` if the VMM ended before.
-fn await_init(kind: Kind, stdout: &mut BufReader<ChildStdout>) -> Result<Option<u64>> {
-    let mut line = Vec::new();
-    while stdout.read_until(b'\n', &mut line).context("read stdout")? > 0 {
-        let now = now_ns();
-        if kind == Kind::Cloche {
-            let event: Value = serde_json::from_slice(&line).context("read an event")?;
-            if event["type"] == "mark" && event["name"] == "init" {
-                return Ok(event["ns"].as_u64());
-            }
-        } else if line.trim_ascii().ends_with(b"init") {
-            return Ok(Some(now));
-        }
-        line.clear();
-    }
-    Ok(None)
 }
 
 /// The initramfs: the program and the console that the kernel opens for it.

@@ -15,9 +15,11 @@ use crate::alone;
 use crate::contender::find_program;
 use crate::stopwatch::now_ns;
 
-/// What `cloche vmm` tells the kernel, and what spares QEMU's guest a search for clocks.
-const PEER_COMMAND_LINE: &str =
-    "console=ttyS0 quiet reboot=t panic=-1 8250.nr_uarts=1 noreplace-smp no_timer_check tsc=reliable";
+#[path = "../../vmm/src/boot/options.rs"]
+mod options;
+
+/// What spares QEMU's guest a search for clocks.
+const CLOCKS: &str = "no_timer_check tsc=reliable";
 /// The guest's Ethernet address.
 const MAC: &str = "02:00:00:00:00:02";
 /// The guest's context id.
@@ -203,7 +205,7 @@ impl Vmm {
             "boot-source": {
                 "kernel_image_path": self.kernel,
                 "initrd_path": machine.initramfs,
-                "boot_args": PEER_COMMAND_LINE,
+                "boot_args": peer_command_line(),
             },
             "drives": [],
             "machine-config": { "vcpu_count": 1, "mem_size_mib": machine.memory_mib },
@@ -238,7 +240,7 @@ impl Vmm {
             .args(["-M", "microvm,acpi=off,x-option-roms=off,rtc=off,pit=off,pic=off,isa-serial=on"])
             .args(["-enable-kvm", "-cpu", "host", "-smp", "1", "-m", &machine.memory_mib.to_string()])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-            .args(["-serial", "stdio", "-append", PEER_COMMAND_LINE])
+            .args(["-serial", "stdio", "-append", &peer_command_line()])
             .arg("-kernel")
             .arg(&self.kernel)
             .arg("-initrd")
@@ -255,6 +257,11 @@ impl Vmm {
         }
         command
     }
+}
+
+/// What `cloche vmm` tells the kernel, but for devices, and [`CLOCKS`].
+fn peer_command_line() -> String {
+    [options::OPTIONS, options::ONE_VCPU, CLOCKS].join(" ")
 }
 
 fn start(mut command: Command, stdout: Stdio) -> Result<Running> {

@@ -15,7 +15,7 @@
 //! Left out on purpose: `no_timer_check` and `tsc=reliable`, which a kernel that finds KVM's clock implies;
 //! `mitigations=`, which is the user's to turn off.
 
-use super::layout;
+use super::{layout, options};
 
 /// Bytes of a command line that Linux keeps on x86, the final NUL included (`COMMAND_LINE_SIZE`).
 pub const MAX_BYTES: usize = 2048;
@@ -33,11 +33,10 @@ pub struct CmdlineTooLong {
 /// Builds the command line; `interrupts` has the interrupt line of each virtio-mmio device in the order of their
 /// addresses. `extra` comes last, because for most options the last one wins.
 pub fn build(vcpus: u8, interrupts: &[u32], extra: &str) -> Result<String, CmdlineTooLong> {
-    let mut line = String::from(
-        "console=ttyS0 quiet reboot=t panic=-1 rootfstype=ramfs 8250.nr_uarts=1 8250.skip_txen_test=1",
-    );
+    let mut line = String::from(options::OPTIONS);
     if vcpus == 1 {
-        line.push_str(" noreplace-smp");
+        line.push(' ');
+        line.push_str(options::ONE_VCPU);
     }
     let mut address = layout::VIRTIO_MMIO_START;
     for interrupt in interrupts {

@@ -8,6 +8,7 @@ pub mod kernel;
 pub mod layout;
 pub mod long_mode;
 pub mod mp_table;
+pub mod options;
 pub mod pvh;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
