@@ -35,5 +35,6 @@ pub mod queue;
 pub mod registers;
 pub mod rng;
 mod slices;
+pub mod under_way;
 pub mod vsock;
 pub mod worker;

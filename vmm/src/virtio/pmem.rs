@@ -18,6 +18,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{
     device::{Device, Identity, Poller, Progress, Readiness, Running, device_type},
     queue::{Buffers, QueueError},
+    under_way::UnderWay,
 };
 use crate::{
     backends::disk::{Disk, IoThread, Operation, Work},
@@ -46,10 +47,8 @@ const MAX_LOGGED_ERRORS: u32 = 5;
 pub struct Pmem {
     start: u64,
     bytes: u64,
-    /// Absent where there is never anything to flush.
-    thread: Option<IoThread>,
-    /// Flushes under way, by token: the chain's head, and where its answer goes.
-    pending: Vec<Option<(u16, Answer)>>,
+    /// Each with the chain's head, and where its answer goes. No thread where there is never anything to flush.
+    flushes: UnderWay<(u16, Answer)>,
     logged_errors: u32,
 }
 
@@ -61,18 +60,14 @@ impl Pmem {
         let flushes = !disk.read_only() && !disk.never_waits();
         let io = if flushes { Some(IoThread::new(disk.clone())?) } else { None };
         let (thread, work) = io.unzip();
-        Ok((Self { start, bytes, thread, pending: Vec::new(), logged_errors: 0 }, work))
-    }
-
-    fn under_way(&self) -> usize {
-        self.thread.as_ref().map_or(0, IoThread::under_way)
+        Ok((Self { start, bytes, flushes: UnderWay::new(thread), logged_errors: 0 }, work))
     }
 
     fn serve(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
         let guest = running.memory;
         let Some(queue) = running.queue(0) else { return Ok(Progress::Done) };
         for _ in 0..QUEUE_SIZE {
-            if self.under_way() >= usize::from(QUEUE_SIZE) {
+            if self.flushes.count() >= usize::from(QUEUE_SIZE) {
                 // The eventfd goes on.
                 return Ok(Progress::Done);
             }
@@ -88,12 +83,12 @@ impl Pmem {
             let answer = Answer::new(guest, &chain.writable)
                 .ok_or_else(|| bad("it has no room for an answer (virtio 1.2 §5.19.6)"))?;
             let head = chain.head;
-            let result = match (u32::from_le_bytes(kind), &self.thread) {
-                (FLUSH, Some(_)) => {
-                    self.submit(head, answer);
+            let result = match (u32::from_le_bytes(kind), self.flushes.has_thread()) {
+                (FLUSH, true) => {
+                    self.flushes.submit((head, answer), Operation::Flush);
                     continue;
                 }
-                (FLUSH, None) => Ok(()),
+                (FLUSH, false) => Ok(()),
                 _ => Err(io::ErrorKind::Unsupported.into()),
             };
             answer.write(guest, &result);
@@ -102,32 +97,17 @@ impl Pmem {
         Ok(Progress::More)
     }
 
-    fn submit(&mut self, head: u16, answer: Answer) {
-        let Some(thread) = &mut self.thread else { return };
-        let token = self.pending.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.pending.push(None);
-            self.pending.len() - 1
-        });
-        if let (Some(slot), Ok(token)) = (self.pending.get_mut(token), u16::try_from(token)) {
-            *slot = Some((head, answer));
-            thread.submit(token, Operation::Flush);
-        }
-    }
-
     fn finish(&mut self, running: &mut Running) -> Result<(), QueueError> {
         let guest = running.memory;
         let Some(queue) = running.queue(0) else { return Ok(()) };
-        while let Some(done) = self.thread.as_mut().and_then(IoThread::next_done) {
-            // What was begun for a driver that has reset the device since has no slot.
-            let slot = self.pending.get_mut(usize::from(done.token)).and_then(Option::take);
-            let Some((head, answer)) = slot else { continue };
-            if let Err(error) = &done.result {
+        while let Some(((head, answer), result)) = self.flushes.next_done() {
+            if let Err(error) = &result {
                 self.logged_errors = self.logged_errors.saturating_add(1);
                 if self.logged_errors <= MAX_LOGGED_ERRORS {
                     warn!(%error, "persistent memory could not be made durable");
                 }
             }
-            answer.write(guest, &done.result);
+            answer.write(guest, &result);
             queue.push_used(guest, head, RESPONSE_BYTES as u32)?;
         }
         Ok(())
@@ -171,14 +151,12 @@ impl Device for Pmem {
     }
 
     fn start(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
-        if let Some(thread) = &self.thread {
-            thread.cancel(false);
-        }
+        self.flushes.start();
         self.serve(running)
     }
 
     fn watch(&mut self, poller: &mut dyn Poller) -> io::Result<()> {
-        self.thread.as_ref().map_or(Ok(()), |thread| poller.add(thread.fd()))
+        self.flushes.fd().map_or(Ok(()), |fd| poller.add(fd))
     }
 
     fn queues_ready(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
@@ -186,28 +164,23 @@ impl Device for Pmem {
     }
 
     fn fd_ready(&mut self, fd: RawFd, _: Readiness, running: &mut Running) -> Result<Progress, QueueError> {
-        if let Some(thread) = self.thread.as_ref().filter(|thread| thread.fd() == fd) {
-            thread.take_notice();
+        if self.flushes.take_notice(fd) {
             self.finish(running)?;
         }
         self.serve(running)
     }
 
     fn fd_ready_while_stopped(&mut self, fd: RawFd, _: Readiness, _: &mut dyn Poller) {
-        if let Some(thread) = self.thread.as_mut().filter(|thread| thread.fd() == fd) {
-            thread.take_notice();
-            while thread.next_done().is_some() {}
+        if self.flushes.take_notice(fd) {
+            while self.flushes.next_done().is_some() {}
         }
     }
 
     fn stop(&mut self, _: &mut dyn Poller) {
-        self.pending.clear();
-        if let Some(thread) = &self.thread {
-            thread.cancel(true);
-        }
+        self.flushes.stop();
     }
 
     fn is_idle(&self) -> bool {
-        self.under_way() == 0
+        self.flushes.count() == 0
     }
 }

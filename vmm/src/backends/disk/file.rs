@@ -27,6 +27,8 @@ const USUAL_BLOCK_BYTES: u32 = 4096;
 /// What is written to the page cache at a time. Before it copies a page, Linux looks at all memory that a write still
 /// has to take, if the file could have large pages (`generic_perform_write`): 1 MiB at once takes a third longer.
 const CACHED_WRITE_BYTES: u64 = 64 * 1024;
+/// Bytes that are moved at once on the event loop, where others wait meanwhile. A guest can ask for gigabytes.
+const TURN_BYTES: u64 = 4 << 20;
 /// What is written at a time where a file system cannot make zeros by itself.
 const ZEROS: &[u8] = &[0; 64 * 1024];
 
@@ -218,13 +220,15 @@ impl Disk {
         self.in_memory
     }
 
-    /// Carries out an operation if that needs no waiting; `None` leaves the rest of it to [`Disk::perform`].
+    /// Carries out an operation if that needs no waiting and is done soon. `None` leaves the rest of it to
+    /// [`Disk::perform`], or, for a disk that never waits, to another call.
     pub fn try_now(&self, operation: &mut Operation) -> Option<io::Result<()>> {
         if self.in_memory {
-            return Some(self.perform(operation));
+            return self.perform_some(operation).transpose();
         }
         match operation {
             Operation::Flush if self.flushes_are_free() => Some(Ok(())),
+            Operation::Read { into, .. } if into.len() as u64 > TURN_BYTES => None,
             Operation::Read { offset, into } if self.can_try.load(Ordering::Relaxed) => loop {
                 let part = self.part_at(*offset);
                 match into.read_at(part.file, part.offset, part.bytes, libc::RWF_NOWAIT) {
@@ -248,6 +252,39 @@ impl Disk {
                 }
             },
             _ => None,
+        }
+    }
+
+    /// Carries out as much of an operation as one turn of the event loop has time for; something if that was all.
+    fn perform_some(&self, operation: &mut Operation) -> io::Result<Option<()>> {
+        match operation {
+            Operation::Read { offset, into } if into.len() as u64 > TURN_BYTES => {
+                let part = self.part_at(*offset);
+                let moved = into.read_at(part.file, part.offset, part.bytes.min(TURN_BYTES), 0)?;
+                pass(into, offset, moved)
+            }
+            Operation::Write { offset, from, .. } if from.len() as u64 > TURN_BYTES => {
+                let moved = from.write_at(self.file.as_fd(), *offset, TURN_BYTES, 0)?;
+                pass(from, offset, moved)
+            }
+            Operation::WriteZeroes { extents, durable } => {
+                let mut left = TURN_BYTES;
+                while let Some(extent) = extents.last_mut() {
+                    if left == 0 {
+                        return Ok(None);
+                    }
+                    let piece = Extent { bytes: extent.bytes.min(left), ..*extent };
+                    self.zero(&piece)?;
+                    left = left.saturating_sub(piece.bytes);
+                    extent.offset = extent.offset.saturating_add(piece.bytes);
+                    extent.bytes = extent.bytes.saturating_sub(piece.bytes);
+                    if extent.bytes == 0 {
+                        extents.pop();
+                    }
+                }
+                if *durable { self.flush().map(Some) } else { Ok(Some(())) }
+            }
+            _ => self.perform(operation).map(Some),
         }
     }
 
@@ -343,6 +380,16 @@ impl Disk {
             _ => self.file.as_fd(),
         }
     }
+}
+
+/// Goes on behind what was moved, which there must have been some of.
+fn pass(rest: &mut Transfer, offset: &mut u64, moved: usize) -> io::Result<Option<()>> {
+    if moved == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    rest.advance(moved);
+    *offset = offset.saturating_add(moved as u64);
+    Ok(None)
 }
 
 /// Repeats `transfer` until it has moved all bytes of `rest`.

@@ -35,6 +35,20 @@ pub enum Operation {
     },
 }
 
+impl Operation {
+    /// Bytes that it moves, for limits. What is made zeros counts as what is written, as that is what it can come to;
+    /// what is given up moves nothing.
+    pub fn moved_bytes(&self) -> u64 {
+        match self {
+            Self::Read { into: data, .. } | Self::Write { from: data, .. } => data.len() as u64,
+            Self::WriteZeroes { extents, .. } => {
+                extents.iter().fold(0, |sum: u64, extent| sum.saturating_add(extent.bytes))
+            }
+            Self::Flush | Self::Discard(_) => 0,
+        }
+    }
+}
+
 /// A part of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {

@@ -1,7 +1,7 @@
 //! The block device (virtio 1.2 §5.2): one request queue on the event loop, which never waits for the disk.
 //!
 //! ```text
-//!   queue ─▶ Request ─▶ Operation ─┬─ at once ─────────────────────────┬─▶ status byte, used ring
+//!   queue ─▶ Request ─▶ Operation ─┬─ at once, or some in each turn ───┬─▶ status byte, used ring
 //!     ▲ limits: a timer            └─ IoThread … eventfd ─▶ Pending ───┘
 //!     └───────────────────────────────────── room for more ◀───────────┘
 //! ```
@@ -30,6 +30,7 @@ use super::{
     device::{Device, Identity, Poller, Progress, Readiness, Running, device_type},
     limiter::Limiter,
     queue::{QueueError, VirtQueue},
+    under_way::UnderWay,
 };
 use crate::{
     backends::disk::{Disk, IoThread, Operation, SECTOR_BYTES, Work},
@@ -59,10 +60,10 @@ mod feature {
 pub struct Block {
     disk: Arc<Disk>,
     id: [u8; MAX_DISK_ID_BYTES],
-    /// Absent where nothing waits.
-    thread: Option<IoThread>,
-    /// By token.
-    pending: Vec<Option<Pending>>,
+    /// No thread where nothing waits.
+    requests: UnderWay<Pending>,
+    /// One that nothing waits for, and that is too large for one turn.
+    large: Option<(Pending, Operation)>,
     limit: Limiter,
     /// The guest's memory, for what outlives a call. Set by the first request.
     memory: Option<Arc<GuestMemory>>,
@@ -89,19 +90,15 @@ impl Block {
         let io = if disk.never_waits() { None } else { Some(IoThread::new(disk.clone())?) };
         let (thread, work) = io.unzip();
         let block = Self {
-            thread,
+            requests: UnderWay::new(thread),
+            large: None,
             disk,
             id: padded,
-            pending: Vec::new(),
             limit: Limiter::new(limit)?,
             memory: None,
             logged_errors: 0,
         };
         Ok((block, work))
-    }
-
-    fn under_way(&self) -> usize {
-        self.thread.as_ref().map_or(0, IoThread::under_way)
     }
 
     /// Takes requests until there are none, a bound is met, or others have to have their turn.
@@ -110,18 +107,30 @@ impl Block {
         let durable = running.features & feature::FLUSH == 0;
         let memory = self.memory.get_or_insert_with(|| Arc::new(guest.clone())).clone();
         let Some(queue) = running.queue(0) else { return Ok(Progress::Done) };
+        if let Some((pending, mut operation)) = self.large.take() {
+            match self.disk.try_now(&mut operation) {
+                Some(result) => {
+                    let status = self.status_of(&operation, &result);
+                    pending.answer(status, guest, queue)?;
+                }
+                None => {
+                    self.large = Some((pending, operation));
+                    return Ok(Progress::More);
+                }
+            }
+        }
         let mut budget = QUEUE_SIZE;
         // When the first request was answered: most turns have no second one, and need no clock.
         let mut begun: Option<Instant> = None;
         loop {
             queue.disable_doorbell(guest)?;
             loop {
-                if self.under_way() >= usize::from(QUEUE_SIZE) || !self.limit.permits() {
+                if self.requests.count() >= usize::from(QUEUE_SIZE) || !self.limit.permits() {
                     // The eventfd or the timer goes on.
                     return Ok(Progress::Done);
                 }
                 let Some(chain) = queue.pop(guest)? else { break };
-                // A disk in memory works at once, and a gigabyte of zeros takes its time.
+                // A disk in memory works at once, which takes its time as well.
                 if budget == 0 || begun.is_some_and(|begun| begun.elapsed() > TURN) {
                     queue.put_back(&chain);
                     return Ok(Progress::More);
@@ -131,8 +140,10 @@ impl Block {
                 }
                 let head = chain.head;
                 let mut request = Request::parse(chain)?;
-                self.limit.charge(request.data_bytes());
                 self.begin(head, &mut request, &memory, durable, queue)?;
+                if self.large.is_some() {
+                    return Ok(Progress::More);
+                }
                 budget -= 1;
             }
             if !queue.enable_doorbell(guest)? {
@@ -150,34 +161,31 @@ impl Block {
         durable: bool,
         queue: &mut VirtQueue,
     ) -> Result<(), QueueError> {
-        let written = if request.kind == wire::IN { request.data_bytes() } else { 0 };
-        let (status, written) = match request.meaning(&self.disk, &self.id, memory, durable) {
+        let written = request.read_bytes();
+        let meaning = request.meaning(&self.disk, &self.id, memory, durable);
+        self.limit.charge(match &meaning {
+            Meaning::Answer { .. } => 0,
+            Meaning::Operation(operation) => operation.moved_bytes() as usize,
+        });
+        let (status, written) = match meaning {
             Meaning::Answer { status, written } => (status, written),
             Meaning::Operation(mut operation) => match self.disk.try_now(&mut operation) {
                 Some(result) => (self.status_of(&operation, &result), written),
-                None => match (request.status_byte(memory), self.thread.is_some()) {
-                    (Some(status), true) => {
-                        self.submit(Pending { head, written, status }, operation);
+                None => match request.status_byte(memory) {
+                    Some(status) => {
+                        let pending = Pending { head, written, status };
+                        match self.requests.has_thread() {
+                            true => self.requests.submit(pending, operation),
+                            false => self.large = Some((pending, operation)),
+                        }
                         return Ok(());
                     }
-                    _ => (wire::IO_ERROR, 0),
+                    None => (wire::IO_ERROR, 0),
                 },
             },
         };
         request.answer(status);
         queue.push_used(memory, head, used_bytes(status, written))
-    }
-
-    fn submit(&mut self, pending: Pending, operation: Operation) {
-        let Some(thread) = &mut self.thread else { return };
-        let token = self.pending.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.pending.push(None);
-            self.pending.len() - 1
-        });
-        if let (Some(slot), Ok(token)) = (self.pending.get_mut(token), u16::try_from(token)) {
-            *slot = Some(pending);
-            thread.submit(token, operation);
-        }
     }
 
     fn status_of(&mut self, operation: &Operation, result: &io::Result<()>) -> u8 {
@@ -199,19 +207,20 @@ impl Block {
     fn finish(&mut self, running: &mut Running) -> Result<(), QueueError> {
         let guest = running.memory;
         let Some(queue) = running.queue(0) else { return Ok(()) };
-        while let Some(done) = self.thread.as_mut().and_then(IoThread::next_done) {
-            // What was begun for a driver that has reset the device since has no slot.
-            let Some(pending) = self.pending.get_mut(usize::from(done.token)).and_then(Option::take) else {
-                continue;
-            };
-            if let Err(error) = &done.result {
+        while let Some((pending, result)) = self.requests.next_done() {
+            if let Err(error) = &result {
                 self.log(error, &"a request on its thread");
             }
-            let status = status_of(&done.result);
-            pending.status.write(status);
-            queue.push_used(guest, pending.head, used_bytes(status, pending.written))?;
+            pending.answer(status_of(&result), guest, queue)?;
         }
         Ok(())
+    }
+}
+
+impl Pending {
+    fn answer(self, status: u8, guest: &GuestMemory, queue: &mut VirtQueue) -> Result<(), QueueError> {
+        self.status.write(status);
+        queue.push_used(guest, self.head, used_bytes(status, self.written))
     }
 }
 
@@ -255,14 +264,12 @@ impl Device for Block {
     }
 
     fn start(&mut self, running: &mut Running) -> Result<Progress, QueueError> {
-        if let Some(thread) = &self.thread {
-            thread.cancel(false);
-        }
+        self.requests.start();
         self.serve(running)
     }
 
     fn watch(&mut self, poller: &mut dyn Poller) -> io::Result<()> {
-        let fds = [self.thread.as_ref().map(IoThread::fd), self.limit.fd()];
+        let fds = [self.requests.fd(), self.limit.fd()];
         fds.into_iter().flatten().try_for_each(|fd| poller.add(fd))
     }
 
@@ -271,28 +278,24 @@ impl Device for Block {
     }
 
     fn fd_ready(&mut self, fd: RawFd, _: Readiness, running: &mut Running) -> Result<Progress, QueueError> {
-        if let Some(thread) = self.thread.as_ref().filter(|thread| thread.fd() == fd) {
-            thread.take_notice();
+        if self.requests.take_notice(fd) {
             self.finish(running)?;
         }
         self.serve(running)
     }
 
     fn fd_ready_while_stopped(&mut self, fd: RawFd, _: Readiness, _: &mut dyn Poller) {
-        if let Some(thread) = self.thread.as_mut().filter(|thread| thread.fd() == fd) {
-            thread.take_notice();
-            while thread.next_done().is_some() {}
+        if self.requests.take_notice(fd) {
+            while self.requests.next_done().is_some() {}
         }
     }
 
     fn stop(&mut self, _: &mut dyn Poller) {
-        self.pending.clear();
-        if let Some(thread) = &self.thread {
-            thread.cancel(true);
-        }
+        self.large = None;
+        self.requests.stop();
     }
 
     fn is_idle(&self) -> bool {
-        self.under_way() == 0
+        self.requests.count() == 0
     }
 }

@@ -30,8 +30,8 @@ pub mod wire {
 const SEGMENT_BYTES: usize = 16;
 /// Segments that one such request may have.
 pub const MAX_SEGMENTS: u32 = 16;
-/// Sectors of one segment: 4 MiB. A file system that has no zeros to give has them written, in memory on the event loop: a
-/// request of 64 MiB holds other devices up for some 30 ms.
+/// Sectors of one segment: 4 MiB. A file system that has no zeros to give has them written, in memory some in each turn
+/// of the event loop; what is given up is so at once.
 pub const MAX_SEGMENT_SECTORS: u32 = 4 << 11;
 
 /// A request, checked for everything that does not depend on the disk.
@@ -91,27 +91,9 @@ impl<'m> Request<'m> {
         })
     }
 
-    /// Bytes of data that it moves, for limits: zeros count as what they take where a file system has them written.
-    pub fn data_bytes(&self) -> usize {
-        match self.kind {
-            wire::IN => self.target.len(),
-            wire::OUT => self.source.len(),
-            wire::WRITE_ZEROES => self.zeros_bytes(),
-            _ => 0,
-        }
-    }
-
-    /// What [`wire::WRITE_ZEROES`] fills, but for holes; what is wrong in it counts as far as it could be right.
-    fn zeros_bytes(&self) -> usize {
-        let segments = self.source.prefix(MAX_SEGMENTS as usize * SEGMENT_BYTES).to_vec();
-        let bytes = segments.chunks_exact(SEGMENT_BYTES).filter_map(|segment| {
-            let (rest, flags) = segment.split_last_chunk::<4>()?;
-            let (_, sectors) = rest.split_last_chunk::<4>()?;
-            let is_filled = u32::from_le_bytes(*flags) & wire::UNMAP == 0;
-            let sectors = u32::from_le_bytes(*sectors).min(MAX_SEGMENT_SECTORS);
-            is_filled.then_some(sectors as usize * SECTOR_BYTES as usize)
-        });
-        bytes.sum()
+    /// Bytes of data that are written for it if it is carried out.
+    pub fn read_bytes(&self) -> usize {
+        if self.kind == wire::IN { self.target.len() } else { 0 }
     }
 
     /// The status byte, to be written later.
