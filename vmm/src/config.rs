@@ -258,20 +258,37 @@ impl VmConfig {
 
     /// Every descriptor that the process inherits for the VM.
     pub fn inherited_fds(&self) -> Vec<RawFd> {
-        let ports = self.vsock.iter().flat_map(|vsock| &vsock.ports).map(|port| port.fd);
-        let nets = self.nets.iter().filter_map(|net| net.backend.inherited_fd());
-        let console = self.console.iter().filter_map(|console| console.socket_fd);
-        let share = self.share.iter().map(|share| share.socket_fd);
-        let programs = self.vsock.iter().filter_map(|vsock| vsock.listen_fd);
-        self.events_fd
-            .into_iter()
-            .chain(self.control_fd)
-            .chain(ports)
-            .chain(nets)
-            .chain(share)
-            .chain(console)
-            .chain(programs)
-            .collect()
+        self.named_fds().into_iter().map(|(_, fd)| fd).collect()
+    }
+
+    /// The same, each with the field that names it.
+    fn named_fds(&self) -> Vec<(String, RawFd)> {
+        let named = |field: &str, fd: Option<RawFd>| fd.map(|fd| (field.to_owned(), fd));
+        let nets = self.nets.iter().enumerate().filter_map(|(index, net)| {
+            net.backend.inherited_fd().map(|fd| (format!("nets[{index}].backend"), fd))
+        });
+        let ports = self.vsock.iter().flat_map(|vsock| &vsock.ports).enumerate();
+        let ports = ports.map(|(index, port)| (format!("vsock.ports[{index}].fd"), port.fd));
+        let one_each = [
+            named("events_fd", self.events_fd),
+            named("control_fd", self.control_fd),
+            named("console.socket_fd", self.console.as_ref().and_then(|console| console.socket_fd)),
+            named("share.socket_fd", self.share.as_ref().map(|share| share.socket_fd)),
+            named("vsock.listen_fd", self.vsock.as_ref().and_then(|vsock| vsock.listen_fd)),
+        ];
+        one_each.into_iter().flatten().chain(nets).chain(ports).collect()
+    }
+
+    /// Each becomes one owner's, who closes it. The standard streams are the process's own; events may go to its output.
+    fn validate_fds(&self) -> Result<(), ConfigError> {
+        let mut seen: HashSet<RawFd> = (0..=2).collect();
+        for (field, fd) in self.named_fds() {
+            let is_output = field == "events_fd" && matches!(fd, 1 | 2);
+            if fd < 0 || !is_output && !seen.insert(fd) {
+                return Err(ConfigError::new(field, fd, "an open descriptor above 2 that nothing else uses"));
+            }
+        }
+        Ok(())
     }
 
     /// Checks every field that can be checked without touching the host.
@@ -296,18 +313,7 @@ impl VmConfig {
         if self.start_timeout_ms == Some(0) {
             return Err(ConfigError::new("start_timeout_ms", 0, "1 and above, or none"));
         }
-        let console_fd = self.console.as_ref().and_then(|console| console.socket_fd);
-        let listen_fd = self.vsock.as_ref().and_then(|vsock| vsock.listen_fd);
-        for (field, fd) in [
-            ("events_fd", self.events_fd),
-            ("control_fd", self.control_fd),
-            ("vsock.listen_fd", listen_fd),
-            ("console.socket_fd", console_fd),
-        ] {
-            if let Some(fd) = fd.filter(|fd| *fd < 0) {
-                return Err(ConfigError::new(field, fd, "an open file descriptor"));
-            }
-        }
+        self.validate_fds()?;
         self.validate_disks()?;
         self.validate_pmems()?;
         self.validate_nets()?;
@@ -367,9 +373,6 @@ impl VmConfig {
             let allowed = format!("1 to {MAX_TAG_BYTES} printable ASCII characters");
             return Err(ConfigError::new("share.tag", format!("{:?}", share.tag), allowed));
         }
-        if share.socket_fd < 0 {
-            return Err(ConfigError::new("share.socket_fd", share.socket_fd, "an open file descriptor"));
-        }
         Ok(())
     }
 
@@ -379,24 +382,12 @@ impl VmConfig {
             return Err(ConfigError::new("vsock.guest_cid", vsock.guest_cid, "3 to 4294967294"));
         }
         let mut ports = HashSet::new();
-        // Standard streams and events are not the guest's.
-        let mut fds: HashSet<RawFd> = (0..=2).chain(self.events_fd).chain(self.control_fd).collect();
-        fds.extend(vsock.listen_fd);
-        fds.extend(self.share.iter().map(|share| share.socket_fd));
-        fds.extend(self.nets.iter().filter_map(|net| net.backend.inherited_fd()));
-        for (index, VsockPort { port, fd }) in vsock.ports.iter().enumerate() {
+        for (index, VsockPort { port, .. }) in vsock.ports.iter().enumerate() {
             if !ports.insert(port) {
                 return Err(ConfigError::new(
                     format!("vsock.ports[{index}].port"),
                     port,
                     "a port that no other stream has",
-                ));
-            }
-            if *fd < 0 || !fds.insert(*fd) {
-                return Err(ConfigError::new(
-                    format!("vsock.ports[{index}].fd"),
-                    fd,
-                    "a descriptor above 2 that nothing else uses",
                 ));
             }
         }
@@ -471,6 +462,29 @@ mod tests {
             });
             assert!(refused.starts_with(&format!("vsock.ports[0].fd is {fd}")), "{refused}");
         }
+    }
+
+    #[test]
+    fn validate_of_one_descriptor_for_two_things_is_refused() {
+        let mut config = VmConfig::new(1, 128, "/vmlinux");
+        config.events_fd = Some(1);
+        config.control_fd = Some(3);
+        config.share = Some(ShareConfig { tag: "x".into(), socket_fd: 4 });
+        config.vsock = Some(VsockConfig { guest_cid: 3, listen_fd: Some(5), ports: vec![port(7, 6)] });
+        assert_eq!(config.validate(), Ok(()));
+        assert_eq!(config.inherited_fds(), [1, 3, 4, 5, 6]);
+        let with = |change: &dyn Fn(&mut VmConfig)| {
+            let mut config = config.clone();
+            change(&mut config);
+            config.validate().unwrap_err().to_string()
+        };
+        for fd in [0, 1, 2, 3] {
+            let refused = with(&|c| c.share = Some(ShareConfig { tag: "x".into(), socket_fd: fd }));
+            assert!(refused.starts_with(&format!("share.socket_fd is {fd}")), "{refused}");
+        }
+        let listen = with(&|c| c.vsock.as_mut().unwrap().listen_fd = Some(4));
+        assert!(listen.starts_with("vsock.listen_fd is 4"), "{listen}");
+        assert!(with(&|c| c.events_fd = Some(0)).starts_with("events_fd is 0"));
     }
 
     #[test]
