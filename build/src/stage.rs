@@ -572,7 +572,7 @@ impl Stage<'_, '_> {
         }
         if path.contains("://") {
             return Err(StepError::Text(format!(
-                "{path} is a URL of a kind that is not supported; http and https are"
+                "{path} is a URL of a kind that is not supported; https is, and http to this machine"
             )));
         }
         let failed = |source| StepError::Io(format!("cannot read {path}"), source);

@@ -218,7 +218,7 @@ pub fn send(fd: BorrowedFd, buffers: &[VolatileSlice]) -> io::Result<usize> {
 }
 
 /// Gives the whole pages inside `slice` back to the host. They are then as they were at first: zeros, or what the file
-/// has of which they are a private copy.
+/// has of which they are a private copy. Those of a file that is mapped to be written to (`pmems`) stay as they are.
 pub fn discard(slice: &VolatileSlice) {
     const PAGE_BYTES: usize = 4096;
     let guard = slice.ptr_guard_mut();
@@ -227,8 +227,8 @@ pub fn discard(slice: &VolatileSlice) {
     if bytes > 0 {
         // SAFETY: `lead` is below the slice's length, as `bytes` is more than 0.
         let start = unsafe { guard.as_ptr().byte_add(lead) };
-        // SAFETY: [start, start + bytes) is inside the slice, that is in guest memory, which is mapped privately and
-        // tolerates any change.
+        // SAFETY: [start, start + bytes) is inside the slice, that is in guest memory, which tolerates any change and
+        // stays mapped: privately, or shared with a file, whose own content this leaves alone.
         unsafe { libc::madvise(start.cast(), bytes, libc::MADV_DONTNEED) };
     }
 }

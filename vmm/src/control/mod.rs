@@ -5,7 +5,7 @@
 //!          ◀─ {"version":1,"answer":…}\n ──── session ◀── Outcome ◀──
 //! ```
 //! `api` is the schema, `session` the framing with its bounds, `client` the other end. Who listens, and what a request
-//! does to the machine, is the machine's business (`machine/control.rs`). See `docs/control-api.md`.
+//! does to the machine, is the machine's business (`machine/plane.rs`, `machine/requests.rs`). See `docs/control-api.md`.
 
 pub mod api;
 pub mod client;
