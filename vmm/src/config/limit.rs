@@ -13,7 +13,7 @@ pub struct LimitConfig {
     /// Operations: requests, frames.
     #[serde(default)]
     pub ops: Option<BucketConfig>,
-    /// Bytes of their data.
+    /// Bytes of their data; of a disk, those that are made zeros included.
     #[serde(default)]
     pub bytes: Option<BucketConfig>,
 }
