@@ -405,6 +405,7 @@ fn spawn(stage: &Stage<'_, '_>, work: &Work) -> Result<(Report, File), StepError
     let (output, theirs) = io::pipe().map_err(failed())?;
     let mut child = Process::new(&stage.build.request.program)
         .arg(step::WORD)
+        .arg(std::process::id().to_string())
         .stdin(Stdio::from(exchange.try_clone().map_err(failed())?))
         .stdout(theirs.try_clone().map_err(failed())?)
         .stderr(theirs)

@@ -22,7 +22,7 @@ use cloche_images::{Bounded, Store, StoredLayer};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// The first argument of such a process.
+/// The first argument of such a process; the second is the build's process id.
 pub const WORD: &str = "build-step";
 /// The sandbox's host name: the same each time, for what a command makes of it.
 const HOSTNAME: &str = "build";
@@ -140,8 +140,12 @@ fn move_to_front(file: &File, skip: u64) -> io::Result<()> {
 
 /// The process. Its stdin is the file of the work.
 pub fn main() -> ExitCode {
-    // Whatever ends the build ends this, and with it the sandbox.
-    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    // Whatever ends the build ends this, and with it the sandbox. It may have ended before this is said.
+    let tied = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    let parent = std::os::unix::process::parent_id().to_string();
+    if tied.is_err() || std::env::args().nth(2) != Some(parent) {
+        return ExitCode::FAILURE;
+    }
     let Ok(file) = io::stdin().as_fd().try_clone_to_owned().map(File::from) else { return ExitCode::FAILURE };
     let worked = work(&file);
     let written = match worked {
