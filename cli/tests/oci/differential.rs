@@ -55,7 +55,6 @@ const DIFFERENCES: &[Difference] = &[
     runc("cgroup", &[":/"], "crun does without the v2 hierarchy, which is unmounted for it"),
     runc("descriptors", &["0 "], "runc passes what is read through a pipe of its own"),
     runc("devices", &["'/dev/core' "], "crun links it to what most containers have masked"),
-    runc("devices", &["/dev/null "], "crun gives a user its stdin, even if that is the null device"),
     runc(
         "mountinfo",
         &["/null /proc/keys ", "/null /hidden/file "],
@@ -224,8 +223,14 @@ fn see(case: &Case, peer: Option<&str>) -> Result<Seen, String> {
     let plain = bundle.command_of(alone(&program), &["run", &bundle.id]);
     let has_terminal = bundle.config["process"]["terminal"] == true;
     let mut command = if has_terminal { in_terminal(&plain) } else { plain };
-    // A terminal whose other side is closed is none.
-    let input = if has_terminal { Stdio::piped() } else { Stdio::null() };
+    // A terminal whose other side is closed is none. A file, since crun gives the container's user what is its stdin, also
+    // if that is the machine's null device.
+    let input = if has_terminal {
+        Stdio::piped()
+    } else {
+        fs::write(bundle.path("input"), "").unwrap();
+        fs::File::open(bundle.path("input")).unwrap().into()
+    };
     let mut child = command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let input = child.stdin.take();
     let output = child.wait_with_output().unwrap();
