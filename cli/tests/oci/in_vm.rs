@@ -59,6 +59,7 @@ pub fn of(all: Vec<Test>) -> Vec<Test> {
         signal_to_the_attending_process_reaches_the_container,
         files_of_the_host_are_there_and_can_be_written,
         hooks_of_the_host_run_around_it,
+        read_only_root_is_kept_by_the_host_too,
         interface_is_given_to_one_machine_only,
         what_a_virtual_machine_cannot_do_is_refused,
         labels_of_the_host_are_dropped_with_a_warning,
@@ -272,6 +273,20 @@ fn hooks_of_the_host_run_around_it() {
     let bundle = Bundle::new(&["true"]).with("/hooks", failing);
     assert!(bundle.refused(&["run", &bundle.id]).contains("exit status 4: oh no"));
     assert_eq!(bundle.ok(&["list", "--quiet"]), "");
+}
+
+fn read_only_root_is_kept_by_the_host_too() {
+    let script = "mount -o remount,bind,rw / && echo remounted; echo x > /made || echo kept; touch /new/here && echo mounted";
+    let capabilities = json!(["CAP_SYS_ADMIN"]);
+    let bundle = Bundle::script(script)
+        .with("/root/readonly", json!(true))
+        .with("/mounts/-", json!({ "destination": "/new", "type": "tmpfs", "source": "tmpfs" }))
+        .with(
+            "/process/capabilities",
+            json!({ "bounding": capabilities, "effective": capabilities, "permitted": capabilities }),
+        );
+    assert_eq!(bundle.ok(&["run", &bundle.id]), "remounted\nkept\nmounted");
+    assert!(!bundle.path("rootfs/made").exists());
 }
 
 fn interface_is_given_to_one_machine_only() {

@@ -75,33 +75,28 @@ fn enable(directory: &Path, needed: &[(String, &'static str)]) -> Result<(), Cgr
         return Ok(());
     }
     let available = read("cgroup.controllers")?;
+    // Only the real root, which has no type, may have processes and hand controllers down. Others are refused some, and of
+    // the rest, those for threads, become the top of a tree whose cgroups take no processes (kernel: cgroup-v2.rst,
+    // "No Internal Process Constraint" and "Threads").
+    let mut is_occupied = directory.join("cgroup.type").exists()
+        && !files::read(directory, "cgroup.procs").unwrap_or_default().trim().is_empty();
     for (controller, limit) in missing_needed {
         let refused = |reason| CgroupError::NoController { controller: controller.clone(), limit, reason };
         if !is_in(&available, controller) {
             return Err(refused(format!(": {}/cgroup.controllers lacks it", directory.display())));
         }
-        let hand_down = || files::write(directory, "cgroup.subtree_control", &format!("+{controller}"));
-        let handed = match hand_down() {
-            Err(CgroupError::Io { source, .. })
-                if source.raw_os_error() == Some(libc::EBUSY) && step_aside(directory)? =>
-            {
-                hand_down()
-            }
-            result => result,
-        };
-        handed.map_err(|error| {
-            match error {
-                // "No internal processes": only the real root may have both.
-                CgroupError::Io { source, .. } if source.raw_os_error() == Some(libc::EBUSY) => refused(
-                    format!(": {} has processes of its own; move them to a child", directory.display()),
-                ),
-                other => other,
-            }
-        })?;
+        is_occupied = is_occupied && !step_aside(directory)?;
+        if is_occupied {
+            let reason = format!(": {} has processes of its own; move them to a child", directory.display());
+            return Err(refused(reason));
+        }
+        files::write(directory, "cgroup.subtree_control", &format!("+{controller}"))?;
     }
     for controller in missing_wanted.into_iter().filter(|controller| is_in(&available, controller)) {
         // Nobody asked for it: without it, only statistics are missing.
-        let _ = files::write(directory, "cgroup.subtree_control", &format!("+{controller}"));
+        if !is_occupied {
+            let _ = files::write(directory, "cgroup.subtree_control", &format!("+{controller}"));
+        }
     }
     Ok(())
 }
