@@ -19,6 +19,7 @@ mod images;
 mod port_trace;
 mod report;
 mod runtimes;
+mod start_order;
 mod startup;
 mod statistics;
 mod stopwatch;
@@ -55,6 +56,16 @@ enum Command {
     Throughput(ThroughputArguments),
     /// From an image's archive, or from a registry, to an image that can be started
     Images(ImagesArguments),
+    /// Print which functions of `cloche` a command runs through, for the linker (see scripts/start-order)
+    #[command(hide = true)]
+    StartOrder {
+        /// The linker's map of that `cloche`
+        #[arg(long)]
+        map: PathBuf,
+        /// What to run
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
     /// The work of `throughput` in this process, at its request
     #[command(hide = true)]
     Worker {
@@ -167,6 +178,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             print!("{report}");
             json.map_or(Ok(()), |file| report.write_json(&file))
         }
+        Command::StartOrder { map, command } => start_order::print(&vmms::cloche()?, &map, &command),
         Command::Worker { disk, sockets } => throughput::process(&disk, &sockets),
     }
 }

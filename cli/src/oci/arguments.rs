@@ -2,7 +2,10 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{ArgAction, Args, Command, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{
+    ArgAction, Args, Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 
 /// Open Container Initiative runtime: runs bundles as Linux containers, or each in a virtual machine, for engines and
 /// for people
@@ -18,12 +21,62 @@ pub struct Arguments {
     pub verb: Verb,
 }
 
+impl Arguments {
+    /// What was typed. Anything wrong with it is told, and ends the process.
+    ///
+    /// Making the parser of all verbs takes longer than most of what engines ask for. So the first word that is one of
+    /// their verbs gets a parser of that verb alone; whatever that does not take is for the whole one to take, explain
+    /// or refuse. That parser knows the same words and fewer verbs, so it takes nothing in another sense.
+    pub fn of_command_line(name: &'static str) -> Self {
+        let verb = std::env::args_os().skip(1).find_map(|word| {
+            Some(match word.to_str()? {
+                "create" => alone("create", Verb::Create),
+                "run" => alone("run", Verb::Run),
+                "start" => alone("start", Verb::Start),
+                "state" => alone("state", Verb::State),
+                "kill" => alone("kill", Verb::Kill),
+                "delete" => alone("delete", Verb::Delete),
+                "exec" => alone("exec", |exec| Verb::Exec(Box::new(exec))),
+                _ => return None,
+            })
+        });
+        verb.flatten().unwrap_or_else(|| {
+            let matches = command(name).try_get_matches().unwrap_or_else(|error| leave(name, &error));
+            Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+        })
+    }
+}
+
+/// The arguments, if they are for this verb and nothing is wrong with them.
+fn alone<Verbs: Args>(verb: &'static str, is: fn(Verbs) -> Verb) -> Option<Arguments> {
+    let command = Global::augment_args(Command::new("cloche"));
+    let command = command.subcommand(Verbs::augment_args(Command::new(verb)));
+    let matches = command.try_get_matches().ok()?;
+    let global = Global::from_arg_matches(&matches).ok()?;
+    let verb = Verbs::from_arg_matches(matches.subcommand()?.1).ok()?;
+    Some(Arguments { version: (), global, verb: is(verb) })
+}
+
+/// Says what is wrong with the arguments, or the help that they ask for.
+fn leave(name: &str, error: &clap::Error) -> ! {
+    let asks_for_help =
+        std::env::args().skip(1).any(|word| ["-h", "--help", "help"].contains(&word.as_str()));
+    if error.kind() == ErrorKind::InvalidSubcommand
+        && asks_for_help
+        && let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidSubcommand)
+    {
+        eprintln!("No help topic for '{unknown}'; {name} --help lists the commands");
+        std::process::exit(2);
+    }
+    error.exit()
+}
+
 /// As engines read it: dockerd looks for `version` and `commit:`. The commit is that which `CLOCHE_COMMIT` named at build.
 const VERSION: &str =
     concat!("version ", env!("CARGO_PKG_VERSION"), "\ncommit: ", env!("CLOCHE_COMMIT"), "\nspec: 1.2.0");
 
 /// The command line of the runtime of this name.
-pub fn command(name: &'static str) -> Command {
+fn command(name: &'static str) -> Command {
     let page = |of: &str| {
         format!(
             "{{before-help}}NAME:\n   {of} - {{about}}\n\n{{usage-heading}} {{usage}}\n\n{{all-args}}{{after-help}}"
@@ -84,37 +137,13 @@ pub enum Verb {
     /// Create a container, which then waits to be started
     Create(Create),
     /// Start a container that was created
-    Start {
-        /// The container's id
-        id: String,
-    },
+    Start(Named),
     /// Print the state of a container
-    State {
-        /// The container's id
-        id: String,
-    },
+    State(Named),
     /// Send a signal to a container's first process
-    Kill {
-        /// Send it to all processes of the container
-        #[arg(short, long)]
-        all: bool,
-        /// The container's id
-        id: String,
-        /// Name or number
-        #[arg(default_value = "TERM", value_parser = signal)]
-        signal: i32,
-    },
+    Kill(Kill),
     /// Remove a container that is not running
-    Delete {
-        /// Kill it first if it runs, and be content if it is not there
-        #[arg(short, long)]
-        force: bool,
-        /// Take the id for a regular expression, and remove all containers that it matches
-        #[arg(long)]
-        regex: bool,
-        /// The container's id
-        id: String,
-    },
+    Delete(Delete),
     /// Create and start a container, and wait for its end
     Run(Run),
     /// Run a further process in a container
@@ -140,15 +169,9 @@ pub enum Verb {
         options: Vec<String>,
     },
     /// Stop all processes of a container until it is resumed
-    Pause {
-        /// The container's id
-        id: String,
-    },
+    Pause(Named),
     /// Let a paused container go on
-    Resume {
-        /// The container's id
-        id: String,
-    },
+    Resume(Named),
     /// Change the limits of a container
     Update(Box<Update>),
     /// Print what a container uses, and when it runs out of memory, as lines of JSON
@@ -184,6 +207,36 @@ pub struct Unsupported {
     /// Whatever is asked of it
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub words: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Named {
+    /// The container's id
+    pub id: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Kill {
+    /// Send it to all processes of the container
+    #[arg(short, long)]
+    pub all: bool,
+    /// The container's id
+    pub id: String,
+    /// Name or number
+    #[arg(default_value = "TERM", value_parser = signal)]
+    pub signal: i32,
+}
+
+#[derive(Debug, Args)]
+pub struct Delete {
+    /// Kill it first if it runs, and be content if it is not there
+    #[arg(short, long)]
+    pub force: bool,
+    /// Take the id for a regular expression, and remove all containers that it matches
+    #[arg(long)]
+    pub regex: bool,
+    /// The container's id
+    pub id: String,
 }
 
 #[derive(Debug, Args)]

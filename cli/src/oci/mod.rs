@@ -13,15 +13,11 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{
-    FromArgMatches,
-    error::{ContextKind, ContextValue, ErrorKind},
-};
 use cloche_engine::OciVm;
 use cloche_oci::{Creation, Error, Home, Isolation, Known, OnHost, Preserved};
 use regex_lite::Regex;
 
-use arguments::{Arguments, Create, Verb};
+use arguments::{Arguments, Create, Delete, Kill, Named, Verb};
 
 /// The isolation by whose name this binary was called, if that is one of a runtime.
 pub fn called(program: Option<&OsString>) -> Option<&'static dyn Isolation> {
@@ -32,9 +28,9 @@ pub fn called(program: Option<&OsString>) -> Option<&'static dyn Isolation> {
 
 /// The whole command.
 pub fn main(isolation: &dyn Isolation) -> ExitCode {
+    protect_early(isolation);
     let name = isolation.name();
-    let matches = arguments::command(name).try_get_matches().unwrap_or_else(|error| leave(name, &error));
-    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let arguments = Arguments::of_command_line(name);
     // Before anything is opened: see `Preserved`.
     let preserved = preserve(&arguments.verb);
     let log = match log::Log::open(name, &arguments.global) {
@@ -54,18 +50,13 @@ pub fn main(isolation: &dyn Isolation) -> ExitCode {
     }
 }
 
-/// Says what is wrong with the arguments, or the help that they ask for.
-fn leave(name: &str, error: &clap::Error) -> ! {
-    let asks_for_help =
-        std::env::args().skip(1).any(|word| ["-h", "--help", "help"].contains(&word.as_str()));
-    if error.kind() == ErrorKind::InvalidSubcommand
-        && asks_for_help
-        && let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidSubcommand)
-    {
-        eprintln!("No help topic for '{unknown}'; {name} --help lists the commands");
-        std::process::exit(2);
+/// Before arguments are parsed, since all that was done until then is done once more: whatever cannot be a verb that
+/// enters containers has none of their words. If it fails, that is told when the verb is known.
+fn protect_early(isolation: &dyn Isolation) {
+    let enters = |word: OsString| ["create", "run", "exec"].iter().any(|verb| word == *verb);
+    if isolation.enters_containers() && std::env::args_os().any(enters) {
+        let _ = cloche_oci::protect_own_binary();
     }
-    error.exit()
 }
 
 fn preserve(verb: &Verb) -> Preserved {
@@ -107,21 +98,21 @@ fn carry_out(
         Verb::Run(run) => {
             cloche_oci::run(&home, &creation(&run.create, preserved, &warn, &debug), run.detach, run.keep)
         }
-        Verb::Start { id } => cloche_oci::start(&home, id).map(|()| 0),
-        Verb::State { id } => cloche_oci::state(&home, id).map(|state| show::line(&state)),
-        Verb::Kill { all, id, signal } => cloche_oci::kill(&home, id, *signal, *all).map(|()| 0),
-        Verb::Delete { force, regex: true, id } => {
+        Verb::Start(Named { id }) => cloche_oci::start(&home, id).map(|()| 0),
+        Verb::State(Named { id }) => cloche_oci::state(&home, id).map(|state| show::line(&state)),
+        Verb::Kill(Kill { all, id, signal }) => cloche_oci::kill(&home, id, *signal, *all).map(|()| 0),
+        Verb::Delete(Delete { force, regex: true, id }) => {
             let pattern = Regex::new(id).map_err(|error| Error::Request(format!("--regex {id}: {error}")))?;
             let all = cloche_oci::list(&home)?;
             let mut matching = all.iter().map(Known::id).filter(|id| pattern.is_match(id));
             matching.try_for_each(|id| cloche_oci::delete(&home, id, *force, &warn)).map(|()| 0)
         }
-        Verb::Delete { force, id, .. } => cloche_oci::delete(&home, id, *force, &warn).map(|()| 0),
+        Verb::Delete(Delete { force, id, .. }) => cloche_oci::delete(&home, id, *force, &warn).map(|()| 0),
         Verb::Exec(exec) => exec::exec(&home, exec, preserved, &warn, &debug),
         Verb::List { format, quiet } => show::list(&home, *format, *quiet),
         Verb::Ps { format, id, options } => show::processes(&home, id, *format, options),
-        Verb::Pause { id } => cloche_oci::pause(&home, id).map(|()| 0),
-        Verb::Resume { id } => cloche_oci::resume(&home, id).map(|()| 0),
+        Verb::Pause(Named { id }) => cloche_oci::pause(&home, id).map(|()| 0),
+        Verb::Resume(Named { id }) => cloche_oci::resume(&home, id).map(|()| 0),
         Verb::Update(update) => update::update(&home, update),
         Verb::Events { stats: true, id, .. } => {
             cloche_oci::events::statistics(&home, id).and_then(|report| Ok(show::line(&show::json(&report)?)))
