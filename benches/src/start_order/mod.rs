@@ -112,7 +112,9 @@ fn sections(map: &str) -> Vec<Section> {
 fn names(file: &str, section: &str) -> Option<(String, String, bool)> {
     if let Some(start) = section.find("17h").filter(|_| section.contains("_ZN")) {
         let open = section.get(..start).map(|name| format!("*({name}17h*)"))?;
-        return Some((open, format!("*({section})"), true));
+        // Behind the hash may be one of the unit it was compiled in.
+        let exact = section.get(..start + "17h".len() + 16).unwrap_or(section);
+        return Some((open, format!("*({exact}*)"), true));
     }
     if section.contains("._R") {
         return Some((format!("*({})", without_crate_hashes(section)), format!("*({section})"), true));
