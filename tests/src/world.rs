@@ -67,6 +67,8 @@ pub enum Need {
     Passt,
     /// The programs `newuidmap` and `newgidmap`.
     NewIdMap,
+    /// cgroup v2 with no v1 hierarchy beside it.
+    CgroupV2,
     /// A machine whose processor is real, for work that takes minutes on an emulated one.
     RealProcessor,
 }
@@ -83,6 +85,7 @@ impl Need {
             Self::CloudKernel => "Debian's cloud kernel (CLOCHE_TEST_CLOUD_KERNEL)",
             Self::Passt => "passt on PATH",
             Self::NewIdMap => "newuidmap and newgidmap on PATH (uidmap)",
+            Self::CgroupV2 => "cgroup v2 without v1 beside it",
             Self::RealProcessor => "a processor that is not emulated",
         }
     }
@@ -207,6 +210,7 @@ impl World {
                 };
                 !["newuidmap", "newgidmap"].into_iter().all(found)
             }
+            Need::CgroupV2 => !Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
             Need::RealProcessor => self.slowness > 1,
         }
     }

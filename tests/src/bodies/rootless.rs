@@ -29,6 +29,9 @@ pub const BODIES: &[Body] = &[
     body!(plain_user_without_further_ids_is_alone_in_its_container).only(Isolation::Container),
     body!(plain_user_s_image_has_its_owners).only(Isolation::Container).needs(&[Need::NewIdMap]),
     body!(plain_user_s_limits_need_a_cgroup).only(Isolation::Container),
+    body!(plain_user_s_limits_hold_in_a_cgroup_that_was_given_to_it)
+        .only(Isolation::Container)
+        .needs(&[Need::CgroupV2]),
     body!(device_nodes_of_an_image_are_left_out_for_a_plain_user).only(Isolation::Container),
     body!(plain_user_s_trees_go_with_their_image).only(Isolation::Container).needs(&[Need::NewIdMap]),
     body!(plain_user_s_volume_is_removed_with_others_files)
@@ -218,6 +221,94 @@ fn plain_user_s_limits_need_a_cgroup(bed: &Bed) -> Story {
     for (option, value) in [("--memory", "64m"), ("--cpus", "0.5"), ("--pids-limit", "10")] {
         let finished = bed.busybox().with(option, value).command(&["true"]).run()?;
         finished.refused_with(125)?.says("systemd-run --user")?;
+    }
+    bed.check_out()
+}
+
+/// A v2 cgroup for one command, in which its user may make others, as systemd's `Delegate=yes` makes it (kernel:
+/// cgroup-v2.rst, "Delegation Containment"). Once it has handed controllers down, no other process gets in.
+struct Delegated(PathBuf);
+
+impl Delegated {
+    fn new(name: &str) -> Result<Self> {
+        let top = PathBuf::from(format!("/sys/fs/cgroup/cloche-tests-{name}-{}", std::process::id()));
+        let delegated = Self(top.join("user"));
+        fs::create_dir_all(&delegated.0)?;
+        for directory in [Path::new("/sys/fs/cgroup"), &top] {
+            let path = directory.join("cgroup.subtree_control");
+            fs::write(&path, "+cpu +memory +pids").with_context(|| format!("write to {}", path.display()))?;
+        }
+        for name in ["", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"] {
+            chown(delegated.0.join(name), Some(ID), Some(ID))?;
+        }
+        Ok(delegated)
+    }
+
+    /// The same command in it.
+    fn with(&self, command: &Command) -> Command {
+        let mut inside = Command::new("sh");
+        inside.args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#]).arg(&self.0);
+        inside.arg(command.get_program()).args(command.get_args());
+        inside.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        inside
+    }
+
+    /// The names of the cgroups in it.
+    fn below(&self) -> Result<Vec<String>> {
+        let entries = fs::read_dir(&self.0)?.collect::<Result<Vec<_>, _>>()?;
+        let directories = entries.into_iter().filter(|entry| entry.path().is_dir());
+        Ok(directories.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
+    }
+}
+
+impl Drop for Delegated {
+    fn drop(&mut self) {
+        for name in self.below().unwrap_or_default() {
+            let _ = fs::remove_dir(self.0.join(name));
+        }
+        let _ = fs::remove_dir(&self.0);
+        let _ = self.0.parent().map(fs::remove_dir);
+    }
+}
+
+fn plain_user_s_limits_hold_in_a_cgroup_that_was_given_to_it(bed: &Bed) -> Story {
+    let bed = plain(bed, Ids::Alone)?;
+    let start = |delegated: &Delegated, words: &[&str]| {
+        let mut command = bed.cloche();
+        command.args(["run", "--isolation", "container"]).args(words);
+        Running::start(delegated.with(&command), &Input::Null, bed.deadline())
+    };
+    let limits = ["--memory", "64m", "--pids-limit", "20", "--cpus", "0.5"];
+    let script = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.max; cat /proc/self/cgroup";
+    let limited = Delegated::new("limited")?;
+    let words = [&limits[..], &["--rm", "busybox", "sh", "-c", script]].concat();
+    let finished = start(&limited, &words)?.wait()?;
+    finished.succeeds()?.prints("67108864\n20\n50000 100000\n0::/\n")?;
+    let script = "x=0123456789abcdef; while :; do x=$x$x; done";
+    let words = ["--rm", "--memory", "32m", "busybox", "sh", "-c", script];
+    let exhausted = Delegated::new("exhausted")?;
+    start(&exhausted, &words)?.wait()?.exits_with(137)?;
+    // A limit on processes alone, which the kernel would let a cgroup hand down that has processes.
+    let counted = Delegated::new("counted")?;
+    let words = ["--rm", "--pids-limit", "9", "busybox", "cat", "/sys/fs/cgroup/pids.max"];
+    start(&counted, &words)?.wait()?.succeeds()?.prints("9\n")?;
+    let words = ["--rm", "--name", "paused", "busybox", "sh", "-c", "echo up; sleep 100000"];
+    let paused = Delegated::new("paused")?;
+    let mut running = start(&paused, &words)?;
+    running.wait_for_stdout("up\n")?;
+    bed.run(&["pause", "paused"])?.succeeds()?;
+    bed.run(&["unpause", "paused"])?.succeeds()?;
+    running.signal(Signal::KILL)?;
+    running.wait_for_end()?;
+    bed.run(&["rm", "--force", "paused"])?;
+    running.wait()?.exits_with(137)?;
+    for delegated in [limited, exhausted, counted, paused] {
+        // Where the command itself was, and what sandboxes' cgroups are below.
+        let left = delegated.below()?;
+        let stays = |name: &String| name == "cloche" || name.starts_with("cloche-monitor-");
+        ensure!(left.iter().all(stays), "{left:?} are left");
+        // Fails if anything is in it.
+        fs::remove_dir(delegated.0.join("cloche"))?;
     }
     bed.check_out()
 }
