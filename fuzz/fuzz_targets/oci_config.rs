@@ -26,6 +26,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
             id: "fuzz",
             spec,
             user: None,
+            filter: None,
             rootfs: Rootfs::Directory("/nowhere".into()),
             stdio: Stdio { stdin: null(), stdout: null(), stderr: null() },
             kill_on_parent_death: false,
