@@ -90,7 +90,7 @@ pub struct Build {
     pub pull: PullPolicy,
     #[command(flatten)]
     pub registry: Registry,
-    /// Directory, archive (plain, gzip, zstd), or - for an archive or a Dockerfile on stdin
+    /// Directory, archive (plain, gzip, zstd, bzip2, xz), or - for an archive or a Dockerfile on stdin
     #[arg(value_name = "CONTEXT")]
     pub context: PathBuf,
 }

@@ -180,7 +180,7 @@ Examples:
 
 Made by `docker save`, skopeo, umoci, buildah, podman: docker-archives and OCI layouts. All of it is loaded, or nothing.")]
 pub struct Load {
-    /// A tar (plain, gzip, zstd), a directory, or - for stdin
+    /// A tar (plain, gzip, zstd, bzip2, xz), a directory, or - for stdin
     #[arg(default_value = "-", hide_default_value = true)]
     pub file: PathBuf,
     /// The same, as Docker has it
@@ -241,7 +241,7 @@ pub struct Import {
     /// Remark for the image's history
     #[arg(short, long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub message: String,
-    /// A tar (plain, gzip, zstd), or - for stdin
+    /// A tar (plain, gzip, zstd, bzip2, xz), or - for stdin
     pub file: PathBuf,
     /// Name for the image
     pub name: Option<String>,
