@@ -6,8 +6,8 @@
 
 use cloche_seccomp::bpf::{self, Comparison, Condition, Decision, Policy, Rule};
 use kvm_bindings::{
-    kvm_cpuid2, kvm_dirty_log, kvm_ioeventfd, kvm_irq_level, kvm_lapic_state, kvm_msrs, kvm_pit_config,
-    kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+    kvm_cpuid2, kvm_dirty_log, kvm_enable_cap, kvm_ioeventfd, kvm_irq_level, kvm_lapic_state, kvm_msrs,
+    kvm_pit_config, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
 };
 use libc::c_long;
 
@@ -157,6 +157,7 @@ pub const ENTRIES: &[Entry] = &[
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x41, 0))], "KVM_CREATE_VCPU"),
     ioctl(&[KvmSetup, Main], &[Is(1, request(WRITE, 0x46, size_of::<kvm_userspace_memory_region>()))], "KVM_SET_USER_MEMORY_REGION, also to log dirty pages and to add memory"),
     ioctl(&[Main], &[Is(1, request(WRITE, 0x42, size_of::<kvm_dirty_log>()))], "KVM_GET_DIRTY_LOG"),
+    ioctl(&[KvmSetup], &[Is(1, request(WRITE, 0xa3, size_of::<kvm_enable_cap>()))], "KVM_ENABLE_CAP, to leave out counters"),
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x47, 0))], "KVM_SET_TSS_ADDR"),
     ioctl(&[KvmSetup], &[Is(1, request(NONE, 0x60, 0))], "KVM_CREATE_IRQCHIP"),
     ioctl(&[KvmSetup], &[Is(1, request(WRITE, 0x77, size_of::<kvm_pit_config>()))], "KVM_CREATE_PIT2, for hosts without a deadline timer"),

@@ -58,7 +58,8 @@ const GUEST_LEAVES: [RangeInclusive<u32>; 11] = [
 
 /// Features that a guest is not offered, although KVM would give it some (Intel's and AMD's manuals, CPUID): to run
 /// guests of its own, which is much of KVM within a hostile guest's reach; to count, sample and trace, which are channels
-/// out of a guest; enclaves; and what only a host administers.
+/// out of a guest; enclaves; and what only a host administers. AMD's oldest counters have no bit: `builder.rs` leaves
+/// them out of the VM.
 fn hide_host_features(entry: &mut kvm_cpuid_entry2) {
     let bits = |bits: &[u32]| bits.iter().fold(0, |all, bit| all | 1 << bit);
     match (entry.function, entry.index) {
