@@ -136,13 +136,14 @@ impl RegistryError {
         RegistryError::Status { url, what: what.into(), status, message: message_in(&content), retry_after }
     }
 
-    /// How long to wait before asking again: as long as was asked for, or else `own`.
+    /// How long to wait before asking again: as long as was asked for, but no shorter than `own`, so that who says
+    /// `Retry-After: 0` is not asked without a pause.
     pub(super) fn pause(&self, own: Duration) -> Duration {
         let asked = match self {
             RegistryError::Status { retry_after, .. } => *retry_after,
             _ => None,
         };
-        asked.unwrap_or(own).min(MAX_RETRY_AFTER)
+        asked.map_or(own, |asked| asked.max(own)).min(MAX_RETRY_AFTER)
     }
 
     /// Whether asking again may help.
@@ -591,5 +592,19 @@ mod tests {
         for nothing in ["", "{}", "<html>", r#"{"errors":[]}"#] {
             assert_eq!(message_in(nothing.as_bytes()), "");
         }
+    }
+    #[test]
+    fn pause_is_the_longer_of_ours_and_theirs_up_to_a_bound() {
+        let pause = |retry_after: Option<u64>| {
+            let error = RegistryError::Status {
+                url: String::new(),
+                what: String::new(),
+                status: 429,
+                message: String::new(),
+                retry_after: retry_after.map(Duration::from_secs),
+            };
+            error.pause(Duration::from_secs(2)).as_secs()
+        };
+        assert_eq!([None, Some(0), Some(1), Some(5), Some(3600)].map(pause), [2, 2, 2, 5, 10]);
     }
 }
