@@ -125,7 +125,11 @@ fn remove_once(directory: &Path) -> io::Result<()> {
     let leave = |parent: BorrowedFd<'_>, name: &CStr| {
         let _ = unlinkat(parent, name, AtFlags::REMOVEDIR);
     };
-    walk(directory, |_| {}, leave)?;
+    match walk(directory, |_| {}, leave) {
+        // Somebody else removes it at the same time. What that one has not got to yet keeps this one busy.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        other => other?,
+    }
     remove()
 }
 
