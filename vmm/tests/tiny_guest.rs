@@ -223,6 +223,12 @@ fn panic_text_before_a_reset_is_the_reason() -> Result<(), Failed> {
     expect(run(&code, |_, _| ())?.0, reason)
 }
 
+fn panic_text_of_a_guest_that_then_stands_still_is_the_reason() -> Result<(), Failed> {
+    let code = [print("[ 1.0] Kernel panic - not syncing: no root\r\n"), HALT.to_vec()].concat();
+    let reason = ExitReason::KernelPanic { message: "no root".into(), cause: PanicCause::Other };
+    expect(run(&code, |config, _| config.start_timeout_ms = Some(1000))?.0, reason)
+}
+
 fn guest_that_never_reports_times_out() -> Result<(), Failed> {
     let reason = run(HALT, |config, _| config.start_timeout_ms = Some(50))?.0;
     expect(reason, ExitReason::StartTimeout { timeout_ms: 50 })
@@ -266,7 +272,7 @@ fn main() {
     if no_kvm {
         eprintln!("tiny_guest: every test is ignored, because /dev/kvm cannot be opened");
     }
-    let tests: [(&str, Test); 13] = [
+    let tests: [(&str, Test); 14] = [
         ("exit_port_ends_the_machine_with_its_code", exit_port_ends_the_machine_with_its_code),
         ("marks_come_in_order_on_one_clock", marks_come_in_order_on_one_clock),
         ("console_text_comes_with_the_end_and_in_the_log", console_text_comes_with_the_end_and_in_the_log),
@@ -279,6 +285,10 @@ fn main() {
         ("virtio_device_answers_at_its_address", virtio_device_answers_at_its_address),
         ("keyboard_reset_and_triple_fault_end_the_machine", keyboard_reset_and_triple_fault_end_the_machine),
         ("panic_text_before_a_reset_is_the_reason", panic_text_before_a_reset_is_the_reason),
+        (
+            "panic_text_of_a_guest_that_then_stands_still_is_the_reason",
+            panic_text_of_a_guest_that_then_stands_still_is_the_reason,
+        ),
         ("guest_that_never_reports_times_out", guest_that_never_reports_times_out),
         ("guest_that_spins_is_interrupted", guest_that_spins_is_interrupted),
         ("guest_that_reported_is_not_timed_out", guest_that_reported_is_not_timed_out),

@@ -175,9 +175,11 @@ fn build_and_run(
         Ending::GuestExit(code) => ExitReason::GuestExit { code },
         Ending::Reset => or_panic(&console, ExitReason::GuestReset),
         Ending::TripleFault => or_panic(&console, ExitReason::TripleFault),
-        Ending::StartTimeout => {
-            ExitReason::StartTimeout { timeout_ms: config.start_timeout_ms.unwrap_or_default() }
-        }
+        // With `panic=0` a kernel that has panicked stands still until then.
+        Ending::StartTimeout => or_panic(
+            &console,
+            ExitReason::StartTimeout { timeout_ms: config.start_timeout_ms.unwrap_or_default() },
+        ),
         Ending::Stopped => ExitReason::Stopped,
         Ending::Failed(error) => return Err(error.into()),
     };
