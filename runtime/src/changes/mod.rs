@@ -528,9 +528,9 @@ mod tests {
             return;
         }
         (1..16).for_each(|number| set(number).unwrap());
-        archive(Form::Layer, from.path()).unwrap();
+        archive(from.path()).unwrap();
         (16..20).for_each(|number| set(number).unwrap());
-        let error = archive(Form::Layer, from.path()).unwrap_err().to_string();
+        let error = archive(from.path()).unwrap_err().to_string();
         assert_eq!(error, "the extended attributes of \"file\" take more than a layer's 960 KiB");
     }
 
