@@ -220,7 +220,14 @@ fn run_in(
     let started = start(&mut sandbox, request, what, &signals, trace);
     drop(hold);
     if started.is_ok() {
-        sources.iter_mut().for_each(Source::filled);
+        // It runs, so that this is no reason to end it.
+        for error in sources.iter_mut().filter_map(|source| source.filled().err()) {
+            warn(&format!(
+                "{}; a later sandbox may take what is in the volume for a part of the image's files, and empty it: \
+                 remove this file once no sandbox uses the volume",
+                cloche_runtime::chain(&error)
+            ));
+        }
     }
     let result =
         started.and_then(|running| attend(&mut sandbox, running, users.is_none(), &signals, trace, at_end));

@@ -107,10 +107,8 @@ impl Source {
     }
 
     /// The program runs, so what was to be filled is.
-    pub fn filled(&mut self) {
-        if let Some(volume) = &mut self.volume {
-            volume.filled();
-        }
+    pub fn filled(&mut self) -> Result<(), VolumeError> {
+        self.volume.as_mut().map_or(Ok(()), Held::filled)
     }
 
     fn find(request: &MountRequest, share: Option<usize>, volumes: &Volumes) -> Result<Self, SourceError> {

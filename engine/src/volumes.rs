@@ -98,13 +98,22 @@ struct Filling {
 
 impl Held {
     /// It is filled, and everybody else may use it.
-    pub fn filled(&mut self) {
-        if let Some(filling) = self.filling.take() {
-            // Left behind, it would have the files taken for a part of what is to be there.
-            let _ = fs::remove_file(&filling.mark);
-            // For all who may have inherited it.
-            let _ = flock(&filling.turn, FlockOperation::Unlock);
-        }
+    ///
+    /// # Errors
+    ///
+    /// The mark that it is being filled may still be there, or be there again after a crash of the machine: then the next
+    /// one who has the volume alone empties it.
+    pub fn filled(&mut self) -> Result<(), VolumeError> {
+        let Some(Filling { mark, turn }) = self.filling.take() else { return Ok(()) };
+        let removed = match fs::remove_file(&mark) {
+            // Nobody makes it where the volume is in use already.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            // On the disk, before anybody writes what must not be taken for a part: `turn` is the mark's directory.
+            result => result.and_then(|()| turn.sync_all()),
+        };
+        // For all who may have inherited it.
+        let _ = flock(&turn, FlockOperation::Unlock);
+        removed.map_err(io_error("remove", &mark))
     }
 }
 
@@ -334,7 +343,7 @@ mod tests {
             std::thread::sleep(std::time::Duration::from_millis(100));
             assert!(!second.is_finished());
             fs::write(first.data.join("file"), "whole").unwrap();
-            first.filled();
+            first.filled().unwrap();
             assert!(!second.join().unwrap().fill);
         });
         drop(first);
@@ -350,7 +359,19 @@ mod tests {
         drop(killed);
         let mut next = volumes.hold("new", true).unwrap();
         assert!(next.fill && !next.data.join("part").exists());
-        next.filled();
+        next.filled().unwrap();
+    }
+
+    #[test]
+    fn mark_that_cannot_be_removed_is_told_and_the_volume_given_to_others() {
+        let (_dir, volumes) = volumes();
+        let mut first = volumes.hold("new", true).unwrap();
+        let mark = volumes.dir.join("new/filling");
+        fs::remove_file(&mark).unwrap();
+        fs::create_dir(&mark).unwrap();
+        assert!(matches!(first.filled(), Err(VolumeError::Io { path, .. }) if path == mark));
+        let turn = volumes.lock("new", "", FlockOperation::NonBlockingLockExclusive).unwrap();
+        assert!(turn.is_some());
     }
 
     #[test]
