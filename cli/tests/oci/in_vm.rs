@@ -61,6 +61,7 @@ pub fn of(all: Vec<Test>) -> Vec<Test> {
         hooks_of_the_host_run_around_it,
         read_only_root_is_kept_by_the_host_too,
         interface_is_given_to_one_machine_only,
+        network_that_others_use_is_not_taken_over,
         what_a_virtual_machine_cannot_do_is_refused,
         labels_of_the_host_are_dropped_with_a_warning,
         machine_of_run_gets_its_signals,
@@ -295,9 +296,29 @@ fn interface_is_given_to_one_machine_only() {
     let bundle = joined(bundle, &cable);
     bundle.start();
     let other = joined(Bundle::new(&["true"]), &cable);
-    assert!(other.refused(&["run", &other.id]).contains("has an ingress queueing discipline already"));
+    assert!(other.refused(&["run", &other.id]).contains("is in use by process"));
     // Whose network is as it was.
     await_that("it serves", || cable.outside.run("busybox wget -qO- http://10.77.0.2/sh").status.success());
+}
+
+fn network_that_others_use_is_not_taken_over() {
+    let bundle = Bundle::new(&["true"]);
+    let cable = Cable::new(&bundle);
+    let bundle = joined(bundle, &cable);
+    let mut user = cable.inside.command(&["sleep", "100"]).spawn().unwrap();
+    let is_in_it =
+        || fs::read_to_string(format!("/proc/{}/comm", user.id())).is_ok_and(|name| name == "sleep\n");
+    await_that("there is a user", is_in_it);
+    assert!(bundle.refused(&["run", &bundle.id]).contains(&format!("process {} (sleep)", user.id())));
+    assert_eq!(cable.inside.ok("busybox wget -qO- http://10.77.0.1/word"), "outside");
+    user.kill().unwrap();
+    user.wait().unwrap();
+    bundle.ok(&["run", &bundle.id]);
+    for host in ["/proc/1/ns/net", "/proc/self/ns/net"] {
+        let bundle =
+            Bundle::new(&["true"]).with("/linux/namespaces/1", json!({ "type": "network", "path": host }));
+        assert!(bundle.refused(&["run", &bundle.id]).contains(&format!("{host} is the host's")));
+    }
 }
 
 fn what_a_virtual_machine_cannot_do_is_refused() {

@@ -2,7 +2,8 @@
 //! that, whatever it is in.
 
 use std::{
-    fs,
+    fs::{self, File},
+    os::fd::AsRawFd,
     process::{Child, Command, Output, Stdio},
 };
 
@@ -27,28 +28,31 @@ pub fn all() -> Vec<Test> {
 /// More than all buffers on the way hold.
 const MANY_BYTES: usize = 3 << 20;
 
-/// A network namespace, for as long as this lives.
-pub struct Namespace(Child);
+/// A network namespace, for as long as this lives. As an engine's, it has no process in it.
+pub struct Namespace(File);
 
 impl Namespace {
     pub fn new() -> Self {
-        let holder = Command::new("unshare")
+        let maker = Command::new("unshare")
             .args(["--net", "sh", "-c", "echo; exec sleep 1000"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn();
-        let mut holder = holder.unwrap();
+        let mut maker = maker.unwrap();
         // It is in it once it speaks.
-        std::io::Read::read_exact(&mut holder.stdout.take().unwrap(), &mut [0]).unwrap();
-        Self(holder)
+        std::io::Read::read_exact(&mut maker.stdout.take().unwrap(), &mut [0]).unwrap();
+        let namespace = File::open(format!("/proc/{}/ns/net", maker.id())).unwrap();
+        maker.kill().unwrap();
+        maker.wait().unwrap();
+        Self(namespace)
     }
 
     pub fn path(&self) -> String {
-        format!("/proc/{}/ns/net", self.0.id())
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
     /// A program in it.
-    fn command(&self, words: &[&str]) -> Command {
+    pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path())).args(words).stdin(Stdio::null());
         command
@@ -66,13 +70,6 @@ impl Namespace {
     }
 }
 
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// Two of them with a cable: that of an engine's bridge, so to speak, which serves files, and that of a container.
 pub struct Cable {
     server: Child,
@@ -83,7 +80,7 @@ pub struct Cable {
 impl Cable {
     pub fn new(bundle: &Bundle) -> Self {
         let (outside, inside) = (Namespace::new(), Namespace::new());
-        let peer = inside.0.id();
+        let peer = inside.path();
         outside.ok(&format!(
             "ip link set lo up && ip link add cable type veth peer name eth0 netns {peer} && ip address add 10.77.0.1/24 dev cable && \
              ip address add fd77::1/64 dev cable nodad && ip link set cable mtu 1400 up"

@@ -14,7 +14,6 @@ use std::{
         unix::net::UnixStream,
     },
     panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
     time::Duration,
 };
 
@@ -442,17 +441,4 @@ pub(super) fn attend(
             }
         }
     }
-}
-
-/// Joins a network namespace of the host.
-pub(super) fn join_network(path: &Path) -> Result<(), Refusal> {
-    let failed = |error: io::Error| {
-        Refusal::new(format!("cannot join the network namespace {}: {error}", path.display()))
-    };
-    let namespace = File::open(path).map_err(failed)?;
-    rustix::thread::move_into_link_name_space(
-        namespace.as_fd(),
-        Some(rustix::thread::LinkNameSpaceType::Network),
-    )
-    .map_err(|errno| failed(errno.into()))
 }

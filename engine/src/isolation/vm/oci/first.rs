@@ -20,7 +20,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::{
     super::{LAST_WORDS, Load, Machine, START_PATIENCE, Streams, VmError, boot, cgroup::VmCgroup},
     attendant::{self, Carried, Gate, GuestStreams, Peer, Refusal, Report, open_terminal},
-    network::Network,
+    network::{self, Network},
     spec::{ROOT_SHARE, Split},
 };
 use crate::{isolation::Running, trace::Trace};
@@ -41,7 +41,7 @@ pub(super) struct Plan<'a> {
 /// Starts a VM with the container, and attends it to its end; how its first process ended.
 pub(super) fn attend(plan: Plan<'_>, report: Report) -> Result<u8, Refusal> {
     if let Some(path) = &plan.split.network {
-        attendant::join_network(path)?;
+        network::join(path)?;
     }
     report.hold()?;
     // Hooks have set it up by now.

@@ -9,6 +9,8 @@
 //! interface its name, MTU, addresses, routes and permanent neighbours: the kernel's own messages about these, as far
 //! as they describe what somebody has set, sent again in the container's namespace with another index ([`settings`]).
 //!
+//! Whoever else is in the namespace would be cut off, so a namespace that is in use is refused.
+//!
 //! The tap ends with the VMM. What leads to it is taken back by whoever took it over, and if that was killed, by
 //! `delete`, for which it is written down.
 
@@ -52,6 +54,61 @@ const TAP: &str = "cloche-tap";
 /// Where it is written down, in the VM's directory.
 const RECORD: &str = "network.json";
 
+/// Joins a network namespace of the host, unless it is the host's own, whose interfaces are not for one guest. Before a
+/// start a namespace has no interfaces of an engine's yet, so what is in it is looked at by [`Network::take_over`].
+pub(super) fn join(path: &Path) -> Result<(), Refusal> {
+    let failed = |error: io::Error| {
+        Refusal::new(format!("cannot join the network namespace {}: {error}", path.display()))
+    };
+    let namespace = File::open(path).map_err(failed)?;
+    let identity = identity(&namespace.metadata().map_err(failed)?);
+    // What may not be looked at is not this one's either, as far as can be told.
+    let is_of = |process: &str| identity_of(Path::new(process)).is_some_and(|other| other == identity);
+    if is_of("/proc/self/ns/net") || is_of("/proc/1/ns/net") {
+        return Err(Refusal::new(format!(
+            "the network namespace {} is the host's, and a virtual machine that took its interfaces over would cut the host \
+             off; use a network of the container's own or none, or cloche-container",
+            path.display()
+        )));
+    }
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
+        .map_err(|errno| failed(errno.into()))
+}
+
+fn identity(metadata: &fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+fn identity_of(namespace: &Path) -> Option<(u64, u64)> {
+    fs::metadata(namespace).ok().as_ref().map(identity)
+}
+
+/// Refuses a namespace, that of this process, in which there is another process: what comes in would go to the guest only.
+/// Those of engines and plugins are empty until the container is there. Processes that this one may not look at are
+/// not seen.
+fn refuse_shared(path: &Path, interface: &str) -> Result<(), Refusal> {
+    let step = Refusal::step("look who is in the container's network namespace");
+    // Numbers are those of this /proc, not those of this process's own PID namespace.
+    let Some((own, here)) = fs::read_link("/proc/self").ok().zip(identity_of(Path::new("/proc/self/ns/net")))
+    else {
+        return Err(step(io::Error::other("there is no /proc")));
+    };
+    let other = fs::read_dir("/proc").map_err(step)?.flatten().find(|entry| {
+        let name = entry.file_name();
+        let is_process = name.to_str().is_some_and(|name| name.parse::<u32>().is_ok());
+        is_process && name != own.as_os_str() && identity_of(&entry.path().join("ns/net")) == Some(here)
+    });
+    let Some(other) = other else { return Ok(()) };
+    let command = fs::read(other.path().join("comm")).unwrap_or_default();
+    Err(Refusal::new(format!(
+        "the network namespace {} is in use by process {} ({}), which would be cut off: all that comes in at {interface} \
+         would go to the virtual machine; give it a network of its own, or use cloche-container",
+        path.display(),
+        other.file_name().display(),
+        String::from_utf8_lossy(&command).trim_end().escape_debug(),
+    )))
+}
+
 /// What was taken over. Dropping it gives it back.
 #[derive(Debug)]
 pub(in super::super) struct Network {
@@ -80,6 +137,9 @@ impl Network {
         let kernel = Kernel::here().map_err(Refusal::step("look at the container's network"))?;
         let links = settings::links(&kernel).map_err(Refusal::step("list the container's interfaces"))?;
         let wanted = passed_on(links)?;
+        if let (Some(path), Some(first)) = (path, wanted.first()) {
+            refuse_shared(path, &first.name)?;
+        }
         let messages = settings::for_guest(&kernel, &wanted)?;
         let record = path.map(|path| (path.to_owned(), directory.join(RECORD)));
         let mut network = Self { kernel, redirected: Vec::new(), record, nets: Vec::new(), messages };
@@ -254,8 +314,7 @@ fn give_back(kernel: &Kernel, redirected: &[i32]) {
 }
 
 fn write_down(namespace: &Path, redirected: &[i32], path: &Path) -> io::Result<()> {
-    let metadata = fs::metadata(namespace)?;
-    let identity = (metadata.dev(), metadata.ino());
+    let identity = identity(&fs::metadata(namespace)?);
     let record = Record { namespace: namespace.to_owned(), identity, redirected: redirected.to_vec() };
     fs::write(path, serde_json::to_vec(&record)?)
 }
@@ -265,8 +324,7 @@ pub(super) fn give_back_of(directory: &Path) -> Result<(), Error> {
     let Ok(record) = fs::read(directory.join(RECORD)) else { return Ok(()) };
     let Ok(record) = serde_json::from_slice::<Record>(&record) else { return Ok(()) };
     let Ok(namespace) = File::open(&record.namespace) else { return Ok(()) };
-    let is_same =
-        namespace.metadata().is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == record.identity);
+    let is_same = namespace.metadata().is_ok_and(|metadata| identity(&metadata) == record.identity);
     if !is_same {
         return Ok(());
     }
@@ -274,7 +332,12 @@ pub(super) fn give_back_of(directory: &Path) -> Result<(), Error> {
     let result = std::thread::scope(|scope| {
         let work = || -> io::Result<()> {
             move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-            give_back(&Kernel::here()?, &record.redirected);
+            let kernel = Kernel::here()?;
+            // Ours has ended with its VMM. One that is there is another's, and the namespace perhaps a new one: a kernel
+            // uses inodes' numbers again.
+            if !settings::links(&kernel)?.iter().any(|link| link.name.starts_with(TAP)) {
+                give_back(&kernel, &record.redirected);
+            }
             Ok(())
         };
         scope.spawn(work).join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
