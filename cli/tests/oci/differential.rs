@@ -320,8 +320,17 @@ fn status(line: &str) -> Option<String> {
         "THP_enabled",
     ];
     let (name, value) = line.split_once(':')?;
-    let value =
-        if name == "NStgid" { value.split_whitespace().count().to_string() } else { value.trim().to_owned() };
+    let value = match name {
+        "NStgid" => value.split_whitespace().count().to_string(),
+        // Without the C library's own two (nptl(7)), which its posix_spawn leaves ignored in what it starts, runtimes
+        // among it: ours puts them back, others pass them on.
+        "SigIgn" => {
+            const OF_THE_LIBRARY: u64 = 0b11 << 31;
+            let ignored = u64::from_str_radix(value.trim(), 16).ok()?;
+            format!("{:016x}", ignored & !OF_THE_LIBRARY)
+        }
+        _ => value.trim().to_owned(),
+    };
     KEPT.contains(&name).then(|| format!("{name} {value}"))
 }
 

@@ -86,5 +86,5 @@ fn refuse_what_some_hosts_lack() -> io::Result<()> {
     ];
     let allow = libc::SECCOMP_RET_ALLOW;
     rustix::thread::set_no_new_privs(true)?;
-    Ok(cloche_seccomp::install(&assemble(&Policy { calls, default: allow, newer: allow }), 0)?)
+    cloche_seccomp::install(&assemble(&Policy { calls, default: allow, newer: allow }), 0)
 }
