@@ -79,7 +79,8 @@ fn kernel_with_note(code: &[u8], note_type: u32) -> Vec<u8> {
     for (kind, offset, address, size) in [load, notes] {
         file.extend(kind.to_le_bytes());
         file.extend(7u32.to_le_bytes());
-        for word in [offset, address, address, size, size, 4] {
+        // Linked to run high, as kernels are.
+        for word in [offset, 0xffff_ffff_8000_0000 + address, address, size, size, 4] {
             file.extend(word.to_le_bytes());
         }
     }

@@ -25,6 +25,11 @@ pub enum KernelError {
     /// An ELF file for something else.
     #[error("it is an ELF file, but not for x86-64; use an x86-64 kernel")]
     ForeignElf,
+    /// An ELF file for x86-64 that is no kernel.
+    #[error(
+        "it is an ELF file without a PVH entry and not linked as a kernel is; use a vmlinux or a bzImage"
+    )]
+    Program,
     /// No 64-bit entry.
     #[error("it is a bzImage without a 64-bit entry; use an x86-64 kernel")]
     No64BitEntry,
@@ -118,6 +123,7 @@ pub fn load(
             let loaded = Elf::load(memory, None, file, Some(high)).map_err(load_error)?;
             let (entry, setup_header) = match loaded.pvh_boot_cap {
                 PvhBootCapability::PvhEntryPresent(entry) => (EntryPoint::Pvh { entry }, None),
+                _ if !is_linked_as_a_kernel(&header) => return Err(KernelError::Program),
                 // Built without CONFIG_PVH: its ELF entry is the 64-bit one.
                 _ => (EntryPoint::Linux64 { entry: loaded.kernel_load }, Some(bzimage::header_of_elf())),
             };
@@ -159,20 +165,37 @@ fn unpacked(loaded: &KernelLoaderResult, low_memory_bytes: u64) -> Result<Loaded
 /// Where an ELF file's lowest segment goes in physical memory; `None` if its program headers are not all in the first
 /// bytes of the file (elf(5)), which are given.
 fn lowest_segment(file: &[u8]) -> Option<u64> {
+    segments(file)?.into_iter().map(|segment| segment.physical).min()
+}
+
+/// Whether code of an ELF file runs in the upper half of addresses, where a program's never does.
+fn is_linked_as_a_kernel(file: &[u8]) -> bool {
+    const UPPER_HALF: u64 = 1 << 63;
+    segments(file).is_some_and(|segments| segments.iter().any(|segment| segment.virtual_ >= UPPER_HALF))
+}
+
+/// Addresses of an ELF file's loaded segment.
+struct Segment {
+    virtual_: u64,
+    physical: u64,
+}
+
+/// The loaded segments of an ELF file of 64 bits, if these bytes of it have all headers.
+fn segments(file: &[u8]) -> Option<Vec<Segment>> {
     const LOAD: u32 = 1;
     let half = |at: usize| Some(u16::from_le_bytes(file.get(at..at.checked_add(2)?)?.try_into().ok()?));
     let word = |at: usize| Some(u32::from_le_bytes(file.get(at..at.checked_add(4)?)?.try_into().ok()?));
     let long = |at: usize| Some(u64::from_le_bytes(file.get(at..at.checked_add(8)?)?.try_into().ok()?));
     let (first, bytes, count) = (usize::try_from(long(32)?).ok()?, usize::from(half(54)?), half(56)?);
-    let mut lowest = None;
+    let mut segments = Vec::new();
     for index in 0..usize::from(count) {
         let header = first.checked_add(index.checked_mul(bytes)?)?;
-        let (kind, address) = (word(header)?, long(header.checked_add(24)?)?);
-        if kind == LOAD {
-            lowest = Some(lowest.map_or(address, |lowest: u64| lowest.min(address)));
+        let (virtual_, physical) = (long(header.checked_add(16)?)?, long(header.checked_add(24)?)?);
+        if word(header)? == LOAD {
+            segments.push(Segment { virtual_, physical });
         }
     }
-    lowest
+    Some(segments)
 }
 
 fn fitting(end: u64, limit: u64) -> Result<u64, KernelError> {
@@ -254,6 +277,9 @@ mod tests {
         }
         assert_eq!(lowest_segment(&header), Some(0x100_0000));
         assert_eq!(lowest_segment(&header[..200]), None);
+        assert!(!is_linked_as_a_kernel(&header));
+        header[64 + 16..64 + 24].copy_from_slice(&0xffff_ffff_8200_0000_u64.to_le_bytes());
+        assert!(is_linked_as_a_kernel(&header));
         header[32..40].fill(0xff);
         assert_eq!(lowest_segment(&header), None);
     }

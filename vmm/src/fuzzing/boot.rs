@@ -84,7 +84,8 @@ fn elf(note_type: u32) -> Vec<u8> {
     {
         file.extend(kind.to_le_bytes());
         file.extend(7u32.to_le_bytes());
-        for word in [offset, address, address, size, size, 4] {
+        // Linked to run high, as kernels are.
+        for word in [offset, 0xffff_ffff_8000_0000 + address, address, size, size, 4] {
             file.extend(word.to_le_bytes());
         }
     }
