@@ -613,7 +613,7 @@ mod tests {
         fs::write(deep.join("f"), "").unwrap();
         symlink(&outside, deep.join("l")).unwrap();
         let inner = [deep.clone(), step.path().join("a/b"), step.path().join("a")];
-        let all = [&inner[..], &[outside.clone()]].concat();
+        let all = [&inner[..], std::slice::from_ref(&outside)].concat();
         all.iter().for_each(|path| fs::set_permissions(path, Permissions::from_mode(0o055)).unwrap());
         // By itself, as root needs no rights.
         make_removable(step.path()).unwrap();
