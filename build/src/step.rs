@@ -150,19 +150,9 @@ pub fn main() -> ExitCode {
     let worked = work(&file);
     let written = match worked {
         Ok(()) => Ok(()),
-        Err(error) => report(&file, &Report::Failed(chain(error.as_ref()))).map(|_| ()),
+        Err(error) => report(&file, &Report::Failed(cloche_engine::chain(error.as_ref()))).map(|_| ()),
     };
     if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
 }
 
 /// Starts the file anew with a report.

@@ -30,4 +30,5 @@ pub mod syscalls;
 pub mod trace;
 pub mod volumes;
 
+pub use cloche_runtime::chain;
 pub use isolation::vm::{INITRAMFS, oci::OciVm};

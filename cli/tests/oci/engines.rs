@@ -95,17 +95,8 @@ fn podman_runs_containers() {
     assert_eq!(engine.run(&["run", "--rm", "--network", "none", "box", "nowhere"]).status.code(), Some(127));
     assert_eq!(engine.ok(&["run", "--rm", "--network", "none", "--tty", "box", "tty"]), "/dev/pts/0");
     engine.ok(&["run", "--detach", "--name", name, "--network", "none", "box", "sh", "-c", SERVICE]);
-    await_that("it has started", || engine.ok(&["logs", name]) == "started");
-    assert_eq!(engine.ok(&["exec", name, "id", "-u"]), "0");
-    assert_eq!(engine.run(&["exec", name, "sh", "-c", "exit 4"]).status.code(), Some(4));
-    engine.ok(&["pause", name]);
-    assert_eq!(engine.ok(&["inspect", "--format", "{{.State.Status}}", name]), "paused");
-    engine.ok(&["unpause", name]);
-    engine.ok(&["stop", "--time", "10", name]);
-    assert_eq!(engine.ok(&["logs", name]), "started\nbye");
-    assert_eq!(engine.ok(&["inspect", "--format", "{{.State.ExitCode}}", name]), "0");
-    engine.ok(&["rm", name]);
-    assert_eq!(engine.ok(&["ps", "--all", "--quiet"]), "");
+    starts_and_is_entered(&engine, name);
+    pauses_and_ends(&engine, name);
 }
 
 /// A daemon that ends with the test.
@@ -203,9 +194,7 @@ fn docker_runs_containers() {
     assert_eq!(engine.ok(&["run", "--rm", "--network", "none", "--tty", "box", "tty"]), "/dev/pts/0");
     let script = format!("busybox httpd -p 80 -h /bin; {SERVICE}");
     engine.ok(&["run", "--detach", "--name", name, "box", "sh", "-c", &script]);
-    await_that("it has started", || engine.ok(&["logs", name]) == "started");
-    assert_eq!(engine.ok(&["exec", name, "id", "-u"]), "0");
-    assert_eq!(engine.run(&["exec", name, "sh", "-c", "exit 4"]).status.code(), Some(4));
+    starts_and_is_entered(&engine, name);
     let address = engine.ok(&["inspect", "--format", "{{.NetworkSettings.IPAddress}}", name]);
     let fetch = format!("busybox wget -qO- http://{address}/busybox | busybox wc -c");
     let network = format!("--net=/proc/{pid}/ns/net");
@@ -213,6 +202,18 @@ fn docker_runs_containers() {
         Command::new("nsenter").args([&network, "timeout", "20", "sh", "-c", &fetch]).output().unwrap();
     let bytes = fs::metadata(bundle.path("rootfs/bin/busybox")).unwrap().len();
     assert_eq!(text(&fetched.stdout), bytes.to_string(), "{fetched:?}");
+    pauses_and_ends(&engine, name);
+}
+
+/// Of a container whose process is [`SERVICE`]: it starts, and `exec` enters it.
+fn starts_and_is_entered(engine: &Engine, name: &str) {
+    await_that("it has started", || engine.ok(&["logs", name]) == "started");
+    assert_eq!(engine.ok(&["exec", name, "id", "-u"]), "0");
+    assert_eq!(engine.run(&["exec", name, "sh", "-c", "exit 4"]).status.code(), Some(4));
+}
+
+/// Of that container: it is paused, stops by itself when told so, and is removed.
+fn pauses_and_ends(engine: &Engine, name: &str) {
     engine.ok(&["pause", name]);
     assert_eq!(engine.ok(&["inspect", "--format", "{{.State.Status}}", name]), "paused");
     engine.ok(&["unpause", name]);
