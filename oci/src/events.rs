@@ -184,7 +184,10 @@ fn pressure(directory: &Path, file: &str) -> Option<Value> {
         let (kind, fields) = line.split_once(' ')?;
         let fields = fields.split_whitespace().filter_map(|field| {
             let (key, value) = field.split_once('=')?;
-            Some((key.to_owned(), value.parse::<f64>().ok()?.into()))
+            // Averages are percentages; the total is microseconds, which readers want as a whole number.
+            let whole = || value.parse::<u64>().ok().map(Value::from);
+            let number = if key == "total" { whole() } else { value.parse::<f64>().ok().map(Value::from) };
+            Some((key.to_owned(), number?))
         });
         Some((kind.to_owned(), Value::Object(fields.collect())))
     });

@@ -30,7 +30,7 @@ use crate::{
     hooks::{self, HookError},
     launch::{HookState, Rootfs},
     mounts::{
-        self, Mount, MountError,
+        self, Mount, MountError, Passing,
         paths::{self, Make, Symlinks},
         protect,
     },
@@ -197,6 +197,12 @@ impl Init<'_> {
 
     /// From here on, no path leads to the caller's files.
     fn enter_root(&self, pid: Option<i32>) -> Result<OwnedFd, InitError> {
+        // What is to pass mounts on to the caller's must be cloned as long as the mounts here are peers of those. In a user
+        // namespace they never are.
+        let peers = match self.prepared {
+            None if mounts::pass_on(self.linux) => Some(mounts::clone_binds(self.mounts, Passing::Shared)?),
+            _ => None,
+        };
         rootfs::isolate_mounts()?;
         if let (Some(hooks), Some(state), Some(pid)) = (self.spec.hooks(), self.hook_state(), pid) {
             let listed = hooks.create_container().as_deref().unwrap_or_default();
@@ -210,22 +216,27 @@ impl Init<'_> {
         let (binds, root, made) = match &self.prepared {
             Some(prepared) => {
                 let mut prepared = prepared.borrow_mut();
-                (std::mem::take(&mut prepared.binds), prepared.root.take(), prepared.devices.take())
+                (Some(std::mem::take(&mut prepared.binds)), prepared.root.take(), prepared.devices.take())
             }
-            None => (mounts::clone_binds(self.mounts, false)?, None, None),
+            None => (peers, None, None),
         };
-        let sources = mounts::open_sources(self.mounts, binds, self.namespaces, self.cgroup)?;
-        let devices = if self.binds_devices {
-            devices::open(self.listed_devices(), made.as_ref().map(AsFd::as_fd))?
-        } else {
-            Vec::new()
-        };
+        // Mounts are listed in the order in which they were made, and programs expect the root to be the first.
         let root = match (root, self.rootfs) {
             (Some(root), Rootfs::Directory(path)) => {
                 rootfs::attach_clone(root.as_fd(), path)?;
                 root
             }
             _ => rootfs::mount(self.rootfs, self.base)?,
+        };
+        let binds = match binds {
+            Some(binds) => binds,
+            None => mounts::clone_binds(self.mounts, Passing::Settled)?,
+        };
+        let sources = mounts::open_sources(self.mounts, binds, self.namespaces, self.cgroup)?;
+        let devices = if self.binds_devices {
+            devices::open(self.listed_devices(), made.as_ref().map(AsFd::as_fd))?
+        } else {
+            Vec::new()
         };
         rootfs::enter(root.as_fd())?;
         let mut in_cgroups = false;

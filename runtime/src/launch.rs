@@ -27,7 +27,7 @@ use crate::{
     devices::{self, DeviceError},
     entry::{self, Entry},
     init::{Init, Prepared},
-    mounts::{self, Mount, MountError},
+    mounts::{self, Mount, MountError, Passing},
     namespaces::{NamespaceError, Namespaces},
     process::{
         capabilities,
@@ -395,7 +395,9 @@ fn prepare(launch: &Launch<'_>, plan: &Plan<'_>) -> Result<Option<Prepared>, Lau
         }
         _ => None,
     };
-    Ok(Some(Prepared { root, devices, binds: mounts::clone_binds(&plan.mounts, true)? }))
+    let passes_on = mounts::pass_on(plan.linux) && !plan.namespaces.has_user();
+    let passing = if passes_on { Passing::Shared } else { Passing::Nothing };
+    Ok(Some(Prepared { root, devices, binds: mounts::clone_binds(&plan.mounts, passing)? }))
 }
 
 /// The process on its way to `execve`.

@@ -42,7 +42,9 @@ pub use join::{Join, Joined, join};
 pub use launch::{
     Created, HookState, Launch, LaunchError, Listener, Lower, Oci, Rootfs, Stdio, cgroup_path, check, launch,
 };
-pub use mounts::{MOUNT_OPTIONS, MountError, OptionError, make_mount_points, protect::make_mount_readonly};
+pub use mounts::{
+    MOUNT_OPTIONS, MountError, OptionError, destination, make_mount_points, protect::make_mount_readonly,
+};
 pub use namespaces::NamespaceError;
 pub use process::capabilities::names as capability_names;
 pub use rootfs::RootfsError;

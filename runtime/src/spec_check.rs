@@ -177,8 +177,11 @@ fn linux(check: &mut Check, spec: &Spec, linux: &Linux) {
     let flags = linux.personality().as_ref().and_then(|personality| personality.flags().as_ref());
     check.refuse("linux.personality.flags", flags.is_some_and(|flags| !flags.is_empty()));
     match linux.rootfs_propagation().as_deref() {
-        None | Some("" | "private" | "rprivate" | "slave" | "rslave" | "unbindable" | "runbindable") => {}
-        Some("shared" | "rshared") => check.refuse("linux.rootfsPropagation=shared", true),
+        None
+        | Some(
+            "" | "private" | "rprivate" | "slave" | "rslave" | "shared" | "rshared" | "unbindable"
+            | "runbindable",
+        ) => {}
         Some(other) => check.require(false, || format!("linux.rootfsPropagation {other:?} is unknown")),
     }
     if let Some(resources) = linux.resources() {

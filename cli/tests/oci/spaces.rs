@@ -224,7 +224,7 @@ fn statistics_tell_what_is_used() {
     if own.iter().any(|own| fs::read(format!("{own}/cpu.pressure")).is_ok()) {
         for resource in ["cpu", "memory", "blkio"] {
             let total = &stats["data"][resource]["psi"]["some"]["total"];
-            assert!(total.as_f64().is_some(), "{resource}: {stats}");
+            assert!(total.is_u64(), "{resource}: {stats}");
         }
     }
 }

@@ -14,10 +14,10 @@ use std::{
     ffi::c_int,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
-use oci_spec::runtime::{LinuxIdMapping, Mount as SpecMount, Process, Spec};
+use oci_spec::runtime::{Linux, LinuxIdMapping, Mount as SpecMount, Process, Spec};
 use rustix::{
     fs::{CWD, Mode, OFlags},
     io::Errno,
@@ -115,6 +115,19 @@ enum Kind {
     },
 }
 
+/// Where a mount of a spec goes: a relative path is meant from the root (config.md#mounts), `.` and `..` as words only.
+pub fn destination(mount: &SpecMount) -> PathBuf {
+    let mut plain = PathBuf::from("/");
+    for component in mount.destination().components() {
+        match component {
+            Component::Normal(name) => plain.push(name),
+            Component::ParentDir => drop(plain.pop()),
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    plain
+}
+
 /// File systems of the kernel's own: instances may be shared with the caller, so `ro` is a matter of this mount
 /// only; and they must be where their path says, since masked paths are protected by that path.
 const KERNEL_OWN: [&str; 10] =
@@ -123,10 +136,10 @@ const KERNEL_OWN: [&str; 10] =
 impl Mount {
     /// Reads one entry of the spec's `mounts`.
     pub(crate) fn from_spec(mount: &SpecMount) -> Result<Self, MountError> {
-        let destination = mount.destination().clone();
+        let destination = destination(mount);
         let invalid = |reason| MountError::Invalid { destination: destination.clone(), reason };
-        if destination.parent().is_none() || !destination.has_root() {
-            return Err(invalid("the destination must be an absolute path other than /"));
+        if destination == Path::new("/") {
+            return Err(invalid("the destination must be another than the root itself"));
         }
         let listed = mount.options().as_deref().unwrap_or_default();
         let of_option = |source| MountError::Option { destination: destination.clone(), source };
@@ -211,9 +224,25 @@ pub(crate) struct Sources {
     cgroups: Vec<OwnedFd>,
 }
 
-/// Clones the sources of bind mounts, and gives them their properties; by position in the spec. Where this process's
-/// mounts are the caller's, `isolate` keeps what happens to the clones from the caller.
-pub(crate) fn clone_binds(mounts: &[Mount], isolate: bool) -> Result<Vec<Option<OwnedFd>>, MountError> {
+/// What is done below the clone of a bind's source, while this process's mounts are the caller's or their peers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Passing {
+    /// The mounts are isolated already.
+    Settled,
+    /// Nothing reaches the caller.
+    Nothing,
+    /// Mounts that are made below binds with the option `shared` reach the caller.
+    Shared,
+}
+
+/// Whether mounts may pass from a container to the caller's: both the root's propagation and a bind's must say so, as with
+/// runc.
+pub(crate) fn pass_on(linux: &Linux) -> bool {
+    matches!(linux.rootfs_propagation().as_deref(), Some("shared" | "rshared"))
+}
+
+/// Clones the sources of bind mounts, and gives them their properties; by position in the spec.
+pub(crate) fn clone_binds(mounts: &[Mount], passing: Passing) -> Result<Vec<Option<OwnedFd>>, MountError> {
     let clone = |mount: &Mount| -> Result<Option<OwnedFd>, MountError> {
         let Kind::Bind { origin, extent } = &mount.kind else { return Ok(None) };
         let tree = clone_tree(CWD, origin, *extent).map_err(|errno| MountError::Source {
@@ -221,7 +250,8 @@ pub(crate) fn clone_binds(mounts: &[Mount], isolate: bool) -> Result<Vec<Option<
             destination: mount.destination.clone(),
             source: errno.into(),
         })?;
-        if isolate {
+        let stays_peer = passing == Passing::Shared && mount.options.is_shared();
+        if passing != Passing::Settled && !stays_peer {
             mount_setattr(tree.as_fd(), true, MountAttr::propagating(libc::MS_SLAVE))
                 .map_err(mount.failed("make it independent of the caller's"))?;
         }
@@ -284,24 +314,24 @@ pub fn make_mount_points(root: &Path, spec: &Spec) -> io::Result<bool> {
     let root = rustix::fs::open(root, flags, Mode::empty())?;
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     let is_covered = |path: &Path, mounts: &[SpecMount]| {
-        mounts.iter().any(|mount| path != mount.destination() && path.starts_with(mount.destination()))
+        mounts.iter().map(destination).any(|above| path != above && path.starts_with(above))
     };
     for (index, mount) in mounts.iter().enumerate() {
-        let destination = mount.destination();
+        let destination = destination(mount);
         // It is made in what is mounted before.
-        if is_covered(destination, &mounts[..index]) {
+        if is_covered(&destination, &mounts[..index]) {
             continue;
         }
         let is_file = Mount::from_spec(mount).is_ok_and(|mount| mount.is_bind())
             && mount.source().as_ref().is_some_and(|source| !source.is_dir());
         let make = if is_file { Make::EmptyFile } else { Make::Directory };
-        paths::open_or_make(root.as_fd(), destination, Symlinks::Follow, make)?;
+        paths::open_or_make(root.as_fd(), &destination, Symlinks::Follow, make)?;
     }
     let cwd = spec.process().as_ref().map(Process::cwd);
     if let Some(cwd) = cwd.filter(|cwd| !is_covered(cwd, mounts)) {
         paths::open_or_make(root.as_fd(), cwd, Symlinks::Follow, Make::Directory)?;
     }
-    Ok(mounts.iter().any(|mount| mount.destination() == Path::new("/dev")))
+    Ok(mounts.iter().any(|mount| destination(mount) == Path::new("/dev")))
 }
 
 /// Makes the mounts in their order. `before_cgroups` is called before the first cgroup mount, when the process must

@@ -67,11 +67,18 @@ pub struct OptionError {
 const SUPERBLOCK: [&str; 8] =
     ["sync", "async", "dirsync", "lazytime", "nolazytime", "mand", "nomand", "iversion"];
 
-/// Options that other runtimes give a meaning of their own.
-const UNSUPPORTED: [&str; 3] = ["remount", "copy-symlink", "noiversion"];
+/// Those of them that a bind mount can be given: its file system is not changed.
+const AS_IT_IS: [&str; 4] = ["async", "nolazytime", "nomand", "noiversion"];
 
-/// The options that have a meaning for mounts of all kinds; others are a file system's own. Those of attributes can have an
-/// `r` before them, for all mounts below.
+/// Options that other runtimes give a meaning of their own.
+const UNSUPPORTED: [&str; 2] = ["remount", "copy-symlink"];
+
+/// What mount(8) and systemd read in fstab(5), and keep from the kernel; also what begins with `x-`.
+const OF_FSTAB: [&str; 9] =
+    ["auto", "noauto", "user", "nouser", "users", "owner", "group", "_netdev", "nofail"];
+
+/// The options that have a meaning of their own; others are a file system's. Those with an `r` before an attribute hold for
+/// all mounts below, too. Engines look here for `rro`.
 pub const KNOWN: &[&str] = &[
     "async",
     "atime",
@@ -82,6 +89,7 @@ pub const KNOWN: &[&str] = &[
     "diratime",
     "dirsync",
     "exec",
+    "idmap",
     "iversion",
     "lazytime",
     "loud",
@@ -97,36 +105,56 @@ pub const KNOWN: &[&str] = &[
     "nosuid",
     "nosymfollow",
     "private",
+    "ratime",
     "rbind",
+    "rdev",
+    "rdiratime",
     "relatime",
+    "rexec",
+    "ridmap",
+    "rnoatime",
+    "rnodev",
+    "rnodiratime",
+    "rnoexec",
+    "rnosuid",
+    "rnosymfollow",
     "ro",
     "rprivate",
+    "rrelatime",
+    "rro",
+    "rrw",
     "rshared",
     "rslave",
+    "rstrictatime",
+    "rsuid",
+    "rsymfollow",
     "runbindable",
     "rw",
     "shared",
+    "silent",
     "slave",
     "strictatime",
     "suid",
     "symfollow",
     "sync",
+    "tmpcopyup",
+    "unbindable",
 ];
 
 pub(super) fn parse(options: &[String]) -> Result<Options, OptionError> {
     let mut parsed = Options::default();
-    for option in options {
-        let refuse = |reason| Err(OptionError { option: option.clone(), reason });
+    for option in options.iter().flat_map(|options| split(options)) {
+        let refuse = |reason| Err(OptionError { option: option.to_owned(), reason });
         if let Some((set, clear)) = attribute(option) {
             change(&mut parsed.attr, set, clear);
         } else if let Some((set, clear)) = option.strip_prefix('r').and_then(attribute) {
             change(&mut parsed.recursive_attr, set, clear);
         } else if let Some(propagation) = propagation(option) {
             parsed.propagation.push(propagation);
-        } else if UNSUPPORTED.contains(&option.as_str()) {
+        } else if UNSUPPORTED.contains(&option) {
             return refuse("is not supported yet");
         } else {
-            match option.as_str() {
+            match option {
                 "bind" => parsed.bind = parsed.bind.or(Some(Bind::Alone)),
                 "rbind" => parsed.bind = Some(Bind::WithSubmounts),
                 "copyup" => parsed.copy_up = true,
@@ -135,6 +163,7 @@ pub(super) fn parse(options: &[String]) -> Result<Options, OptionError> {
                 "ridmap" => parsed.idmap = Some(Bind::WithSubmounts),
                 // What one gets anyway.
                 "defaults" | "norelatime" | "nostrictatime" | "silent" | "loud" | "" => {}
+                option if OF_FSTAB.contains(&option) || option.starts_with("x-") => {}
                 option => {
                     let (key, value) = match option.split_once('=') {
                         Some((key, value)) => (key, Some(value.to_owned())),
@@ -146,6 +175,18 @@ pub(super) fn parse(options: &[String]) -> Result<Options, OptionError> {
         }
     }
     Ok(parsed)
+}
+
+/// The options in one string of several, as mount(2) takes them: with commas between them, but for those in quotes (of
+/// security contexts) and, as overlay file systems have it, behind a backslash.
+fn split(options: &str) -> impl Iterator<Item = &str> {
+    let (mut in_quotes, mut is_escaped) = (false, false);
+    options.split(move |letter| {
+        let ends = letter == ',' && !in_quotes && !is_escaped;
+        in_quotes ^= letter == '"';
+        is_escaped = letter == '\\' && !is_escaped;
+        ends
+    })
 }
 
 impl Options {
@@ -175,7 +216,8 @@ impl Options {
         if self.tmp_copy_up {
             return Err(OptionError { option: "tmpcopyup".into(), reason: "is for tmpfs only" });
         }
-        let Some(datum) = self.data.first() else { return Ok(()) };
+        let mut data = self.data.iter();
+        let Some(datum) = data.find(|datum| !AS_IT_IS.contains(&datum.key.as_str())) else { return Ok(()) };
         let reason = if SUPERBLOCK.contains(&datum.key.as_str()) {
             "concerns a whole file system, and cannot be changed by a bind mount"
         } else {
@@ -189,6 +231,10 @@ impl Options {
         let mut options = self.clone();
         options.attr.set &= !ATTR_RDONLY;
         options
+    }
+
+    pub(super) fn is_shared(&self) -> bool {
+        self.propagation.iter().any(|propagation| propagation.kind == libc::MS_SHARED)
     }
 
     pub(super) fn is_readonly(&self) -> bool {
@@ -295,12 +341,33 @@ mod tests {
     }
 
     #[test]
+    fn options_that_are_listed_are_understood() {
+        for name in KNOWN {
+            let parsed = parse(&[(*name).to_owned()]).unwrap();
+            assert!(parsed.data.is_empty() || SUPERBLOCK.contains(name), "{name} would be the file system's");
+        }
+        for name in ["rro", "rnosuid", "rnoexec", "rnoatime", "tmpcopyup", "ridmap"] {
+            assert!(KNOWN.contains(&name), "{name}");
+        }
+    }
+
+    #[test]
+    fn one_string_may_have_several_options() {
+        let listed = [r#"lowerdir=/a\,b:/c,ro,context="s0:c1,c2",xino=off"#.to_owned(), "noexec".to_owned()];
+        let parsed = parse(&listed).unwrap();
+        assert_eq!(parsed.attr.set, ATTR_RDONLY | ATTR_NOEXEC);
+        let values: Vec<_> = parsed.data.iter().map(|datum| datum.value.as_deref().unwrap()).collect();
+        assert_eq!(values, [r"/a\,b:/c", r#""s0:c1,c2""#, "off"]);
+    }
+
+    #[test]
     fn options_that_cannot_be_honoured_are_refused_by_name() {
         let refused = |option: &str| parse(&[option.to_owned()]).unwrap_err().to_string();
         assert_eq!(refused("copy-symlink"), "option \"copy-symlink\" is not supported yet");
         let error = parsed("bind,size=1m").check_for_bind().unwrap_err().to_string();
         assert_eq!(error, "option \"size\" means nothing for a bind mount");
         assert!(parsed("bind,sync").check_for_bind().is_err());
+        assert!(parsed("bind,async,_netdev,x-systemd.automount").check_for_bind().is_ok());
         assert!(parsed("rbind,ro,rslave,copyup").check_for_bind().is_ok());
         assert!(parsed("copyup").check_for_file_system("tmpfs").is_err());
         assert!(parsed("ro,memory").check_for_file_system("cgroup").is_err());

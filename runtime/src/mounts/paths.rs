@@ -3,14 +3,18 @@
 //! `/proc/self/fd/N`; whatever is done then is done to the descriptor, not to the name again.
 
 use std::{
+    ffi::OsString,
     fs::File,
     io::{self, Read},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStringExt,
+    },
     path::{Component, Path, PathBuf},
 };
 
 use rustix::{
-    fs::{FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, mknodat, openat2},
+    fs::{FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, mknodat, openat2, readlinkat},
     io::Errno,
 };
 
@@ -48,41 +52,74 @@ pub(crate) fn open(root: BorrowedFd<'_>, path: &Path, symlinks: Symlinks) -> Res
     openat2(root, path, flags, Mode::empty(), resolve)
 }
 
-/// Opens a file of the container, and makes it and the directories above it where they are missing.
+/// Opens a file of the container, and makes it and the directories above it where they are missing; that to which a
+/// symbolic link leads, if it is not there.
 pub(crate) fn open_or_make(
     root: BorrowedFd<'_>,
     path: &Path,
     symlinks: Symlinks,
     make: Make,
 ) -> io::Result<OwnedFd> {
-    match open(root, path, symlinks) {
-        Err(Errno::NOENT) => {}
-        result => return Ok(result?),
+    /// As many as the kernel follows (path_resolution(7)).
+    const LINKS: u32 = 40;
+    let mut path = path.to_owned();
+    for _ in 0..=LINKS {
+        match open(root, &path, symlinks) {
+            Err(Errno::NOENT) => {}
+            result => return Ok(result?),
+        }
+        match make_along(root, &path, symlinks, make)? {
+            Reached::End(file) => return Ok(file),
+            Reached::Link(onward) => path = onward,
+        }
     }
+    Err(Errno::LOOP.into())
+}
+
+/// How far [`make_along`] came.
+enum Reached {
+    End(OwnedFd),
+    /// To a symbolic link whose target is not there; the path with the target in the link's place.
+    Link(PathBuf),
+}
+
+fn make_along(root: BorrowedFd<'_>, path: &Path, symlinks: Symlinks, make: Make) -> io::Result<Reached> {
     let mut reached = PathBuf::from("/");
     let mut directory = open(root, &reached, symlinks)?;
-    let mut names = path.components().filter(|name| matches!(name, Component::Normal(_))).peekable();
+    let mut names = path.components();
     while let Some(name) = names.next() {
+        if !matches!(name, Component::Normal(_) | Component::ParentDir) {
+            continue;
+        }
+        let above = reached.clone();
         reached.push(name);
         directory = match open(root, &reached, symlinks) {
             Err(Errno::NOENT) => {
                 let name: &Path = name.as_ref();
+                let is_last = names.as_path().as_os_str().is_empty();
                 let made = match make {
-                    Make::EmptyFile if names.peek().is_none() => {
+                    Make::EmptyFile if is_last => {
                         mknodat(&directory, name, FileType::RegularFile, Mode::from_raw_mode(0o644), 0)
                     }
                     _ => mkdirat(&directory, name, Mode::from_raw_mode(0o755)),
                 };
                 match made {
-                    // What exists and yet leads nowhere is a dangling symbolic link, or somebody was faster.
-                    Ok(()) | Err(Errno::EXIST) => open(root, &reached, symlinks)?,
+                    Ok(()) => open(root, &reached, symlinks)?,
+                    // Somebody was faster, or it is a link that leads nowhere.
+                    Err(Errno::EXIST) => match readlinkat(&directory, name, Vec::new()) {
+                        Ok(target) => {
+                            let target = OsString::from_vec(target.into_bytes());
+                            return Ok(Reached::Link(above.join(target).join(names.as_path())));
+                        }
+                        Err(_) => open(root, &reached, symlinks)?,
+                    },
                     Err(errno) => return Err(errno.into()),
                 }
             }
             result => result?,
         };
     }
-    Ok(directory)
+    Ok(Reached::End(directory))
 }
 
 /// Opens for use a file of which `stat` was taken before: the same file, or nothing.

@@ -73,7 +73,7 @@ fn empty_directory() -> io::Result<OwnedFd> {
 
 /// The container's `/dev/null`, if it is what it says: behind anything else the file would not be hidden.
 fn null_device(root: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let null = paths::open(root, Path::new("/dev/null"), Symlinks::Refuse)?;
+    let null = paths::open(root, Path::new("/dev/null"), Symlinks::Follow)?;
     let stat = fstat(&null)?;
     let is_null = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
         && (major(stat.st_rdev), minor(stat.st_rdev)) == (1, 3);
@@ -110,6 +110,8 @@ pub(crate) fn propagate_root(propagation: &str) -> Result<(), MountError> {
     let flags = match propagation {
         "private" => MountPropagationFlags::PRIVATE,
         "rprivate" => MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+        "shared" => MountPropagationFlags::SHARED,
+        "rshared" => MountPropagationFlags::SHARED | MountPropagationFlags::REC,
         "slave" => MountPropagationFlags::DOWNSTREAM,
         "rslave" => MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
         "unbindable" => MountPropagationFlags::UNBINDABLE,

@@ -83,7 +83,6 @@ fn unsupported_field_is_refused_by_its_name() {
 fn unsupported_value_is_refused_by_name_and_value() {
     let cases = [
         ("linux/namespaces", json!([{ "type": "mount", "path": "/ns" }]), "linux.namespaces[mount].path"),
-        ("linux/rootfsPropagation", json!("shared"), "linux.rootfsPropagation=shared"),
         (
             "linux/seccomp",
             json!({
@@ -109,6 +108,7 @@ fn value_that_asks_for_nothing_is_accepted() {
         ("linux/mountLabel", json!("")),
         ("linux/uidMappings", json!([])),
         ("linux/rootfsPropagation", json!("rslave")),
+        ("linux/rootfsPropagation", json!("shared")),
         ("linux/resources/memory/disableOOMKiller", json!(false)),
         ("linux/resources/memory/kernel", json!(0)),
         ("linux/resources/blockIO", json!({ "weight": 0 })),

@@ -1,10 +1,12 @@
 //! The container's files: mounts, devices, and what an image might try with symbolic links.
 
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::fs::{MetadataExt, symlink},
 };
 
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use serde_json::json;
 
 use crate::{Test, fixture::Sandbox};
@@ -21,6 +23,9 @@ pub fn tests() -> impl IntoIterator<Item = Test> {
         readonly_root_cannot_be_written,
         caller_files_are_out_of_reach,
         symlink_in_the_image_cannot_lead_a_mount_outside,
+        links_that_lead_nowhere_are_followed_inside,
+        mounts_reach_the_caller_through_shared_binds_of_a_shared_root,
+        root_is_the_first_of_the_mounts,
         proc_behind_a_symlink_is_refused,
         magic_link_is_not_a_mount_point,
         root_propagation_is_the_specs,
@@ -186,16 +191,7 @@ fn symlink_in_the_image_cannot_lead_a_mount_outside() {
     let tmpfs = json!({ "destination": "/link/made", "type": "tmpfs", "source": "x" });
     let sandbox = Sandbox::script("ls -d /link/made; readlink /link").with("/mounts/-", tmpfs);
     symlink(outside.path(), sandbox.path("link")).unwrap();
-    // Followed inside of the root, where it dangles.
-    let (code, message) = sandbox.refusal();
-    assert_eq!(code, 125);
-    assert!(
-        message.starts_with("cannot mount tmpfs at /link/made: find or make the mount point"),
-        "{message}"
-    );
-    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
-    // And where it leads somewhere inside.
-    fs::create_dir_all(sandbox.path(outside.path().to_str().unwrap())).unwrap();
+    // Followed inside of the root, where the directory is made.
     assert_eq!(sandbox.run().success(), format!("/link/made\n{}", outside.path().display()));
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
     let up = Sandbox::script("ls /up")
@@ -237,4 +233,72 @@ fn root_propagation_is_the_specs() {
     assert!(root.contains(" unbindable "), "{root}");
     let metadata = fs::metadata("/").unwrap();
     assert!(metadata.dev() > 0);
+}
+
+fn root_is_the_first_of_the_mounts() {
+    let output = Sandbox::script("cat /proc/self/mountinfo").run().success();
+    let first = output.lines().next().unwrap();
+    assert_eq!(first.split(' ').nth(4), Some("/"), "{output}");
+}
+
+fn links_that_lead_nowhere_are_followed_inside() {
+    let tmpfs = |at: &str| json!({ "destination": at, "type": "tmpfs", "source": "made" });
+    let sandbox = Sandbox::script("cat /proc/self/mountinfo")
+        .with("/mounts/-", tmpfs("/one/below"))
+        .with("/mounts/-", tmpfs("relative/./at"))
+        .with("/mounts/-", tmpfs("/../../odd/../plain"));
+    symlink("../../two", sandbox.path("one")).unwrap();
+    symlink("/there/three", sandbox.path("two")).unwrap();
+    let output = sandbox.run().success();
+    let made = output.lines().filter(|line| line.contains(" - tmpfs made "));
+    let places: BTreeSet<_> = made.filter_map(|line| line.split(' ').nth(4)).collect();
+    assert_eq!(places.into_iter().collect::<Vec<_>>(), ["/plain", "/relative/at", "/there/three/below"]);
+    let endless = Sandbox::new(&["true"]).with("/mounts/-", tmpfs("/endless/below"));
+    symlink("endless", endless.path("endless")).unwrap();
+    let (code, message) = endless.refusal();
+    assert_eq!(code, 125);
+    assert!(message.contains("/endless/below") && message.contains("symbolic links"), "{message}");
+}
+
+/// A file system that this process has mounted.
+struct Mounted(tempfile::TempDir);
+
+impl Mounted {
+    fn shared_tmpfs() -> Self {
+        let mounted = Self(tempfile::tempdir().unwrap());
+        let path = mounted.0.path();
+        rustix::mount::mount("tmpfs", path, "tmpfs", MountFlags::empty(), None).unwrap();
+        rustix::mount::mount_change(path, MountPropagationFlags::SHARED).unwrap();
+        mounted
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        while rustix::mount::unmount(self.0.path(), UnmountFlags::DETACH).is_ok() {}
+    }
+}
+
+fn mounts_reach_the_caller_through_shared_binds_of_a_shared_root() {
+    let here = Mounted::shared_tmpfs();
+    fs::create_dir(here.0.path().join("sub")).unwrap();
+    let arrives = |root: &str, option: &str| {
+        let bind = json!({ "destination": "/data", "source": here.0.path(), "options": ["rbind", option] });
+        let all = json!(["CAP_SYS_ADMIN"]);
+        let sandbox = Sandbox::script("mount -t tmpfs made /data/sub && echo > /data/sub/file")
+            .with("/mounts/-", bind)
+            .with("/linux/rootfsPropagation", json!(root))
+            .with("/process/capabilities", json!({ "bounding": all, "effective": all, "permitted": all }));
+        sandbox.run().success();
+        let file = here.0.path().join("sub/file");
+        let arrived = file.exists();
+        let _ = rustix::mount::unmount(here.0.path().join("sub"), UnmountFlags::DETACH);
+        let _ = fs::remove_file(file);
+        arrived
+    };
+    assert!(arrives("shared", "shared"));
+    assert!(arrives("rshared", "rshared"));
+    assert!(!arrives("shared", "rprivate"));
+    assert!(!arrives("shared", "rslave"));
+    assert!(!arrives("rprivate", "rshared"));
 }

@@ -286,7 +286,7 @@ fn mount(mount: &Mount, shares: &mut Vec<Shared>) -> Result<Mount, Error> {
         // The host's would tell of the host. The guest has its own at the same place.
         return Ok(mount.clone());
     }
-    if mount.destination() == Path::new("/dev/shm") && is_tmpfs(&file_system) {
+    if cloche_runtime::destination(mount) == Path::new("/dev/shm") && is_tmpfs(&file_system) {
         return Ok(shared_memory(mount, &file_system));
     }
     if !metadata.is_file() && !metadata.is_dir() {
