@@ -11,8 +11,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    os::unix::fs::MetadataExt,
-    path::{Component, PathBuf},
+    path::{Component, Path},
 };
 
 use oci_spec::runtime::{LinuxPersonality, LinuxSeccomp, Process};
@@ -29,6 +28,7 @@ use crate::{
     entry::{Entry, step},
     init::InitError,
     launch::{LaunchError, Listener, Stdio, clone_by_go_between, granted, process_failed},
+    namespaces::{KINDS, identity},
     process::{
         program::{self, OwnProgram},
         rlimits, scheduling,
@@ -96,17 +96,6 @@ impl Joined {
     }
 }
 
-/// The namespaces of `linux/sched.h`, by their names in `/proc/PID/ns`.
-const KINDS: [(&str, u64); 8] = [
-    ("user", NEW_USER),
-    ("mnt", NEW_MOUNTS),
-    ("cgroup", 0x0200_0000),
-    ("uts", 0x0400_0000),
-    ("ipc", 0x0800_0000),
-    ("pid", NEW_PID),
-    ("net", 0x4000_0000),
-    ("time", 0x80),
-];
 const NEW_MOUNTS: u64 = 0x0002_0000;
 const NEW_USER: u64 = 0x1000_0000;
 const NEW_PID: u64 = 0x2000_0000;
@@ -115,12 +104,11 @@ const NEW_PID: u64 = 0x2000_0000;
 fn foreign_namespaces(pid: i32, pidfd: BorrowedFd<'_>) -> io::Result<u64> {
     let mut foreign = 0;
     for (name, kind) in KINDS {
-        let identity = |path: PathBuf| std::fs::metadata(path).map(|file| (file.dev(), file.ino()));
-        match identity(PathBuf::from(format!("/proc/{pid}/ns/{name}"))) {
+        match identity(Path::new(&format!("/proc/{pid}/ns/{name}"))) {
             // A kernel without this kind.
             Err(error) if error.kind() == io::ErrorKind::NotFound && name == "time" => {}
             theirs => {
-                if theirs? != identity(PathBuf::from(format!("/proc/self/ns/{name}")))? {
+                if theirs? != identity(Path::new(&format!("/proc/self/ns/{name}")))? {
                     foreign |= kind;
                 }
             }

@@ -1,9 +1,39 @@
 //! Which namespaces the container's process gets: new ones from `clone3`, existing ones by `setns`.
 
-use std::{fs::File, io, os::fd::AsFd, path::PathBuf};
+use std::{
+    fs::File,
+    io,
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
+};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// The kinds of namespaces: their names in `/proc/PID/ns`, and their `CLONE_NEW…` flags (linux/sched.h).
+pub(crate) const KINDS: [(&str, u64); 8] = [
+    ("user", LinuxNamespaceType::User as u64),
+    ("mnt", LinuxNamespaceType::Mount as u64),
+    ("cgroup", LinuxNamespaceType::Cgroup as u64),
+    ("uts", LinuxNamespaceType::Uts as u64),
+    ("ipc", LinuxNamespaceType::Ipc as u64),
+    ("pid", LinuxNamespaceType::Pid as u64),
+    ("net", LinuxNamespaceType::Network as u64),
+    ("time", LinuxNamespaceType::Time as u64),
+];
+
+/// What tells a namespace from all others there are, by its file: device and inode (ioctl_nsfs(2)).
+pub(crate) fn identity(file: &Path) -> io::Result<(u64, u64)> {
+    std::fs::metadata(file).map(|file| (file.dev(), file.ino()))
+}
+
+/// Whether this is a file of the namespace that this process is in itself. One that cannot be looked at is not: it cannot
+/// be joined either.
+pub(crate) fn is_own(kind: LinuxNamespaceType, file: &Path) -> bool {
+    let name = KINDS.iter().find(|(_, flag)| *flag == kind as u64).map(|(name, _)| *name);
+    let own = name.and_then(|name| identity(&Path::new("/proc/self/ns").join(name)).ok());
+    own.is_some() && own == identity(file).ok()
+}
 
 /// The namespaces that a spec asks for.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -161,5 +191,24 @@ impl Joined {
         File::open(&self.path)
             .and_then(|file| Ok(move_into_link_name_space(file.as_fd(), Some(kind))?))
             .map_err(|source| NamespaceError::Join { kind: self.kind, path: self.path.clone(), source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_namespace_is_known_by_its_identity() {
+        use LinuxNamespaceType::{Ipc, Network, Uts};
+        let own = format!("/proc/{}/ns/uts", std::process::id());
+        assert!(is_own(Uts, Path::new(&own)));
+        assert!(!is_own(Ipc, Path::new(&own)));
+        assert!(!is_own(Network, Path::new("/not/there")));
+        for (name, flag) in KINDS {
+            let own = Path::new("/proc/self/ns").join(name);
+            // A kernel may lack one of them.
+            assert!(!own.exists() || identity(&own).is_ok() && flag != 0, "{name}");
+        }
     }
 }

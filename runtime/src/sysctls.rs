@@ -4,7 +4,7 @@ use std::{collections::HashMap, io};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType};
 
-use crate::procfs;
+use crate::{namespaces, procfs};
 
 /// Why a kernel parameter could not be set.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +50,8 @@ const IPC: [&str; 12] = [
 pub(crate) struct Sysctls(Vec<(String, String)>);
 
 impl Sysctls {
-    /// Accepts only parameters of namespaces that the spec lists: all others would change the caller's machine.
+    /// Accepts only parameters of namespaces that are not the caller's: all others would change its machine. Engines name
+    /// those of the host by their paths, too.
     pub(crate) fn from_spec(
         listed: Option<&HashMap<String, String>>,
         namespaces: &[LinuxNamespace],
@@ -92,7 +93,11 @@ fn check(name: &str, namespaces: &[LinuxNamespace]) -> Result<(), &'static str> 
     } else {
         return Err("it is not a parameter of a namespace, and would change the whole machine");
     };
-    if namespaces.iter().any(|namespace| namespace.typ() == needed) { Ok(()) } else { Err(reason) }
+    let is_containers = |namespace: &LinuxNamespace| {
+        namespace.typ() == needed
+            && namespace.path().as_ref().is_none_or(|path| !namespaces::is_own(needed, path))
+    };
+    if namespaces.iter().any(is_containers) { Ok(()) } else { Err(reason) }
 }
 
 #[cfg(test)]
@@ -118,6 +123,19 @@ mod tests {
         assert!(accepts("fs.mqueue.msg_max", &[Ipc]));
         assert!(!accepts("fs.mqueue.msg_max", &[]));
         assert!(accepts("kernel.domainname", &[Uts]));
+    }
+
+    #[test]
+    fn sysctl_of_a_namespace_that_is_the_callers_is_refused() {
+        let joins = |path: &str| {
+            let namespace = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Network).path(path);
+            let listed = HashMap::from([("net.ipv4.ip_forward".to_owned(), "1".to_owned())]);
+            Sysctls::from_spec(Some(&listed), &[namespace.build().unwrap()]).map(drop)
+        };
+        let error = joins("/proc/self/ns/net").unwrap_err().to_string();
+        assert!(error.contains("no network namespace of its own"), "{error}");
+        // Of another kind it is not what is asked for, and it cannot be joined as such.
+        joins("/proc/self/ns/uts").unwrap();
     }
 
     #[test]
