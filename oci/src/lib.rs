@@ -30,7 +30,7 @@ pub mod template;
 pub mod time;
 mod verbs;
 
-pub use cloche_runtime::chain;
+pub use cloche_runtime::{chain, is_machine_root};
 
 pub use binary::protect as protect_own_binary;
 pub use bundle::parse as parse_config;
@@ -43,8 +43,3 @@ pub use isolation::{Child, First, Further, Inside, Isolation, OnHost, Seen};
 pub use process::ProcessId;
 pub use state::{Home, Known, State, Status};
 pub use verbs::{delete, kill, list, pause, processes, resume, start, state, update};
-
-/// Whether this process is root's.
-pub fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
-}

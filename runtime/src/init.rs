@@ -158,7 +158,7 @@ impl Init<'_> {
             pid = Some(self.await_release().map_err(step("wait for the parent"))?);
         }
         if self.namespaces.has_user() {
-            user_namespace::become_root()?;
+            user_namespace::become_root(self.entry.keep_groups)?;
             // The switch made it dumpable or not by the machine's settings.
             self.entry.become_undumpable()?;
         }

@@ -307,12 +307,17 @@ impl<'a> Plan<'a> {
         };
         let understood = Namespaces::from_spec(namespaces);
         let has_user = understood.has_user();
+        let users = match (linux.uid_mappings(), linux.gid_mappings()) {
+            (Some(uids), Some(gids)) if understood.new_user => Some((uids.clone(), gids.clone())),
+            _ => None,
+        };
+        let mounts = spec.mounts().iter().flatten().map(|mount| Mount::from_spec(mount, users.as_ref()));
         Ok(Self {
             linux,
             process,
             namespaces: understood,
             sysctls: Sysctls::from_spec(linux.sysctl().as_ref(), namespaces)?,
-            mounts: spec.mounts().iter().flatten().map(Mount::from_spec).collect::<Result<_, _>>()?,
+            mounts: mounts.collect::<Result<_, _>>()?,
             // In a user namespace the process has all there are.
             capabilities: granted(process, launch.oci.warn.filter(|_| !has_user))?,
             filter: Filter::of(launch.filter, linux.seccomp().as_ref())?,

@@ -9,7 +9,7 @@ use oci_spec::runtime::{
     LinuxSeccomp, LinuxSeccompAction, Process, Spec,
 };
 
-use crate::process::labels;
+use crate::{namespaces, process::labels};
 
 /// Why a spec was refused before anything was created.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -187,7 +187,7 @@ fn linux(check: &mut Check, spec: &Spec, linux: &Linux) {
     if let Some(resources) = linux.resources() {
         self::resources(check, resources);
     }
-    namespaces(check, spec, linux.namespaces().as_deref().unwrap_or_default());
+    self::namespaces(check, spec, linux.namespaces().as_deref().unwrap_or_default());
     let new = |kind| {
         linux.namespaces().iter().flatten().any(|listed| listed.typ() == kind && listed.path().is_none())
     };
@@ -235,13 +235,14 @@ fn namespaces(check: &mut Check, spec: &Spec, namespaces: &[LinuxNamespace]) {
         });
     }
     // Without a namespace of its own, the container would rename the caller's machine.
-    let own_uts = listed(LinuxNamespaceType::Uts).any(|uts| uts.path().is_none());
-    check.require(own_uts || !is_set(spec.hostname()), || {
-        "hostname is set without a new UTS namespace".into()
-    });
-    check.require(own_uts || !is_set(spec.domainname()), || {
-        "domainname is set without a new UTS namespace".into()
-    });
+    let is_other = |uts: &LinuxNamespace| {
+        uts.path().as_deref().is_none_or(|path| !namespaces::is_own(LinuxNamespaceType::Uts, path))
+    };
+    for (field, name) in [("hostname", spec.hostname()), ("domainname", spec.domainname())] {
+        check.require(!is_set(name) || listed(LinuxNamespaceType::Uts).any(is_other), || {
+            format!("{field} is set without a UTS namespace other than the caller's")
+        });
+    }
 }
 
 fn resources(check: &mut Check, resources: &LinuxResources) {

@@ -75,8 +75,19 @@ impl Sysctls {
     }
 }
 
+/// Below `/proc/sys`. If the first of its separators is a slash, dots are dots (sysctl.d(5)): of an interface `eth0.100`.
 fn path(name: &str) -> String {
-    name.replace('.', "/")
+    match name.find(['.', '/']).map(|first| name.as_bytes().get(first)) {
+        Some(Some(b'/')) => name.to_owned(),
+        _ => {
+            let swap = |letter| match letter {
+                '.' => '/',
+                '/' => '.',
+                other => other,
+            };
+            name.chars().map(swap).collect()
+        }
+    }
 }
 
 fn check(name: &str, namespaces: &[LinuxNamespace]) -> Result<(), &'static str> {
@@ -118,6 +129,8 @@ mod tests {
         use LinuxNamespaceType::{Ipc, Network, Uts};
         assert!(accepts("net.ipv4.ip_forward", &[Network]));
         assert!(accepts("net/core/somaxconn", &[Network]));
+        assert_eq!(path("net/ipv4/conf/eth0.100/rp_filter"), "net/ipv4/conf/eth0.100/rp_filter");
+        assert_eq!(path("net.ipv4.conf.eth0/100.rp_filter"), "net/ipv4/conf/eth0.100/rp_filter");
         assert!(!accepts("net.ipv4.ip_forward", &[Ipc, Uts]));
         assert!(accepts("kernel.shmmax", &[Ipc]));
         assert!(accepts("fs.mqueue.msg_max", &[Ipc]));

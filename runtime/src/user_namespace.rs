@@ -103,12 +103,14 @@ fn write_map(kind: &'static str, pid: i32, mappings: &[LinuxIdMapping]) -> Resul
     }
 }
 
-/// Becomes root of the user namespace that this process is in.
-pub(crate) fn become_root() -> Result<(), UserNamespaceError> {
-    match set_thread_groups(&[]) {
-        // A plain user's namespace may not drop groups.
-        Ok(()) | Err(Errno::PERM) => {}
-        Err(errno) => return Err(step("drop the additional groups")(errno)),
+/// Becomes root of the user namespace that this process is in; with its additional groups, or none.
+pub(crate) fn become_root(keep_groups: bool) -> Result<(), UserNamespaceError> {
+    if !keep_groups {
+        match set_thread_groups(&[]) {
+            // A plain user's namespace may not drop groups.
+            Ok(()) | Err(Errno::PERM) => {}
+            Err(errno) => return Err(step("drop the additional groups")(errno)),
+        }
     }
     let (gid, uid) = (rustix::process::Gid::ROOT, rustix::process::Uid::ROOT);
     set_thread_res_gid(gid, gid, gid).map_err(step("become group 0, which the map lacks,"))?;
@@ -146,7 +148,7 @@ pub fn as_root_of(
                 syscalls::exit_now(1);
             }
             let done = || -> Result<String, Box<dyn std::error::Error>> {
-                become_root()?;
+                become_root(false)?;
                 work()
             };
             // A panic must not unwind into the caller's frames, which exist twice now.

@@ -113,11 +113,28 @@ pub struct Global {
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
     /// Log what is done, too
-    #[arg(long)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true",
+        hide_default_value = true, hide_possible_values = true, value_name = "BOOL")]
     pub debug: bool,
+    /// Do without cgroups that may not be made: auto, true, or false; true for whoever is not root, and false for root
+    #[arg(
+        long,
+        value_name = "WHEN",
+        default_value = "auto",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub rootless: Rootless,
     /// Refused: cgroups are made in the cgroup file system only
     #[arg(long)]
     pub systemd_cgroup: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Rootless {
+    Auto,
+    True,
+    False,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -17,7 +17,7 @@ use cloche_engine::OciVm;
 use cloche_oci::{Creation, Error, Home, Isolation, Known, OnHost, Preserved};
 use regex_lite::Regex;
 
-use arguments::{Arguments, Create, Delete, Kill, Named, Verb};
+use arguments::{Arguments, Create, Delete, Kill, Named, Rootless, Verb};
 
 /// The isolation by whose name this binary was called, if that is one of a runtime.
 pub fn called(program: Option<&OsString>) -> Option<&'static dyn Isolation> {
@@ -80,6 +80,17 @@ fn carry_out(
     if arguments.global.systemd_cgroup {
         let what = "--systemd-cgroup is not supported: cgroups are made directly, in the cgroup file system; \
             configure your engine for the cgroupfs driver";
+        return Err(Error::Request(what.into()));
+    }
+    let disagrees = match arguments.global.rootless {
+        Rootless::Auto => None,
+        Rootless::True => cloche_oci::is_machine_root().then_some(
+            "--rootless true: root's containers are not started without their cgroups; leave it out",
+        ),
+        Rootless::False => (!cloche_oci::is_machine_root())
+            .then_some("--rootless false: only root can be sure of its containers' cgroups; leave it out"),
+    };
+    if let Some(what) = disagrees {
         return Err(Error::Request(what.into()));
     }
     let root = root(isolation.name(), arguments.global.root.as_deref());
@@ -151,9 +162,10 @@ fn creation<'a>(
     }
 }
 
-/// Where state is kept: as asked for, else one directory of the machine, or of the user who is not root.
+/// Where state is kept: as asked for, else one directory of the machine, or of the user who is not root; nor is root of a
+/// user namespace, as rootless engines make themselves.
 fn root(name: &str, asked: Option<&Path>) -> PathBuf {
-    let of_user = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !cloche_oci::is_root());
+    let of_user = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !cloche_oci::is_machine_root());
     match (asked, of_user) {
         (Some(root), _) => root.to_owned(),
         (None, Some(directory)) => Path::new(&directory).join(name),

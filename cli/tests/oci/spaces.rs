@@ -16,6 +16,10 @@ pub fn all() -> Vec<Test> {
         user_namespace_can_be_joined_with_new_namespaces_in_it,
         map_that_is_missing_is_asked_for,
         idmapped_mount_shows_other_owners,
+        idmapped_mount_without_maps_has_those_of_the_container,
+        host_name_of_a_joined_namespace_is_set_unless_it_is_the_callers,
+        groups_of_the_caller_are_kept_in_a_user_namespace,
+        memory_and_swap_are_limited_together,
         clocks_of_a_time_namespace_are_set,
         tmpcopyup_fills_a_tmpfs,
         domain_name_scheduler_and_io_priority_are_set,
@@ -132,6 +136,60 @@ fn idmapped_mount_shows_other_owners() {
     let output = bundle.ok(&["run", &bundle.id]);
     let line = output.lines().find(|line| line.ends_with("file")).unwrap();
     assert_eq!(line.split_whitespace().skip(2).take(2).collect::<Vec<_>>(), ["2005", "2006"]);
+}
+
+fn idmapped_mount_without_maps_has_those_of_the_container() {
+    let bundle = in_user_namespace("ls -ln /data");
+    fs::create_dir(bundle.path("rootfs/data")).unwrap();
+    fs::create_dir(bundle.path("data")).unwrap();
+    fs::write(bundle.path("data/file"), "").unwrap();
+    std::os::unix::fs::chown(bundle.path("data/file"), Some(5), Some(6)).unwrap();
+    let mount = json!({
+        "destination": "/data", "type": "bind", "source": bundle.path("data"), "options": ["rbind", "idmap"],
+    });
+    let bundle = bundle.with("/mounts/-", mount);
+    let output = bundle.ok(&["run", &bundle.id]);
+    let line = output.lines().find(|line| line.ends_with("file")).unwrap();
+    assert_eq!(line.split_whitespace().skip(2).take(2).collect::<Vec<_>>(), ["5", "6"]);
+}
+
+fn host_name_of_a_joined_namespace_is_set_unless_it_is_the_callers() {
+    let pod = Bundle::new(&["sleep", "100"]).with("/hostname", json!("pod"));
+    pod.start();
+    let joining = |pid: &Value| {
+        let mut joined = namespaces(&["pid", "mount", "ipc", "network"]);
+        joined.as_array_mut().unwrap().push(json!({ "type": "uts", "path": format!("/proc/{pid}/ns/uts") }));
+        Bundle::new(&["hostname"]).with("/linux/namespaces", joined).with("/hostname", json!("joined"))
+    };
+    let bundle = joining(&pod.state()["pid"]);
+    assert_eq!(bundle.ok(&["run", &bundle.id]), "joined");
+    assert_eq!(pod.ok(&["exec", &pod.id, "hostname"]), "joined");
+    let own = joining(&json!(std::process::id()));
+    let refusal = own.refused(&["run", &own.id]);
+    assert!(refusal.contains("hostname is set without a UTS namespace other than the caller's"), "{refusal}");
+}
+
+/// As an engine's option to keep groups has it: what they may read on the host, the container may.
+fn groups_of_the_caller_are_kept_in_a_user_namespace() {
+    let groups_with = |annotations: Value| {
+        let bundle = in_user_namespace("id -G").with("/annotations", annotations);
+        // The groups are this thread's, and those of what it starts.
+        let run = std::thread::spawn(move || {
+            rustix::thread::set_thread_groups(&[rustix::process::Gid::from_raw(54_321)]).unwrap();
+            bundle.ok(&["run", &bundle.id])
+        });
+        run.join().unwrap()
+    };
+    // Nobody's, since the map has it not.
+    assert_eq!(groups_with(json!({ "run.oci.keep_original_groups": "1" })), "0 65534");
+    assert_eq!(groups_with(json!({})), "0");
+}
+
+/// As engines do it when they are told a limit of memory alone.
+fn memory_and_swap_are_limited_together() {
+    let limits = json!({ "memory": { "limit": 128 << 20, "swap": 256 << 20 } });
+    let bundle = Bundle::script("echo up").with("/linux/resources", limits);
+    assert_eq!(bundle.ok(&["run", &bundle.id]), "up");
 }
 
 fn clocks_of_a_time_namespace_are_set() {

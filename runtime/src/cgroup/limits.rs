@@ -9,6 +9,9 @@ use super::{
     device_policy::{DevicePolicy, policy},
 };
 
+/// cgroup v2's weight for the BFQ scheduler, which not every kernel has.
+pub(super) const BFQ_WEIGHT: &str = "io.bfq.weight";
+
 /// A limit in bytes or a number of things.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Limit {
@@ -176,7 +179,7 @@ impl Limits {
 
     fn set_block_io(&mut self, block_io: &LinuxBlockIo) {
         if let Some(weight) = block_io.weight().filter(|weight| *weight != 0) {
-            let files = (Some("blkio.bfq.weight"), Some("io.bfq.weight"));
+            let files = (Some("blkio.bfq.weight"), Some(BFQ_WEIGHT));
             self.set("linux.resources.blockIO.weight", "blkio", files, weight);
         }
         for device in block_io.weight_device().iter().flatten() {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::{
     CgroupError, files,
-    limits::{Limit, Limits},
+    limits::{BFQ_WEIGHT, Limit, Limits},
     make_leaf_that_moves, make_parent,
 };
 
@@ -164,6 +164,16 @@ pub(super) fn apply(directory: &Path, limits: &Limits) -> Result<(), CgroupError
             let reason = "cgroup v2 has no such limit";
             return Err(CgroupError::Limit { limit: setting.field.into(), reason });
         };
+        if file == BFQ_WEIGHT && !directory.join(file).exists() {
+            // Without that scheduler the weight is the cost model's.
+            let weight = setting
+                .value
+                .v2
+                .parse()
+                .map_or(setting.value.v2.clone(), |weight| io_weight(weight).to_string());
+            files::write(directory, "io.weight", &weight)?;
+            continue;
+        }
         files::write(directory, file, &setting.value.v2)?;
     }
     limits.unified.iter().try_for_each(|(file, value)| files::write(directory, file, value))
@@ -199,9 +209,32 @@ fn weight(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
+/// v1's weights of block devices, 10 to 1000, on v2's scale, 1 to 10000, as other runtimes do.
+fn io_weight(weight: u64) -> u64 {
+    1 + (weight.clamp(10, 1000) - 10) * 9999 / 990
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn weight_of_block_devices_is_the_cost_models_where_there_is_no_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut block_io = oci_spec::runtime::LinuxBlockIo::default();
+        block_io.set_weight(Some(500));
+        let mut resources = oci_spec::runtime::LinuxResources::default();
+        resources.set_block_io(Some(block_io));
+        let limits = Limits::from_spec(Some(&resources)).unwrap();
+        let read = |file: &str| std::fs::read_to_string(directory.path().join(file)).unwrap();
+        std::fs::write(directory.path().join("io.weight"), "default 100").unwrap();
+        apply(directory.path(), &limits).unwrap();
+        assert_eq!(read("io.weight"), "4950");
+        std::fs::write(directory.path().join(BFQ_WEIGHT), "").unwrap();
+        apply(directory.path(), &limits).unwrap();
+        assert_eq!(read(BFQ_WEIGHT), "500");
+        assert_eq!([10, 1000].map(io_weight), [1, 10_000]);
+    }
 
     #[test]
     fn weight_of_the_extremes_and_the_default_is_on_the_v2_scale() {

@@ -98,8 +98,11 @@ pub(crate) struct Mount {
     kind: Kind,
     options: Options,
     /// Maps of users and groups, if its files belong to other users than they say.
-    maps: Option<(Vec<LinuxIdMapping>, Vec<LinuxIdMapping>)>,
+    maps: Option<Maps>,
 }
+
+/// Of users, and of groups.
+pub(crate) type Maps = (Vec<LinuxIdMapping>, Vec<LinuxIdMapping>);
 
 #[derive(Debug)]
 enum Kind {
@@ -134,8 +137,8 @@ const KERNEL_OWN: [&str; 10] =
     ["proc", "sysfs", "cgroup", "cgroup2", "mqueue", "devpts", "debugfs", "tracefs", "securityfs", "bpf"];
 
 impl Mount {
-    /// Reads one entry of the spec's `mounts`.
-    pub(crate) fn from_spec(mount: &SpecMount) -> Result<Self, MountError> {
+    /// Reads one entry of the spec's `mounts`. `users` are the maps of the container's new user namespace.
+    pub(crate) fn from_spec(mount: &SpecMount, users: Option<&Maps>) -> Result<Self, MountError> {
         let destination = destination(mount);
         let invalid = |reason| MountError::Invalid { destination: destination.clone(), reason };
         if destination == Path::new("/") {
@@ -171,9 +174,15 @@ impl Mount {
             (uids, gids) if uids.iter().chain(&gids).any(|maps| !maps.is_empty()) => {
                 return Err(invalid("uidMappings and gidMappings go together"));
             }
-            _ if options.idmap.is_some() => {
-                return Err(invalid("idmap needs uidMappings and gidMappings of the mount"));
-            }
+            // As the container's users are (config.md#posix-platform-mounts).
+            _ if options.idmap.is_some() => match users {
+                Some(users) => Some(users.clone()),
+                None => {
+                    return Err(invalid(
+                        "idmap needs uidMappings and gidMappings, of the mount or of a new user namespace",
+                    ));
+                }
+            },
             _ => None,
         };
         if maps.is_some() && !cfg!(feature = "user-namespaces") {
@@ -322,7 +331,7 @@ pub fn make_mount_points(root: &Path, spec: &Spec) -> io::Result<bool> {
         if is_covered(&destination, &mounts[..index]) {
             continue;
         }
-        let is_file = Mount::from_spec(mount).is_ok_and(|mount| mount.is_bind())
+        let is_file = Mount::from_spec(mount, None).is_ok_and(|mount| mount.is_bind())
             && mount.source().as_ref().is_some_and(|source| !source.is_dir());
         let make = if is_file { Make::EmptyFile } else { Make::Directory };
         paths::open_or_make(root.as_fd(), &destination, Symlinks::Follow, make)?;

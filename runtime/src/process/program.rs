@@ -32,7 +32,9 @@ pub enum ProgramError {
     #[error("cannot run {0:?}: no such file or directory")]
     NotFound(String),
     /// The program is there, but what should run it is not.
-    #[error("cannot run {0:?}: its interpreter, or the dynamic linker that it names, was not found")]
+    #[error(
+        "cannot run {0:?}: its interpreter, or the dynamic linker that it names, was not found: no such file or directory"
+    )]
     NoInterpreter(String),
     /// It is there, but cannot be run.
     #[error("cannot run {command:?}: {reason}")]
@@ -133,7 +135,8 @@ pub(crate) fn execute(path: &Path, command: &str, args: &[CString], env: &[CStri
 fn reason_text(errno: Errno) -> String {
     match errno {
         Errno::ACCESS => "permission denied".into(),
-        Errno::ISDIR => "is a directory".into(),
+        // Engines tell by these words which exit code to have.
+        Errno::ISDIR => "is a directory: permission denied".into(),
         Errno::NOTDIR => "a part of its path is not a directory".into(),
         Errno::NOEXEC => "not a program that this kernel can run (exec format error)".into(),
         Errno::LOOP => "too many symbolic links".into(),

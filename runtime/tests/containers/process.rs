@@ -57,7 +57,7 @@ fn command_that_cannot_be_run_is_127_or_126_and_named() {
         ("nosuch", 127, r#"cannot run "nosuch": executable file not found in $PATH (/usr/bin:/bin)"#),
         ("/bin/nosuch", 127, r#"cannot run "/bin/nosuch": no such file or directory"#),
         ("", 127, r#"cannot run "": executable file not found in $PATH (/usr/bin:/bin)"#),
-        ("/etc", 126, r#"cannot run "/etc": is a directory"#),
+        ("/etc", 126, r#"cannot run "/etc": is a directory: permission denied"#),
         ("/etc/passwd", 126, r#"cannot run "/etc/passwd": permission denied"#),
         ("/etc/passwd/x", 126, r#"cannot run "/etc/passwd/x": a part of its path is not a directory"#),
         (

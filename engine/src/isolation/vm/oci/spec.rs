@@ -20,7 +20,7 @@ use cloche_protocol::boot::share_path;
 use cloche_runtime::Filter;
 use cloche_share::Shared;
 use oci_spec::runtime::{
-    Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    Linux, LinuxDevice, LinuxDeviceType, LinuxMemory, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
     LinuxSeccompAction, Mount, Process, Spec,
 };
 use rustix::fs::{StatFs, statfs};
@@ -186,6 +186,11 @@ fn divide(resources: &LinuxResources) -> (LinuxResources, LinuxResources) {
         .set_block_io(resources.block_io().clone())
         .set_network(resources.network().clone());
     guest.set_cpu(None).set_block_io(None).set_network(None);
+    // The guest's kernel has no swap, and so keeps to any limit of it. Engines set one with every limit of memory.
+    if let Some(mut memory) = *guest.memory() {
+        memory.set_swap(None);
+        guest.set_memory((memory != LinuxMemory::default()).then_some(memory));
+    }
     (host, guest)
 }
 
