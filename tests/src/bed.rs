@@ -20,7 +20,7 @@ use crate::leftovers::{self, Snapshot};
 use crate::plain_user::{self, Ids};
 use crate::process::{Input, Running};
 use crate::sandbox::Sandbox;
-use crate::world::{self, Isolation, World};
+use crate::world::{self, Isolation, Need, World};
 
 /// One test's bed.
 #[derive(Debug)]
@@ -87,6 +87,11 @@ impl<'a> Bed<'a> {
     /// This span, stretched to the host's slowness.
     pub fn span(&self, milliseconds: u64) -> Duration {
         Duration::from_millis(milliseconds) * self.world.slowness
+    }
+
+    /// This many, or some that show the same, where an emulated processor takes minutes for them.
+    pub fn many(&self, ordinarily: usize, emulated: usize) -> usize {
+        if self.world.lacks(Need::RealProcessor) { emulated } else { ordinarily }
     }
 
     /// The same bed under the other isolation, for comparing the two.
@@ -272,7 +277,12 @@ impl<'a> Bed<'a> {
 
     /// What is new on the host since the bed was made.
     pub fn leftovers(&self) -> Vec<String> {
-        self.before.new_since(self.span(2000))
+        self.before.new_since(self.span(2000), "")
+    }
+
+    /// The new processes among them, and no wait for what else may be there.
+    pub fn processes_left(&self) -> Vec<String> {
+        self.before.new_since(self.span(2000), "process")
     }
 
     /// Expects nothing new on the host.

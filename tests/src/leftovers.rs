@@ -34,13 +34,14 @@ impl Snapshot {
         Self(seen)
     }
 
-    /// What is there now and was not then. The kernel takes some things down in the background, so this waits up to
-    /// `grace` for the list to become empty.
-    pub fn new_since(&self, grace: Duration) -> Vec<String> {
+    /// What is there now and was not then, of what is called `kind` or, if that is empty, of all. The kernel takes some
+    /// things down in the background, so this waits up to `grace` for the list to become empty.
+    pub fn new_since(&self, grace: Duration, kind: &str) -> Vec<String> {
         let deadline = Instant::now() + grace;
         loop {
             let now = Self::take();
-            let new: Vec<String> = now.0.difference(&self.0).cloned().collect();
+            let new: Vec<String> =
+                now.0.difference(&self.0).filter(|line| line.starts_with(kind)).cloned().collect();
             if new.is_empty() || Instant::now() >= deadline {
                 return new;
             }

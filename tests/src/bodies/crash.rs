@@ -125,8 +125,7 @@ fn file_server_ends_with_whoever_is_killed(bed: &Bed) -> Story {
             vmm.kill();
         }
         running.wait_for_end()?;
-        let left: Vec<String> =
-            bed.leftovers().into_iter().filter(|left| left.starts_with("process")).collect();
+        let left = bed.processes_left();
         ensure!(left.is_empty(), "monitor killed: {kills_monitor}, VMM killed: {kills_vmm}: {left:?}");
         running.wait()?.exits_with(137)?;
     }

@@ -45,12 +45,12 @@ fn other_user_has_no_effective_capability(bed: &Bed) -> Story {
 }
 
 fn blocked_system_calls_fail_with_eperm(bed: &Bed) -> Story {
-    for script in [
+    let attempts = bed.busybox().each(&[
         // Without seccomp any user may make a user namespace.
         "unshare -U true",
         "unshare -m true",
         "nsenter -t 1 -u true",
-        "mount -t tmpfs none /mnt",
+        "mkdir /mnt; mount -t tmpfs none /mnt",
         "umount /proc",
         "pivot_root / /mnt",
         "date -s 2001-01-01",
@@ -59,18 +59,18 @@ fn blocked_system_calls_fail_with_eperm(bed: &Bed) -> Story {
         "reboot -f",
         "hostname other",
         "ip link set lo down",
-    ] {
-        let finished = bed.busybox().sh(&format!("mkdir -p /mnt; {script}")).run()?;
+    ])?;
+    for attempt in attempts {
         // The message decides: busybox's `date` exits with 0 even so.
-        let said = finished.err().to_lowercase();
+        let said = attempt.err().to_lowercase();
         let refused = said.contains("not permitted") || said.contains("permission denied");
-        ensure!(refused, "`{script}` was not refused for lack of permission\n{finished}");
+        ensure!(refused, "not refused for lack of permission\n{attempt}");
     }
     Ok(())
 }
 
 fn permitted_things_still_work(bed: &Bed) -> Story {
-    for script in [
+    let things = bed.busybox().each(&[
         "touch /f && chown 12:34 /f && chmod 4755 /f",
         "chroot / true",
         "mknod /fifo p && mknod /null c 1 3 && echo x > /null",
@@ -80,18 +80,17 @@ fn permitted_things_still_work(bed: &Bed) -> Story {
         "(echo x | tee /dev/stdout) < /dev/fd/0",
         "test -c /dev/tty && test -L /dev/ptmx && test -d /dev/pts && test -d /dev/mqueue",
         "kill -0 1",
-    ] {
-        bed.busybox().sh(script).run()?.succeeds().with_context(|| format!("`{script}`"))?;
-    }
-    Ok(())
+    ])?;
+    things.into_iter().try_for_each(|thing| thing.succeeds().map(drop))
 }
 
 fn devices_are_limited_to_dockers_default(bed: &Bed) -> Story {
-    for (name, number) in [("kmsg", "c 1 11"), ("mem", "c 1 1"), ("kvm", "c 10 232"), ("disk", "b 254 0")] {
-        let script = format!("mknod /{name} {number} && head -c 1 /{name}");
-        let finished = bed.busybox().sh(&script).run()?;
-        ensure!(finished.code() != 0, "device {number} could be read\n{finished}");
-        finished.says("not permitted")?;
+    let numbers = ["c 1 11", "c 1 1", "c 10 232", "b 254 0"]; // kmsg, mem, kvm, a disk
+    let attempts =
+        numbers.map(|number| format!("rm -f /device; mknod /device {number} && head -c 1 /device"));
+    for attempt in bed.busybox().each(&attempts.each_ref().map(String::as_str))? {
+        ensure!(attempt.code() != 0, "the device could be read\n{attempt}");
+        attempt.says("not permitted")?;
     }
     // `core`, a link to /proc/kcore, is there where the kernel has that.
     let devices = bed.busybox().sh("cd /dev; ls | grep -vx core | xargs echo").run()?.succeeds()?;
@@ -100,21 +99,21 @@ fn devices_are_limited_to_dockers_default(bed: &Bed) -> Story {
 }
 
 fn proc_and_sys_are_read_only_where_it_matters(bed: &Bed) -> Story {
-    for path in [
+    let paths = [
         "/proc/sys/kernel/hostname",
         "/proc/sys/vm/drop_caches",
         "/proc/sysrq-trigger",
         "/proc/irq/default_smp_affinity",
         "/sys/kernel/mm/transparent_hugepage/enabled",
         "/sys/new",
-    ] {
-        // What this kernel does not have is out of reach, too.
-        let script = format!("test -e {path} || echo absent; echo 1 > {path}");
-        let finished = bed.busybox().sh(&script).run()?;
-        ensure!(finished.code() != 0, "{path} could be written\n{finished}");
-        let said = finished.err().to_lowercase();
-        let absent = finished.out() == "absent\n";
-        ensure!(absent || said.contains("read-only"), "{path} is not read-only\n{finished}");
+    ];
+    // What this kernel does not have is out of reach, too.
+    let attempts = paths.map(|path| format!("test -e {path} || echo absent; echo 1 > {path}"));
+    for attempt in bed.busybox().each(&attempts.each_ref().map(String::as_str))? {
+        ensure!(attempt.code() != 0, "it could be written\n{attempt}");
+        let said = attempt.err().to_lowercase();
+        let absent = attempt.out() == "absent\n";
+        ensure!(absent || said.contains("read-only"), "it is not read-only\n{attempt}");
     }
     bed.busybox().sh("mkdir /sys/fs/cgroup/mine").run()?.exits_with(1)?.says("read-only")?;
     Ok(())
@@ -122,54 +121,53 @@ fn proc_and_sys_are_read_only_where_it_matters(bed: &Bed) -> Story {
 
 fn sensitive_paths_are_masked(bed: &Bed) -> Story {
     // OCI runtime-spec: config-linux.md#masked-paths. The list is Docker's.
-    for file in [
+    let files = [
         "/proc/kcore",
         "/proc/keys",
         "/proc/latency_stats",
         "/proc/timer_list",
         "/proc/timer_stats",
         "/proc/sched_debug",
-    ] {
-        let script = format!("test ! -e {file} || test $(head -c 100 {file} | wc -c) = 0");
-        bed.busybox().sh(&script).run()?.succeeds().with_context(|| format!("{file} can be read"))?;
-    }
-    for directory in
-        ["/proc/acpi", "/proc/asound", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap"]
-    {
-        let script = format!("test ! -e {directory} || test -z \"$(ls -A {directory})\"");
-        bed.busybox().sh(&script).run()?.succeeds().with_context(|| format!("{directory} has entries"))?;
+    ];
+    let directories =
+        ["/proc/acpi", "/proc/asound", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap"];
+    let of_file = |file| format!("test ! -e {file} || test $(head -c 100 {file} | wc -c) = 0");
+    let of_directory = |directory| format!("test ! -e {directory} || test -z \"$(ls -A {directory})\"");
+    let looks: Vec<String> =
+        files.into_iter().map(of_file).chain(directories.into_iter().map(of_directory)).collect();
+    for look in bed.busybox().each(&looks.iter().map(String::as_str).collect::<Vec<_>>())? {
+        look.succeeds().context("there is something to be read")?;
     }
     Ok(())
 }
 
 fn masks_cannot_be_lifted(bed: &Bed) -> Story {
     // A second procfs has no masks; its mount must fail even in a namespace of one's own.
-    for script in
-        ["umount /proc/kcore", "mount -t proc proc /mnt", "unshare -Um true", "mount -o remount,rw /proc/sys"]
-    {
-        let finished = bed.busybox().sh(&format!("mkdir -p /mnt; {script}")).run()?;
-        ensure!(finished.code() != 0, "`{script}` succeeded\n{finished}");
+    for attempt in bed.busybox().each(&[
+        "umount /proc/kcore",
+        "mkdir /mnt; mount -t proc proc /mnt",
+        "unshare -Um true",
+        "mount -o remount,rw /proc/sys",
+    ])? {
+        ensure!(attempt.code() != 0, "it succeeded\n{attempt}");
     }
     Ok(())
 }
 
-/// Runs the same script under both and expects the same output.
-fn is_equal_in_both(bed: &Bed, script: &str) -> Story {
+/// Runs the same scripts under both and expects the same output.
+fn are_equal_in_both(bed: &Bed, scripts: &[&str]) -> Story {
     let vm = bed.under(Isolation::Vm)?;
-    let run = |bed: &Bed| bed.busybox().with("--hostname", "same").sh(script).run()?.succeeds();
-    let (in_container, in_vm) = (run(bed)?, run(&vm)?);
-    ensure!(
-        in_container.out() == in_vm.out(),
-        "`{script}` prints different things:\n{in_container}\n{in_vm}"
-    );
+    let run = |bed: &Bed| bed.busybox().with("--hostname", "same").each(scripts);
+    for (in_container, in_vm) in run(bed)?.into_iter().zip(run(&vm)?) {
+        let (in_container, in_vm) = (in_container.succeeds()?, in_vm.succeeds()?);
+        ensure!(in_container.out() == in_vm.out(), "they print different things:\n{in_container}\n{in_vm}");
+    }
     vm.check_out()
 }
 
 fn status_is_equal_in_both(bed: &Bed) -> Story {
-    is_equal_in_both(
-        bed,
-        "grep -E '^(Cap...|NoNewPrivs|Seccomp|Seccomp_filters|Umask|Uid|Gid|Groups|NSpid):' /proc/self/status",
-    )
+    let fields = "^(Cap...|NoNewPrivs|Seccomp|Seccomp_filters|Umask|Uid|Gid|Groups|NSpid):";
+    are_equal_in_both(bed, &[&format!("grep -E '{fields}' /proc/self/status")])
 }
 
 fn mounts_are_equal_in_both(bed: &Bed) -> Story {
@@ -177,24 +175,24 @@ fn mounts_are_equal_in_both(bed: &Bed) -> Story {
     // paths that are there, since each needs a path of that kernel's to lie on.
     let fields = r"sed -E 's/^[0-9]+ [0-9]+ \S+ \S+ (\S+) (\S+) .*- (\S+) .*/\1 \2 \3/' /proc/self/mountinfo";
     let without_masks = "grep -vE '^/proc/|^/sys/(firmware|devices)'";
-    is_equal_in_both(bed, &format!("{fields} | {without_masks}"))
+    are_equal_in_both(bed, &[&format!("{fields} | {without_masks}")])
 }
 
 fn surroundings_are_equal_in_both(bed: &Bed) -> Story {
-    for script in [
-        "env | sort",
-        "cd /dev; stat -c '%n %f %t:%T %u:%g' *",
-        "cat /proc/self/cgroup",
-        // Not -u, which the kernel derives from the memory it has.
-        "ulimit -n; ulimit -c; ulimit -s; ulimit -l; ulimit -v",
-        "pwd; id; umask; tty || true",
-        "cat /proc/sys/kernel/pid_max >/dev/null; ls /proc/self/ns",
-        "cat /proc/self/oom_score_adj",
-        // Not /proc and /sys, whose link counts are the kernel's.
-        "ls -lan / | grep -vE ' (proc|sys)$' | sed 's/ [A-Z][a-z][a-z] .*:[0-9][0-9] / /'",
-        "cat /etc/hosts /etc/hostname /etc/resolv.conf 2>/dev/null || true",
-    ] {
-        is_equal_in_both(bed, script)?;
-    }
-    Ok(())
+    are_equal_in_both(
+        bed,
+        &[
+            "env | sort",
+            "cd /dev; stat -c '%n %f %t:%T %u:%g' *",
+            "cat /proc/self/cgroup",
+            // Not -u, which the kernel derives from the memory it has.
+            "ulimit -n; ulimit -c; ulimit -s; ulimit -l; ulimit -v",
+            "pwd; id; umask; tty || true",
+            "cat /proc/sys/kernel/pid_max >/dev/null; ls /proc/self/ns",
+            "cat /proc/self/oom_score_adj",
+            // Not /proc and /sys, whose link counts are the kernel's.
+            "ls -lan / | grep -vE ' (proc|sys)$' | sed 's/ [A-Z][a-z][a-z] .*:[0-9][0-9] / /'",
+            "cat /etc/hosts /etc/hostname /etc/resolv.conf 2>/dev/null || true",
+        ],
+    )
 }
