@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{Read, Seek};
+use std::io::{BufReader, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -12,7 +12,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use crate::Store;
 use crate::digest::Digest;
 use crate::erofs::Reader;
-use crate::layer::{ExpectedLayer, Rebuilt, convert};
+use crate::layer::{DecodeError, ExpectedLayer, Rebuilt, convert, decompressor, detect};
 use crate::load::plan_archive;
 use crate::merge::{self, MergeLayer};
 use crate::registry;
@@ -37,6 +37,28 @@ pub fn layer(bytes: &[u8]) {
             Rebuilt::open(recipe, output).unwrap().read_to_end(&mut again).unwrap();
             assert_eq!(again, archive);
         }
+    }
+}
+
+/// Decompresses `bytes`, by whatever method they name, and converts what is in them as a layer. That they come in small
+/// pieces must not matter.
+pub fn compressed(bytes: &[u8]) {
+    const LONGEST: u64 = 1 << 20;
+    let unpack = |piece: usize| {
+        let (encoding, source) = detect(bytes)?;
+        let mut unpacked = Vec::new();
+        let decoder = decompressor(encoding, BufReader::with_capacity(piece, source))?;
+        decoder.take(LONGEST).read_to_end(&mut unpacked)?;
+        Ok::<_, DecodeError>(unpacked)
+    };
+    let (whole, in_pieces) = (unpack(bytes.len().max(1)), unpack(7));
+    assert_eq!(whole.is_ok(), in_pieces.is_ok(), "{:?} {:?}", whole.err(), in_pieces.err());
+    let (Ok(whole), Ok(in_pieces)) = (whole, in_pieces) else { return };
+    assert!(whole == in_pieces);
+    if (whole.len() as u64) < LONGEST {
+        let blob = Some((Digest::of(bytes), bytes.len() as u64));
+        let expected = ExpectedLayer { blob, diff_id: Digest::of(&whole) };
+        let _ = convert(bytes, &expected, &memory("layer"), &memory("recipe"), |_| {});
     }
 }
 
@@ -222,6 +244,7 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "image_layer" => {
             vec![layer_seed(b'0', "a/b", b"content"), layer_seed(b'2', ".wh.c", b""), pax_seed()]
         }
+        "image_compression" => compressed_seeds(),
         "image_archive" => archive_seeds(),
         "registry_answer" => registry_seeds(),
         _ => Vec::new(),
@@ -249,6 +272,19 @@ fn layer_seed(kind: u8, name: &str, content: &[u8]) -> Vec<u8> {
 fn pax_seed() -> Vec<u8> {
     let records = b"16 path=long/er\n30 SCHILY.xattr.user.name=abc\n";
     [layer_seed(b'x', "pax", records), layer_seed(b'5', "d", b""), layer_seed(b'1', "d/l", b"")].concat()
+}
+
+fn compressed_seeds() -> Vec<Vec<u8>> {
+    let tar = [layer_seed(b'0', "a/b", b"content"), vec![0; 2 * BLOCK]].concat();
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    let gzip = gzip.write_all(&tar).and_then(|()| gzip.finish()).unwrap();
+    let mut bzip2 = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::best());
+    let bzip2 = bzip2.write_all(&tar).and_then(|()| bzip2.finish()).unwrap();
+    let zstd = zstd::encode_all(tar.as_slice(), 3).unwrap();
+    let xz = include_bytes!("../../tests/src/dockerfiles/archive.tar.xz").to_vec();
+    // Several members are one stream.
+    let twice = [&gzip, &zstd, &bzip2, &xz].map(|one| [one.as_slice(), one].concat());
+    [gzip, zstd, bzip2, xz, tar].into_iter().chain(twice).collect()
 }
 
 fn archive_seeds() -> Vec<Vec<u8>> {
@@ -301,6 +337,11 @@ mod tests {
     #[test]
     fn layer_survives_seeds_and_damage() {
         exercise("image_layer", layer, 300);
+    }
+
+    #[test]
+    fn compressed_layer_survives_seeds_and_damage() {
+        exercise("image_compression", compressed, 1000);
     }
 
     #[test]
