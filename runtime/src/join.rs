@@ -187,7 +187,7 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
                     is_filtered: Cell::new(false),
                 },
                 join: &join,
-                kinds: foreign & !(NEW_PID | if joins_user_first(foreign) { NEW_USER } else { 0 }),
+                kinds: foreign & !(NEW_PID | if needs_go_between(foreign) { NEW_USER } else { 0 }),
                 entrances: &entrances,
             };
             verdict::run_to_program(&child.entry, || child.run())
@@ -195,9 +195,10 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
     }
 }
 
-/// A plain user has rights over its container's namespaces in the container's user namespace only.
-fn joins_user_first(foreign: u64) -> bool {
-    foreign & NEW_USER != 0 && !user_namespace::is_machine_root()
+/// A plain user has rights over its container's namespaces in the container's user namespace only; and who is root of a
+/// user namespace, as rootless engines are, could not return to its own PID namespace.
+fn needs_go_between(foreign: u64) -> bool {
+    foreign & (NEW_USER | NEW_PID) != 0 && !user_namespace::is_machine_root()
 }
 
 fn clone_into(join: &Join<'_>, foreign: u64) -> Result<Cloned, LaunchError> {
@@ -215,12 +216,12 @@ fn clone_into(join: &Join<'_>, foreign: u64) -> Result<Cloned, LaunchError> {
         }
         .map_err(process_failed("clone this process"))
     };
-    if joins_user_first(foreign) {
+    if needs_go_between(foreign) {
         let directory = directory.as_ref().map(AsFd::as_fd);
         let first = foreign & (NEW_USER | NEW_PID);
         let join = || {
             let joined = syscalls::join_namespaces(join.pidfd, first);
-            joined.map_err(|error| format!("cannot join the container's user namespace: {error}"))
+            joined.map_err(|error| format!("cannot join the container's user or PID namespace: {error}"))
         };
         return clone_by_go_between(true, 0, directory, &join);
     }

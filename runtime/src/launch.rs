@@ -537,6 +537,11 @@ fn clone(namespaces: &Namespaces, cgroup: &Cgroup) -> Result<Cloned, LaunchError
     let clone =
         || syscalls::clone3(namespaces.clone_flags, directory).map_err(process_failed("clone this process"));
     let Some(joined) = namespaces.joined_pid() else { return clone() };
+    // Who is root of a user namespace only could not return to its own.
+    if !user_namespace::is_machine_root() {
+        let join = || joined.join().map_err(|error| verdict::chain(&error));
+        return clone_by_go_between(true, namespaces.clone_flags, directory, &join);
+    }
     // Only the next child is affected, and then none any more.
     let own = File::open("/proc/self/ns/pid").map_err(process_failed("open the own PID namespace"))?;
     joined.join()?;

@@ -60,7 +60,7 @@ fn alone<Verbs: Args>(verb: &'static str, is: fn(Verbs) -> Verb) -> Option<Argum
 /// Says what is wrong with the arguments, or the help that they ask for.
 fn leave(name: &str, error: &clap::Error) -> ! {
     let asks_for_help =
-        std::env::args().skip(1).any(|word| ["-h", "--help", "help"].contains(&word.as_str()));
+        std::env::args_os().skip(1).any(|word| ["-h", "--help", "help"].iter().any(|help| word == *help));
     if error.kind() == ErrorKind::InvalidSubcommand
         && asks_for_help
         && let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidSubcommand)

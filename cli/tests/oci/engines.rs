@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
 };
@@ -13,7 +14,12 @@ use crate::{
 };
 
 pub fn all() -> Vec<Test> {
-    crate::tests![podman_runs_containers, containerd_runs_containers, docker_runs_containers]
+    crate::tests![
+        podman_runs_containers,
+        podman_of_a_plain_user_runs_containers,
+        containerd_runs_containers,
+        docker_runs_containers,
+    ]
 }
 
 /// This runtime under the name that engines call it by.
@@ -97,6 +103,56 @@ fn podman_runs_containers() {
     engine.ok(&["run", "--detach", "--name", name, "--network", "none", "box", "sh", "-c", SERVICE]);
     starts_and_is_entered(&engine, name);
     pauses_and_ends(&engine, name);
+}
+
+/// A plain user's podman calls the runtime as root of a user namespace, without saying where state is kept.
+fn podman_of_a_plain_user_runs_containers() {
+    const USER: u32 = 54_321;
+    if !has("podman", "podman") || !has("conmon", "conmon") || !has("newuidmap", "uidmap") {
+        return;
+    }
+    let bundle = Bundle::new(&["true"]);
+    let files = files(&bundle);
+    // Where this one lies, others might not be let in.
+    let runtime = bundle.path(fixture::name());
+    fs::copy(fixture::program(), &runtime).unwrap();
+    for name in ["home", "run"] {
+        fs::create_dir(bundle.path(name)).unwrap();
+        std::os::unix::fs::chown(bundle.path(name), Some(USER), Some(USER)).unwrap();
+    }
+    fs::set_permissions(bundle.path(""), fs::Permissions::from_mode(0o755)).unwrap();
+    // The user has a name, and ids for its containers, in an /etc of these processes only.
+    let script = format!(
+        r#"set -e
+        cd {}
+        mkdir etc
+        mount -t tmpfs tmpfs etc
+        mkdir etc/upper etc/work
+        mount -t overlay -o lowerdir=/etc,upperdir=$PWD/etc/upper,workdir=$PWD/etc/work overlay /etc
+        echo 'cloche-test:x:{USER}:{USER}::/:/bin/sh' >> /etc/passwd
+        echo 'cloche-test:x:{USER}:' >> /etc/group
+        echo 'cloche-test:700000:65536' | tee -a /etc/subuid >> /etc/subgid
+        exec setpriv --reuid {USER} --regid {USER} --clear-groups env -i PATH="$PATH:/usr/sbin:/sbin" HOME=$PWD/home XDG_RUNTIME_DIR=$PWD/run sh -ec '
+            podman() {{ command podman --storage-driver vfs --cgroup-manager cgroupfs --events-backend file --runtime {} "$@"; }}
+            trap "podman rm --force --all > /dev/null; podman system migrate" EXIT
+            podman import --quiet {} box > /dev/null
+            podman run --rm --network none box echo hi
+            podman run --detach --name box --network none box sleep 100 > /dev/null
+            podman exec box id -u
+            podman run --rm --network none --pid container:box box ps | grep -c "sleep 100"
+            podman stop --time 0 box'
+        "#,
+        bundle.path("").display(),
+        runtime.display(),
+        files.display(),
+    );
+    let output =
+        Command::new("timeout").args(["120", "unshare", "--mount", "sh", "-c", &script]).output().unwrap();
+    assert_eq!(
+        (output.status.code(), text(&output.stdout).as_str()),
+        (Some(0), "hi\n0\n1\nbox"),
+        "{output:?}"
+    );
 }
 
 /// A daemon that ends with the test.
