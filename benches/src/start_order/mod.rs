@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Names end in a hash of types and versions, which the script leaves open. Where that would take in many others, as
-//! with an instance of a generic function, it does not; when such a name is out of date, that function lies elsewhere.
+//! with instances of a generic function, those of one crate are taken in.
 
 mod tracer;
 
@@ -23,8 +23,8 @@ struct Section {
     size: u64,
     /// As a linker script names it, with the hash left open.
     pattern: String,
-    /// The same, exactly.
-    exact: String,
+    /// The same, in this crate only.
+    narrow: String,
     /// Where its functions begin.
     entries: Vec<u64>,
 }
@@ -67,7 +67,7 @@ fn script(sections: &[Section], used: &[&Section]) -> String {
     let mut seen = HashSet::new();
     for section in used {
         let [all, hit] = [&all, &hit].map(|sizes| sizes.get(&section.pattern).copied().unwrap_or_default());
-        let name = if all > (2 * hit).max(hit + TOLERATED) { &section.exact } else { &section.pattern };
+        let name = if all > (2 * hit).max(hit + TOLERATED) { &section.narrow } else { &section.pattern };
         if seen.insert(name) {
             let _ = writeln!(text, "    {name}");
         }
@@ -90,9 +90,9 @@ fn sections(map: &str) -> Vec<Section> {
         match what.strip_suffix(')').and_then(|what| what.split_once(":(")) {
             Some((file, section)) => {
                 is_code = section.starts_with(".text") && size > 0;
-                if is_code && let Some((pattern, exact, is_one)) = names(file, section) {
+                if is_code && let Some((pattern, narrow, is_one)) = names(file, section) {
                     let entries = if is_one { vec![address] } else { Vec::new() };
-                    sections.push(Section { address, size, pattern, exact, entries });
+                    sections.push(Section { address, size, pattern, narrow, entries });
                 } else {
                     is_code = false;
                 }
@@ -107,23 +107,32 @@ fn sections(map: &str) -> Vec<Section> {
     sections
 }
 
-/// How a linker script names a section: without what changes from build to build, and with it; and whether the section
-/// is one function.
+/// How a linker script names a section: in all files, and in those of its crate; and whether the section is one
+/// function.
 fn names(file: &str, section: &str) -> Option<(String, String, bool)> {
     if let Some(start) = section.find("17h").filter(|_| section.contains("_ZN")) {
         let open = section.get(..start).map(|name| format!("*({name}17h*)"))?;
-        // Behind the hash may be one of the unit it was compiled in.
-        let exact = section.get(..start + "17h".len() + 16).unwrap_or(section);
-        return Some((open, format!("*({exact}*)"), true));
+        let narrow = section.get(..start).map(|name| format!("{}({name}17h*)", files_of_crate(file)))?;
+        return Some((open, narrow, true));
     }
     if section.contains("._R") {
-        return Some((format!("*({})", without_crate_hashes(section)), format!("*({section})"), true));
+        let name = without_crate_hashes(section);
+        return Some((format!("*({name})"), format!("{}({name})", files_of_crate(file)), true));
     }
     // The C library's, whose objects have one section of several functions.
     let (archive, object) = file.strip_suffix(')')?.rsplit_once('(')?;
     let archive = Path::new(archive).file_name()?.to_str()?;
     let name = format!("*{archive}:{object}({section})");
     archive.starts_with("libc.").then(|| (name.clone(), name, false))
+}
+
+/// As a linker script names the object files of the same crate: `libNAME-HASH.rlib(…)`, or `NAME-HASH.….o` for that of
+/// the program.
+fn files_of_crate(file: &str) -> String {
+    let path = file.rsplit_once('(').map_or(file, |(archive, _)| archive);
+    let name = Path::new(path).file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let name = name.split_once('-').map_or(name, |(name, _)| name);
+    if path.len() < file.len() { format!("*{name}-*:*") } else { format!("*/{name}-*") }
 }
 
 /// Symbols as Rust mangles its own library's have the hash of each crate before its name: `Cs3Fk1_3std`.
@@ -172,12 +181,12 @@ mod tests {
     }
 
     #[test]
-    fn script_names_instances_of_a_generic_function_exactly() {
-        let section = |exact: &str, size| Section {
+    fn script_names_instances_of_a_generic_function_by_crate() {
+        let section = |narrow: &str, size| Section {
             address: 0,
             size,
             pattern: "*(f*)".into(),
-            exact: format!("*({exact})"),
+            narrow: format!("*({narrow})"),
             entries: Vec::new(),
         };
         let few = [section("f1", 500), section("f2", 500)];
