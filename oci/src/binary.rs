@@ -4,7 +4,8 @@
 //! make it run as a program of its own once more: by `/proc/self/exe` as command, which is refused, or as interpreter of
 //! a script, which cannot be seen in time. Then the container could open that file, and write to it later. So a verb that
 //! enters containers first runs itself again from a file that nobody can write: the same file on a read-only mount that
-//! is attached nowhere, or a sealed copy in memory where mounting is not allowed.
+//! is attached nowhere, or a sealed copy in memory where mounting is not allowed. An optimised build has mostly done so
+//! before anything else ([`crate::entry_point`]), and this makes sure.
 
 use std::{
     fs::File,

@@ -16,6 +16,7 @@ mod binary;
 mod bundle;
 mod console;
 mod create;
+mod entry_point;
 mod error;
 pub mod events;
 mod exec;

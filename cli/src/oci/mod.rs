@@ -28,7 +28,6 @@ pub fn called(program: Option<&OsString>) -> Option<&'static dyn Isolation> {
 
 /// The whole command.
 pub fn main(isolation: &dyn Isolation) -> ExitCode {
-    protect_early(isolation);
     let name = isolation.name();
     let arguments = Arguments::of_command_line(name);
     // Before anything is opened: see `Preserved`.
@@ -47,15 +46,6 @@ pub fn main(isolation: &dyn Isolation) -> ExitCode {
             };
             log.fail(&error, code)
         }
-    }
-}
-
-/// Before arguments are parsed, since all that was done until then is done once more: whatever cannot be a verb that
-/// enters containers has none of their words. If it fails, that is told when the verb is known.
-fn protect_early(isolation: &dyn Isolation) {
-    let enters = |word: OsString| ["create", "run", "exec"].iter().any(|verb| word == *verb);
-    if isolation.enters_containers() && std::env::args_os().any(enters) {
-        let _ = cloche_oci::protect_own_binary();
     }
 }
 

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::{
     Test,
-    fixture::{Bundle, text},
+    fixture::{Bundle, program, text},
 };
 
 pub fn all() -> Vec<Test> {
@@ -39,8 +39,7 @@ fn own_program_cannot_be_overwritten_through_exec_of_proc_self_exe() {
     let shell = bundle.path("rootfs/bin/trap");
     fs::write(&shell, "#!/proc/self/exe\n").unwrap();
     fs::set_permissions(&shell, fs::Permissions::from_mode(0o755)).unwrap();
-    let program = env!("CARGO_BIN_EXE_cloche");
-    let before = fs::read(program).unwrap();
+    let before = fs::read(program()).unwrap();
     bundle.start();
     bundle.await_output("ready");
     for _ in 0..200 {
@@ -53,7 +52,7 @@ fn own_program_cannot_be_overwritten_through_exec_of_proc_self_exe() {
     bundle.await_output("caught");
     bundle.await_output("tried");
     assert!(bundle.errors().contains("Read-only file system"), "{}", bundle.errors());
-    assert!(fs::read(program).unwrap() == before, "the runtime's own program was overwritten");
+    assert!(fs::read(program()).unwrap() == before, "the runtime's own program was overwritten");
 }
 
 fn own_program_is_not_run_by_a_container() {

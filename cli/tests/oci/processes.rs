@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::{
     Test,
-    fixture::{Bundle, await_that, text},
+    fixture::{Bundle, await_that, program, text},
 };
 
 pub fn all() -> Vec<Test> {
@@ -167,7 +167,7 @@ fn preserved_descriptors_are_passed_and_no_others() {
     let data = fs::File::open(bundle.path("data")).unwrap();
     let path = bundle.path("").display().to_string();
     // 4 is passed, 3 is missing, 5 is open but not asked for.
-    let program = env!("CARGO_BIN_EXE_cloche");
+    let program = program().display().to_string();
     let script = format!(
         "exec -a cloche-container {program} --root {path}/state run --bundle {path} --preserve-fds 2 {} 4<{path}/data 5</dev/null",
         bundle.id
