@@ -1,5 +1,7 @@
 //! What can be typed as an OCI runtime's command line, and nothing about what it does.
 
+mod plain;
+
 use std::{path::PathBuf, time::Duration};
 
 use clap::{
@@ -24,37 +26,30 @@ pub struct Arguments {
 impl Arguments {
     /// What was typed. Anything wrong with it is told, and ends the process.
     ///
-    /// Making the parser of all verbs takes longer than most of what engines ask for. So the first word that is one of
-    /// their verbs gets a parser of that verb alone; whatever that does not take is for the whole one to take, explain
-    /// or refuse. That parser knows the same words and fewer verbs, so it takes nothing in another sense.
+    /// Making the parser of all verbs takes longer than most of what engines ask for. So their lines are read without one
+    /// ([`plain`]), and `exec`, of which they write more, gets a parser of that verb alone; whatever these do not take is
+    /// for the whole one to take, explain or refuse.
     pub fn of_command_line(name: &'static str) -> Self {
-        let verb = std::env::args_os().skip(1).find_map(|word| {
-            Some(match word.to_str()? {
-                "create" => alone("create", Verb::Create),
-                "run" => alone("run", Verb::Run),
-                "start" => alone("start", Verb::Start),
-                "state" => alone("state", Verb::State),
-                "kill" => alone("kill", Verb::Kill),
-                "delete" => alone("delete", Verb::Delete),
-                "exec" => alone("exec", |exec| Verb::Exec(Box::new(exec))),
-                _ => return None,
+        let words = || std::env::args_os().skip(1);
+        let all: Option<Vec<String>> = words().map(|word| word.into_string().ok()).collect();
+        all.and_then(|words| plain::parse(&words))
+            .or_else(|| words().any(|word| word == "exec").then(exec_alone).flatten())
+            .unwrap_or_else(|| {
+                let matches = command(name).try_get_matches().unwrap_or_else(|error| leave(name, &error));
+                Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
             })
-        });
-        verb.flatten().unwrap_or_else(|| {
-            let matches = command(name).try_get_matches().unwrap_or_else(|error| leave(name, &error));
-            Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
-        })
     }
 }
 
-/// The arguments, if they are for this verb and nothing is wrong with them.
-fn alone<Verbs: Args>(verb: &'static str, is: fn(Verbs) -> Verb) -> Option<Arguments> {
+/// The arguments, if they are for `exec` and nothing is wrong with them. This parser knows the same words as the whole one
+/// and fewer verbs, so it takes nothing in another sense.
+fn exec_alone() -> Option<Arguments> {
     let command = Global::augment_args(Command::new("cloche"));
-    let command = command.subcommand(Verbs::augment_args(Command::new(verb)));
+    let command = command.subcommand(Exec::augment_args(Command::new("exec")));
     let matches = command.try_get_matches().ok()?;
     let global = Global::from_arg_matches(&matches).ok()?;
-    let verb = Verbs::from_arg_matches(matches.subcommand()?.1).ok()?;
-    Some(Arguments { version: (), global, verb: is(verb) })
+    let exec = Exec::from_arg_matches(matches.subcommand()?.1).ok()?;
+    Some(Arguments { version: (), global, verb: Verb::Exec(Box::new(exec)) })
 }
 
 /// Says what is wrong with the arguments, or the help that they ask for.
@@ -240,7 +235,7 @@ pub struct Kill {
     /// The container's id
     pub id: String,
     /// Name or number
-    #[arg(default_value = "TERM", value_parser = signal)]
+    #[arg(default_value = DEFAULT_SIGNAL, value_parser = signal)]
     pub signal: i32,
 }
 
@@ -416,6 +411,8 @@ pub struct Update {
     /// The container's id
     pub id: String,
 }
+
+const DEFAULT_SIGNAL: &str = "TERM";
 
 /// What a whole process of `exec` has of its own. Not `tty`: engines say that beside it.
 const OF_PROCESS: [&str; 9] =
