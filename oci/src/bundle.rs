@@ -13,6 +13,8 @@ use crate::error::{Error, of_file};
 #[derive(Debug)]
 pub(crate) struct Bundle {
     pub(crate) path: PathBuf,
+    /// The configuration, as it was read.
+    pub(crate) text: Vec<u8>,
     pub(crate) spec: Spec,
     /// The root file system's directory, absolute.
     pub(crate) rootfs: PathBuf,
@@ -22,7 +24,7 @@ impl Bundle {
     /// Reads the bundle at `path`; `config` is the name of its configuration.
     pub(crate) fn read(path: &Path, config: &Path, warn: &dyn Fn(&str)) -> Result<Self, Error> {
         let path = path.canonicalize().map_err(of_file("find the bundle", path))?;
-        let mut spec = read_spec(&path.join(config), warn)?;
+        let (text, mut spec) = read_spec(&path.join(config), warn)?;
         let root =
             spec.root().as_ref().ok_or_else(|| Error::Request("the configuration has no root".into()))?;
         let rootfs = path.join(root.path());
@@ -46,18 +48,21 @@ impl Bundle {
         if !mounts.is_empty() {
             spec.set_mounts(Some(mounts));
         }
-        Ok(Self { path, spec, rootfs })
+        Ok(Self { path, text, spec, rootfs })
     }
 }
 
-fn read_spec(path: &Path, warn: &dyn Fn(&str)) -> Result<Spec, Error> {
+fn read_spec(path: &Path, warn: &dyn Fn(&str)) -> Result<(Vec<u8>, Spec), Error> {
     let text = match fs::read(path) {
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
             return Err(Error::NoConfig { path: path.to_owned(), source });
         }
         result => result.map_err(of_file("read", path))?,
     };
-    parse(&text, warn).map_err(|source| Error::Config { path: path.to_owned(), source: source.into() })
+    match parse(&text, warn) {
+        Ok(spec) => Ok((text, spec)),
+        Err(source) => Err(Error::Config { path: path.to_owned(), source: source.into() }),
+    }
 }
 
 /// Reads a configuration.

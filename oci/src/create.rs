@@ -115,7 +115,8 @@ struct Made {
 }
 
 fn make(home: &Home<'_>, creation: &Creation<'_>, style: Style) -> Result<(Known, Spec, Made), Error> {
-    let Bundle { path, mut spec, rootfs } = Bundle::read(creation.bundle, creation.config, creation.warn)?;
+    let Bundle { path, text, mut spec, rootfs } =
+        Bundle::read(creation.bundle, creation.config, creation.warn)?;
     let terminal = spec.process().as_ref().is_some_and(|process| process.terminal() == Some(true));
     let console = Console::new(terminal, creation.console_socket, style != Style::Foreground)?;
     pass_listen_fds(&mut spec);
@@ -136,7 +137,7 @@ fn make(home: &Home<'_>, creation: &Creation<'_>, style: Style) -> Result<(Known
         cgroup_identity: Vec::new(),
         process: None,
     };
-    let (known, lock) = match Known::begin(directory, record, &spec) {
+    let (known, lock) = match Known::begin(directory, record, &text) {
         Ok(begun) => begun,
         Err(error) => {
             home.remove_claim(creation.id)?;

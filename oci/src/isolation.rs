@@ -262,7 +262,7 @@ impl Child for Container {
     }
 
     fn wait(&mut self) -> Result<ExitStatus, Error> {
-        Ok(Container::wait(self)?.status)
+        Ok(cloche_runtime::wait_for(self.pidfd(), self.pid())?)
     }
 
     fn discard(self: Box<Self>) {

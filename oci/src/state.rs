@@ -17,6 +17,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    bundle,
     error::{Error, of_file},
     gate,
     isolation::Isolation,
@@ -183,11 +184,15 @@ fn private() -> fs::OpenOptions {
     options
 }
 
+fn write(path: &Path, contents: &[u8]) -> Result<(), Error> {
+    let file = private().truncate(true).open(path);
+    file.and_then(|mut file| file.write_all(contents)).map_err(of_file("write", path))
+}
+
 /// Replaces a file so that it is whole at any moment.
 fn replace(path: &Path, contents: &[u8]) -> Result<(), Error> {
     let new = path.with_extension("new");
-    let file = private().truncate(true).open(&new);
-    file.and_then(|mut file| file.write_all(contents)).map_err(of_file("write", &new))?;
+    write(&new, contents)?;
     fs::rename(&new, path).map_err(of_file("write", path))
 }
 
@@ -215,13 +220,17 @@ impl Record {
 
 impl Known {
     /// Writes record and configuration of a container that is being created: until the file is closed.
-    pub(crate) fn begin(directory: PathBuf, record: Record, spec: &Spec) -> Result<(Self, fs::File), Error> {
+    pub(crate) fn begin(
+        directory: PathBuf,
+        record: Record,
+        config: &[u8],
+    ) -> Result<(Self, fs::File), Error> {
         let known = Self { directory, record };
         let path = known.directory.join(LOCK);
         let lock = private().truncate(false).open(&path).map_err(of_file("make", &path))?;
         fcntl_lock(&lock, FlockOperation::LockExclusive).map_err(of_file("lock", path))?;
-        let config = serde_json::to_vec(spec).unwrap_or_default();
-        replace(&known.directory.join(CONFIG), &config)?;
+        // Nobody reads it before there is a record.
+        write(&known.directory.join(CONFIG), config)?;
         known.save()?;
         Ok((known, lock))
     }
@@ -230,11 +239,12 @@ impl Known {
         replace(&self.directory.join(RECORD), &serde_json::to_vec(&self.record).unwrap_or_default())
     }
 
-    /// The configuration that it was created with.
+    /// The configuration that it was created with. Relative paths in it are relative to its bundle.
     pub fn spec(&self) -> Result<Spec, Error> {
         let path = self.directory.join(CONFIG);
         let text = fs::read(&path).map_err(of_file("read", &path))?;
-        serde_json::from_slice(&text).map_err(|source| Error::Config { path, source: source.into() })
+        // What is ignored in it was told of when it was created.
+        bundle::parse(&text, &|_| ()).map_err(|source| Error::Config { path, source: source.into() })
     }
 
     /// Its cgroup, as far as there is one. What others have made at its path since then is not.

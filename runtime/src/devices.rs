@@ -86,18 +86,26 @@ const LINKS: [(&str, &str); 5] = [
 
 /// Makes the default nodes and those of the spec, and the links. The caller's umask must be 0.
 pub(crate) fn create(root: BorrowedFd<'_>, listed: &[LinuxDevice]) -> Result<(), DeviceError> {
+    let dev = dev(root)?;
     for (path, major, minor) in DEFAULT {
         let path = PathBuf::from(path);
         // The spec's own entry for a default device says more: mode and owner.
         if !listed.iter().any(|device| *device.path() == path) {
             let kind = FileType::CharacterDevice;
-            make_node(root, &Node { path, kind, major, minor, mode: 0o666, owner: None })?;
+            make_node_in(dev.as_fd(), &Node { path, kind, major, minor, mode: 0o666, owner: None })?;
         }
     }
     for device in listed {
         make_node(root, &node(device)?)?;
     }
-    LINKS.into_iter().try_for_each(|(name, target)| make_link(root, name, target))
+    make_links(dev.as_fd())
+}
+
+/// The container's `/dev`, where everything that is not the spec's own is.
+fn dev(root: BorrowedFd<'_>) -> Result<OwnedFd, DeviceError> {
+    let path = Path::new("/dev");
+    paths::open_or_make(root, path, Symlinks::Follow, Make::Directory)
+        .map_err(|source| DeviceError::Node { path: path.to_owned(), source })
 }
 
 /// Makes the nodes of the spec for a process that cannot, in a file system that nobody sees, by their position. The maps
@@ -202,7 +210,7 @@ pub(crate) fn bind(root: BorrowedFd<'_>, nodes: &[(Node, Option<OwnedFd>)]) -> R
             paths::open_or_make(root, &node.path, Symlinks::Follow, Make::EmptyFile).map_err(failed)?;
         mounts::attach_at(file.as_fd(), target.as_fd()).map_err(|errno| failed(errno.into()))?;
     }
-    LINKS.into_iter().try_for_each(|(name, target)| make_link(root, name, target))
+    make_links(dev(root)?.as_fd())
 }
 
 fn node(device: &LinuxDevice) -> Result<Node, DeviceError> {
@@ -231,15 +239,19 @@ fn node(device: &LinuxDevice) -> Result<Node, DeviceError> {
 
 fn make_node(root: BorrowedFd<'_>, node: &Node) -> Result<(), DeviceError> {
     let failed = |source| DeviceError::Node { path: node.path.clone(), source };
-    let errno_failed = |errno: Errno| failed(errno.into());
-    let (Some(parent), Some(name)) = (node.path.parent(), node.path.file_name()) else {
-        return Err(errno_failed(Errno::INVAL));
-    };
+    let parent = node.path.parent().ok_or_else(|| failed(Errno::INVAL.into()))?;
     let directory = paths::open_or_make(root, parent, Symlinks::Follow, Make::Directory).map_err(failed)?;
+    make_node_in(directory.as_fd(), node)
+}
+
+/// Makes a node in the directory that its path leads to.
+fn make_node_in(directory: BorrowedFd<'_>, node: &Node) -> Result<(), DeviceError> {
+    let errno_failed = |errno: Errno| DeviceError::Node { path: node.path.clone(), source: errno.into() };
+    let name = node.path.file_name().ok_or_else(|| errno_failed(Errno::INVAL))?;
     let number = makedev(node.major, node.minor);
-    match mknodat(&directory, name, node.kind, Mode::from_raw_mode(node.mode), number) {
+    match mknodat(directory, name, node.kind, Mode::from_raw_mode(node.mode), number) {
         Err(Errno::EXIST) => {
-            let stat = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(errno_failed)?;
+            let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(errno_failed)?;
             let same = FileType::from_raw_mode(stat.st_mode) == node.kind
                 && (node.kind == FileType::Fifo || stat.st_rdev == number);
             if !same {
@@ -250,23 +262,26 @@ fn make_node(root: BorrowedFd<'_>, node: &Node) -> Result<(), DeviceError> {
     }
     if let Some((uid, gid)) = node.owner {
         let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-        chownat(&directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(errno_failed)?;
+        chownat(directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(errno_failed)?;
     }
     Ok(())
 }
 
-fn make_link(root: BorrowedFd<'_>, name: &'static str, target: &'static str) -> Result<(), DeviceError> {
-    let failed = |source| DeviceError::Link { path: Path::new("/dev").join(name), target, source };
-    let directory =
-        paths::open_or_make(root, Path::new("/dev"), Symlinks::Follow, Make::Directory).map_err(failed)?;
-    let make = || symlinkat(target, directory.as_fd(), name);
+fn make_links(dev: BorrowedFd<'_>) -> Result<(), DeviceError> {
+    LINKS.into_iter().try_for_each(|(name, target)| make_link(dev, name, target))
+}
+
+fn make_link(dev: BorrowedFd<'_>, name: &'static str, target: &'static str) -> Result<(), DeviceError> {
+    let make = || symlinkat(target, dev, name);
     let made = match make() {
         // The image's ptmx would be the caller's multiplexer; the other links may well be the image's own.
-        Err(Errno::EXIST) if name == "ptmx" => {
-            unlinkat(&directory, name, AtFlags::empty()).and_then(|()| make())
-        }
+        Err(Errno::EXIST) if name == "ptmx" => unlinkat(dev, name, AtFlags::empty()).and_then(|()| make()),
         Err(Errno::EXIST) => Ok(()),
         result => result,
     };
-    made.map_err(|errno| failed(errno.into()))
+    made.map_err(|errno| DeviceError::Link {
+        path: Path::new("/dev").join(name),
+        target,
+        source: errno.into(),
+    })
 }

@@ -52,9 +52,10 @@ pub fn is_machine_root() -> bool {
     if !cfg!(feature = "user-namespaces") {
         return true;
     }
-    // user_namespaces(7): the initial namespace maps every id to itself.
-    let is_initial = |map: String| map.split_whitespace().eq(["0", "0", "4294967295"]);
-    rustix::process::geteuid().is_root() && fs::read_to_string("/proc/self/uid_map").is_ok_and(is_initial)
+    /// `PROC_USER_INIT_INO` of `linux/proc_ns.h`: which file the initial namespace is.
+    const INITIAL: u64 = 0xefff_fffd;
+    rustix::process::geteuid().is_root()
+        && rustix::fs::stat("/proc/self/ns/user").is_ok_and(|namespace| namespace.st_ino == INITIAL)
 }
 
 /// Maps users and groups of the new user namespace that a process is in.
