@@ -59,10 +59,19 @@ fn read_spec(path: &Path, warn: &dyn Fn(&str)) -> Result<(Vec<u8>, Spec), Error>
         }
         result => result.map_err(of_file("read", path))?,
     };
+    if is_for_freebsd(&text) {
+        return Err(Error::Request("not supported: freebsd; this is a runtime for Linux".into()));
+    }
     match parse(&text, warn) {
         Ok(spec) => Ok((text, spec)),
         Err(source) => Err(Error::Config { path: path.to_owned(), source: source.into() }),
     }
+}
+
+/// The one section for another platform (config.md#platform-specific-configuration) that the types do not have.
+fn is_for_freebsd(text: &[u8]) -> bool {
+    std::str::from_utf8(text).is_ok_and(|text| text.contains("\"freebsd\""))
+        && serde_json::from_slice::<serde_json::Value>(text).is_ok_and(|spec| spec.get("freebsd").is_some())
 }
 
 /// Reads a configuration.

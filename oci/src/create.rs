@@ -1,6 +1,11 @@
 //! `create` and `run`.
 
-use std::{cell::RefCell, fs, os::fd::AsFd, path::Path};
+use std::{
+    cell::RefCell,
+    fs,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
 
 use cloche_runtime::{ExitStatus, cgroup::Cgroup, cgroup_path, chain, hooks};
 use oci_spec::runtime::{Hook, Spec};
@@ -120,10 +125,9 @@ fn make(home: &Home<'_>, creation: &Creation<'_>, style: Style) -> Result<(Known
     let terminal = spec.process().as_ref().is_some_and(|process| process.terminal() == Some(true));
     let console = Console::new(terminal, creation.console_socket, style != Style::Foreground)?;
     pass_listen_fds(&mut spec);
-    let cgroup = cgroup_path(&spec, creation.id);
     // Whether id and path can be used at all; nothing is made yet.
     home.directory(creation.id)?;
-    Cgroup::open(&cgroup)?;
+    let (cgroup, is_tenant) = place(&mut spec, creation)?;
     let directory = home.claim(creation.id)?;
     let record = Record {
         id: creation.id.to_owned(),
@@ -135,6 +139,7 @@ fn make(home: &Home<'_>, creation: &Creation<'_>, style: Style) -> Result<(Known
         annotations: spec.annotations().clone().unwrap_or_default(),
         cgroup,
         cgroup_identity: Vec::new(),
+        is_tenant,
         process: None,
     };
     let (known, lock) = match Known::begin(directory, record, &text) {
@@ -153,10 +158,32 @@ fn make(home: &Home<'_>, creation: &Creation<'_>, style: Style) -> Result<(Known
         Err(error) => {
             // Processes and cgroup are gone already, as far as they were this container's. The first failure is what the
             // caller has to know.
+            known.leave_shared_cgroup();
             let _ = crate::verbs::forget(home.isolation, &known, &spec, creation.warn);
             Err(error)
         }
     }
+}
+
+/// The path of the container's cgroup, and whether that is in one of somebody else: what the configuration asks for has
+/// processes or cgroups in it then. Limits of that one hold for this container, too; but what is done to one container is
+/// not done to the other's processes.
+fn place(spec: &mut Spec, creation: &Creation<'_>) -> Result<(PathBuf, bool), Error> {
+    let asked = cgroup_path(spec, creation.id);
+    let present = Cgroup::open(&asked)?;
+    // A plain user cannot mark its own.
+    let Some(used) = present.in_use().filter(|_| crate::is_machine_root()) else { return Ok((asked, false)) };
+    let name = format!("cloche-{}", creation.id);
+    (creation.warn)(&format!(
+        "the container's cgroup is not empty: {} has processes or cgroups of somebody else; this container gets one in it, \
+         {name}",
+        used.display()
+    ));
+    let own = asked.join(name);
+    if let Some(linux) = spec.linux_mut() {
+        linux.set_cgroups_path(Some(own.clone()));
+    }
+    Ok((own, true))
 }
 
 fn start(
@@ -184,6 +211,9 @@ fn start(
         (creation.debug)(&format!("child process in init(): {pid}, which has its namespaces"));
         let mut known = known.borrow_mut();
         known.record.process = ProcessId::of(pid);
+        if known.record.is_tenant {
+            cgroup.mark_as_tenant().map_err(|error| chain(&error))?;
+        }
         known.record.cgroup_identity = cgroup.identity();
         known.save().and_then(|()| run_runtime_hooks(spec, &known.record, pid)).map_err(|error| chain(&error))
     };

@@ -13,7 +13,7 @@ const SECCOMP_FLAGS: [&str; 4] = [
 pub fn features() -> Value {
     json!({
         "ociVersionMin": "1.0.0",
-        "ociVersionMax": "1.2.0",
+        "ociVersionMax": "1.3.0",
         "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
         "mountOptions": cloche_runtime::MOUNT_OPTIONS,
         "linux": {
@@ -32,10 +32,11 @@ pub fn features() -> Value {
                 "supportedFlags": SECCOMP_FLAGS,
             },
             "apparmor": { "enabled": true },
-            "selinux": { "enabled": false },
+            "selinux": { "enabled": true },
             "intelRdt": { "enabled": false },
             "mountExtensions": { "idmap": { "enabled": true } },
+            "netDevices": { "enabled": false },
         },
-        "annotations": { "org.opencontainers.runtime-spec.features": "1.2.0" },
+        "annotations": { "org.opencontainers.runtime-spec.features": "1.3.0" },
     })
 }

@@ -45,6 +45,9 @@ pub(crate) struct Record {
     /// Which directories of that path are the container's own; none until its process is made.
     #[serde(default)]
     pub(crate) cgroup_identity: Vec<(u64, u64)>,
+    /// Whether that is in a cgroup of somebody else, the one that was asked for.
+    #[serde(default)]
+    pub(crate) is_tenant: bool,
     /// The first process; `None` until it is made.
     pub(crate) process: Option<ProcessId>,
 }
@@ -250,6 +253,15 @@ impl Known {
     /// Its cgroup, as far as there is one. What others have made at its path since then is not.
     pub fn cgroup(&self) -> Result<Cgroup, Error> {
         Ok(Cgroup::open_known(&self.record.cgroup, &self.record.cgroup_identity)?)
+    }
+
+    /// Removes the cgroup that its own was in, if nobody is left there.
+    pub(crate) fn leave_shared_cgroup(&self) {
+        if let Some(shared) = self.record.cgroup.parent().filter(|_| self.record.is_tenant)
+            && let Ok(shared) = Cgroup::open(shared)
+        {
+            shared.delete_empty();
+        }
     }
 
     /// Its cgroup, if there can be one at all.

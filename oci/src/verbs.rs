@@ -144,6 +144,7 @@ pub(crate) fn remove(
         (Some(cgroup), Some(_)) => cgroup.delete()?,
         (None, _) => {}
     }
+    known.leave_shared_cgroup();
     forget(isolation, known, spec, warn)
 }
 

@@ -18,7 +18,7 @@ use oci_spec::runtime::{LinuxPersonality, LinuxSeccomp, Process};
 use rustix::{
     fs::{CWD, Mode, OFlags, openat},
     pipe::{PipeFlags, pipe_with},
-    thread::{LinkNameSpaceType, move_into_link_name_space},
+    thread::{CpuSet, LinkNameSpaceType, move_into_link_name_space, sched_getaffinity, sched_setaffinity},
 };
 
 use crate::{
@@ -31,10 +31,11 @@ use crate::{
     namespaces::{KINDS, identity},
     process::{
         program::{self, OwnProgram},
-        rlimits, scheduling,
+        rlimits,
+        scheduling::{self, Affinity},
     },
     seccomp::Filter,
-    spec_check::{self, Means},
+    spec_check::{self, Means, SpecError},
     syscalls::{self, Cloned},
     user_namespace,
     verdict::{self, Reporter},
@@ -146,7 +147,9 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
     let (verdict, verdict_writer) = pipe()?;
     let (released, released_writer) = pipe()?;
     let filter = Filter::of(join.filter, join.seccomp)?;
-    match clone_into(&join, foreign)? {
+    let affinity = process.exec_cpu_affinity().as_ref().map(Affinity::from_spec).transpose();
+    let affinity = affinity.map_err(|error| SpecError::Invalid(error.to_string()))?;
+    match clone_on(affinity.as_ref().and_then(Affinity::initial), &join, foreign)? {
         Cloned::Parent { pid, pidfd } => {
             drop((verdict_writer, released));
             let joined = Joined { pid, pidfd };
@@ -189,6 +192,7 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
                 join: &join,
                 kinds: foreign & !(NEW_PID | if needs_go_between(foreign) { NEW_USER } else { 0 }),
                 entrances: &entrances,
+                affinity: affinity.as_ref(),
             };
             verdict::run_to_program(&child.entry, || child.run())
         }
@@ -199,6 +203,19 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
 /// user namespace, as rootless engines are, could not return to its own PID namespace.
 fn needs_go_between(foreign: u64) -> bool {
     foreign & (NEW_USER | NEW_PID) != 0 && !user_namespace::is_machine_root()
+}
+
+/// Clones it on the CPUs where it is to begin, and where this process is for that moment.
+fn clone_on(initial: Option<&CpuSet>, join: &Join<'_>, foreign: u64) -> Result<Cloned, LaunchError> {
+    let Some(initial) = initial else { return clone_into(join, foreign) };
+    let failed = || process_failed("run on the CPUs of process.execCPUAffinity.initial");
+    let own = sched_getaffinity(None).map_err(failed())?;
+    sched_setaffinity(None, initial).map_err(failed())?;
+    let cloned = clone_into(join, foreign);
+    if !matches!(cloned, Ok(Cloned::Child)) {
+        sched_setaffinity(None, &own).map_err(failed())?;
+    }
+    cloned
 }
 
 fn clone_into(join: &Join<'_>, foreign: u64) -> Result<Cloned, LaunchError> {
@@ -262,6 +279,7 @@ struct Child<'a> {
     join: &'a Join<'a>,
     kinds: u64,
     entrances: &'a Entrances,
+    affinity: Option<&'a Affinity>,
 }
 
 impl Child<'_> {
@@ -269,6 +287,7 @@ impl Child<'_> {
         self.entry.detach_from_parent()?;
         self.entry.become_undumpable()?;
         self.entrances.enter().map_err(step("enter the container's cgroup"))?;
+        self.affinity.map_or(Ok(()), Affinity::apply)?;
         self.entry.use_own_proc()?;
         for rlimit in self.entry.process.rlimits().iter().flatten() {
             // Once more than needed: in a user namespace only root of the machine could raise one.

@@ -311,13 +311,15 @@ impl<'a> Plan<'a> {
             (Some(uids), Some(gids)) if understood.new_user => Some((uids.clone(), gids.clone())),
             _ => None,
         };
-        let mounts = spec.mounts().iter().flatten().map(|mount| Mount::from_spec(mount, users.as_ref()));
+        let label = linux.mount_label().as_deref();
+        let mounts = spec.mounts().iter().flatten();
+        let mounts = mounts.map(|mount| Ok(Mount::from_spec(mount, users.as_ref())?.labelled(label)));
         Ok(Self {
             linux,
             process,
             namespaces: understood,
             sysctls: Sysctls::from_spec(linux.sysctl().as_ref(), namespaces)?,
-            mounts: mounts.collect::<Result<_, _>>()?,
+            mounts: mounts.collect::<Result<_, MountError>>()?,
             // In a user namespace the process has all there are.
             capabilities: granted(process, launch.oci.warn.filter(|_| !has_user))?,
             filter: Filter::of(launch.filter, linux.seccomp().as_ref())?,

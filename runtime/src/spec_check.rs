@@ -9,7 +9,10 @@ use oci_spec::runtime::{
     LinuxSeccomp, LinuxSeccompAction, Process, Spec,
 };
 
-use crate::{namespaces, process::labels};
+use crate::{
+    namespaces,
+    process::{labels, scheduling::Affinity},
+};
 
 /// Why a spec was refused before anything was created.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -69,9 +72,10 @@ pub(crate) struct Means {
     pub(crate) listener: bool,
 }
 
-/// Refuses a spec that asks for something this runtime would not do for a sandbox.
-pub fn check(spec: &Spec) -> Result<(), SpecError> {
-    check_with(spec, Means::default())
+/// Refuses a spec that asks for something this runtime would not do for a sandbox; `terminal` is whether somebody takes its
+/// terminal.
+pub fn check(spec: &Spec, terminal: bool) -> Result<(), SpecError> {
+    check_with(spec, Means { terminal, ..Means::default() })
 }
 
 /// As [`check_with`], for a process that joins a container.
@@ -134,8 +138,8 @@ fn hooks(check: &mut Check, hooks: &Hooks) {
 }
 
 fn process(check: &mut Check, process: &Process, means: Means) {
-    // `user`, `args`, `env`, `cwd`, `capabilities`, `rlimits`, `noNewPrivileges`, `oomScoreAdj`, `ioPriority`, `scheduler`
-    // and, where the machine has them on, labels are acted on.
+    // `user`, `args`, `env`, `cwd`, `capabilities`, `rlimits`, `noNewPrivileges`, `oomScoreAdj`, `ioPriority`, `scheduler`,
+    // `execCPUAffinity` and, where the machine has them on, labels are acted on.
     // `consoleSize` means nothing without a terminal (config.md: "ignored if terminal is false or unset").
     check.refuse("process.terminal", process.terminal() == Some(true) && !means.terminal);
     check.refuse("process.commandLine", is_set(process.command_line()));
@@ -153,7 +157,11 @@ fn process(check: &mut Check, process: &Process, means: Means) {
     }
     let both = is_set(process.apparmor_profile()) && is_set(process.selinux_label());
     check.refuse("process.apparmorProfile together with process.selinuxLabel", both);
-    check.refuse("process.execCPUAffinity", process.exec_cpu_affinity().is_some());
+    if let Some(affinity) = process.exec_cpu_affinity()
+        && let Err(error) = Affinity::from_spec(affinity)
+    {
+        check.require(false, || format!("process.execCPUAffinity: {error}"));
+    }
     // Windows only (config.md#user).
     check.refuse("process.user.username", is_set(process.user().username()));
     check.require(process.args().as_ref().is_some_and(|args| !args.is_empty()), || {
@@ -171,7 +179,9 @@ fn process(check: &mut Check, process: &Process, means: Means) {
 fn linux(check: &mut Check, spec: &Spec, linux: &Linux) {
     // `sysctl`, `cgroupsPath`, `devices`, `maskedPaths` and `readonlyPaths` are acted on.
     check.refuse("linux.netDevices", !linux.net_devices().is_empty_or_absent());
-    check.refuse("linux.mountLabel", is_set(linux.mount_label()));
+    check.require(!is_set(linux.mount_label()) || labels::has_selinux(), || {
+        "linux.mountLabel is set, and SELinux is off on this machine".into()
+    });
     check.refuse("linux.intelRdt", linux.intel_rdt().is_some());
     check.refuse("linux.memoryPolicy", linux.memory_policy().is_some());
     let flags = linux.personality().as_ref().and_then(|personality| personality.flags().as_ref());

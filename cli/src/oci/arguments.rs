@@ -68,7 +68,7 @@ fn leave(name: &str, error: &clap::Error) -> ! {
 
 /// As engines read it: dockerd looks for `version` and `commit:`. The commit is that which `CLOCHE_COMMIT` named at build.
 const VERSION: &str =
-    concat!("version ", env!("CARGO_PKG_VERSION"), "\ncommit: ", env!("CLOCHE_COMMIT"), "\nspec: 1.2.0");
+    concat!("version ", env!("CARGO_PKG_VERSION"), "\ncommit: ", env!("CLOCHE_COMMIT"), "\nspec: 1.3.0");
 
 /// The command line of the runtime of this name.
 fn command(name: &'static str) -> Command {
@@ -123,6 +123,16 @@ pub struct Global {
     /// Refused: cgroups are made in the cgroup file system only
     #[arg(long)]
     pub systemd_cgroup: bool,
+    /// Who makes cgroups; refused but for cgroupfs
+    #[arg(long, value_name = "MANAGER", default_value = "cgroupfs")]
+    pub cgroup_manager: CgroupManager,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CgroupManager {
+    Cgroupfs,
+    Systemd,
+    Disabled,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -232,6 +242,9 @@ pub struct Kill {
     /// Send it to all processes of the container
     #[arg(short, long)]
     pub all: bool,
+    /// Take the id for a regular expression, and send it to all containers that it matches
+    #[arg(short, long)]
+    pub regex: bool,
     /// The container's id
     pub id: String,
     /// Name or number
@@ -272,6 +285,9 @@ pub struct Create {
     /// in an initial ramfs
     #[arg(long)]
     pub no_pivot: bool,
+    /// Accepted for engines that pass it: this runtime reaps what it has started, and nothing else, in any case
+    #[arg(long)]
+    pub no_subreaper: bool,
     /// Leave the caller's session keyring to the container
     #[arg(long)]
     pub no_new_keyring: bool,

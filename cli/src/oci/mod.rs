@@ -17,7 +17,7 @@ use cloche_engine::OciVm;
 use cloche_oci::{Creation, Error, Home, Isolation, Known, OnHost, Preserved};
 use regex_lite::Regex;
 
-use arguments::{Arguments, Create, Delete, Kill, Named, Rootless, Verb};
+use arguments::{Arguments, CgroupManager, Create, Delete, Kill, Named, Rootless, Verb};
 
 /// The isolation by whose name this binary was called, if that is one of a runtime.
 pub fn called(program: Option<&OsString>) -> Option<&'static dyn Isolation> {
@@ -67,10 +67,17 @@ fn carry_out(
     preserved: &Preserved,
     log: &log::Log,
 ) -> Result<u8, Error> {
-    if arguments.global.systemd_cgroup {
-        let what = "--systemd-cgroup is not supported: cgroups are made directly, in the cgroup file system; \
-            configure your engine for the cgroupfs driver";
-        return Err(Error::Request(what.into()));
+    let manager = arguments.global.cgroup_manager;
+    if arguments.global.systemd_cgroup || manager != CgroupManager::Cgroupfs {
+        let option = if arguments.global.systemd_cgroup {
+            "--systemd-cgroup".to_owned()
+        } else {
+            format!("--cgroup-manager {}", format!("{manager:?}").to_lowercase())
+        };
+        return Err(Error::Request(format!(
+            "{option} is not supported: cgroups are made directly, in the cgroup file system; configure your engine for \
+             the cgroupfs driver"
+        )));
     }
     let disagrees = match arguments.global.rootless {
         Rootless::Auto => None,
@@ -101,12 +108,12 @@ fn carry_out(
         }
         Verb::Start(Named { id }) => cloche_oci::start(&home, id).map(|()| 0),
         Verb::State(Named { id }) => cloche_oci::state(&home, id).map(|state| show::line(&state)),
-        Verb::Kill(Kill { all, id, signal }) => cloche_oci::kill(&home, id, *signal, *all).map(|()| 0),
+        Verb::Kill(Kill { all, regex: true, id, signal }) => {
+            each(&home, id, |id| cloche_oci::kill(&home, id, *signal, *all))
+        }
+        Verb::Kill(Kill { all, id, signal, .. }) => cloche_oci::kill(&home, id, *signal, *all).map(|()| 0),
         Verb::Delete(Delete { force, regex: true, id }) => {
-            let pattern = Regex::new(id).map_err(|error| Error::Request(format!("--regex {id}: {error}")))?;
-            let all = cloche_oci::list(&home)?;
-            let mut matching = all.iter().map(Known::id).filter(|id| pattern.is_match(id));
-            matching.try_for_each(|id| cloche_oci::delete(&home, id, *force, &warn)).map(|()| 0)
+            each(&home, id, |id| cloche_oci::delete(&home, id, *force, &warn))
         }
         Verb::Delete(Delete { force, id, .. }) => cloche_oci::delete(&home, id, *force, &warn).map(|()| 0),
         Verb::Exec(exec) => exec::exec(&home, exec, preserved, &warn, &debug),
@@ -131,6 +138,14 @@ fn carry_out(
         )),
         Verb::Features => Ok(show::line(&format!("{:#}", cloche_oci::features()))),
     }
+}
+
+/// Does something to all containers whose ids a regular expression matches.
+fn each(home: &Home<'_>, pattern: &str, act: impl Fn(&str) -> Result<(), Error>) -> Result<u8, Error> {
+    let matcher =
+        Regex::new(pattern).map_err(|error| Error::Request(format!("--regex {pattern}: {error}")))?;
+    let all = cloche_oci::list(home)?;
+    all.iter().map(Known::id).filter(|id| matcher.is_match(id)).try_for_each(act).map(|()| 0)
 }
 
 fn creation<'a>(

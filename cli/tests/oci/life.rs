@@ -29,7 +29,6 @@ pub fn all() -> Vec<Test> {
         running_container_is_deleted_only_by_force,
         container_that_is_not_there_is_named,
         failed_create_leaves_nothing,
-        failed_create_leaves_a_container_with_the_same_cgroup_alone,
         cgroup_that_somebody_else_has_made_anew_is_not_deleted,
         cgroup_path_that_cannot_be_used_is_refused_before_anything_is_made,
         state_is_for_its_owner_only,
@@ -170,23 +169,6 @@ fn failed_create_leaves_nothing() {
     assert!(bundle.refused(&["create", &bundle.id]).contains("nosuchfs"));
     assert_eq!(fs::read_dir(bundle.path("state")).unwrap().count(), 0);
     assert_eq!(bundle.ok(&["list", "--quiet"]), "");
-}
-
-fn failed_create_leaves_a_container_with_the_same_cgroup_alone() {
-    let bundle = Bundle::new(&["sleep", "100"]);
-    bundle.start();
-    let path = format!("/cloche/{}", bundle.id);
-    let other = Bundle::new(&["true"]).with("/linux/cgroupsPath", json!(path));
-    for verb in ["create", "run"] {
-        assert!(other.refused(&[verb, &other.id]).contains("cgroup is not empty"));
-        assert_eq!(fs::read_dir(other.path("state")).unwrap().count(), 0);
-        assert_eq!(bundle.status(), "running");
-    }
-    // Nor does one that fails later, in a cgroup of its own.
-    let late = Bundle::new(&["true"]).with("/linux/cgroupsPath", json!(format!("{path}-late")));
-    assert!(late.refused(&["create", "--pid-file", "/nowhere/pid", &late.id]).contains("/nowhere"));
-    assert_eq!(fs::read_dir(late.path("state")).unwrap().count(), 0);
-    assert_eq!(bundle.status(), "running");
 }
 
 fn cgroup_that_somebody_else_has_made_anew_is_not_deleted() {

@@ -4,6 +4,7 @@ mod attacks;
 mod differential;
 mod engines;
 mod failures;
+mod fields;
 mod fixture;
 mod hooks;
 mod hostile;
@@ -14,7 +15,9 @@ mod network;
 mod notify_ioctl;
 mod processes;
 mod seccomp;
+mod sharing;
 mod spaces;
+mod words;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -30,7 +33,19 @@ use tests;
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let all = [
+    let all = of_containers();
+    let all = if fixture::in_vm() { in_vm::of(all) } else { all };
+    let missing = fixture::missing();
+    let trials = all.into_iter().map(|(name, body)| match &missing {
+        None => Trial::test(name, move || checked(body)),
+        Some(missing) => Trial::test(name, || Ok(())).with_kind(missing).with_ignored_flag(true),
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit();
+}
+
+/// The tests of containers.
+fn of_containers() -> Vec<Test> {
+    [
         life::all(),
         processes::all(),
         spaces::all(),
@@ -39,19 +54,15 @@ fn main() {
         attacks::all(),
         failures::all(),
         mishaps::all(),
+        sharing::all(),
+        fields::all(),
+        words::all(),
         seccomp::all(),
         network::all(),
         engines::all(),
         differential::all(),
     ]
-    .concat();
-    let all = if fixture::in_vm() { in_vm::of(all) } else { all };
-    let missing = fixture::missing();
-    let trials = all.into_iter().map(|(name, body)| match &missing {
-        None => Trial::test(name, move || checked(body)),
-        Some(missing) => Trial::test(name, || Ok(())).with_kind(missing).with_ignored_flag(true),
-    });
-    libtest_mimic::run(&arguments, trials.collect()).exit();
+    .concat()
 }
 
 /// Runs a test, and fails it if it leaves anything behind.

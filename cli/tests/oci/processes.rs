@@ -262,6 +262,14 @@ fn label_is_given_to_the_kernel_or_refused_by_name() {
     let is_on = fs::read("/sys/module/apparmor/parameters/enabled").is_ok_and(|on| on.starts_with(b"Y"));
     let with =
         |profile: &str| Bundle::new(&["sleep", "100"]).with("/process/apparmorProfile", json!(profile));
+    for field in ["process/selinuxLabel", "linux/mountLabel"] {
+        if !fs::exists("/sys/fs/selinux/enforce").unwrap() {
+            let bundle = Bundle::new(&["true"]).with(&format!("/{field}"), json!("a:b:c:s0"));
+            let name = field.replace('/', ".");
+            let expected = format!("{name} is set, and SELinux is off on this machine");
+            assert!(bundle.refused(&["run", &bundle.id]).contains(&expected));
+        }
+    }
     let bundle = with("cloche-no-such-profile");
     let message = bundle.refused(&["run", &bundle.id]);
     if !is_on {

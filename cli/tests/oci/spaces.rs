@@ -22,6 +22,7 @@ pub fn all() -> Vec<Test> {
         memory_and_swap_are_limited_together,
         clocks_of_a_time_namespace_are_set,
         tmpcopyup_fills_a_tmpfs,
+        exec_runs_on_its_own_cpus,
         domain_name_scheduler_and_io_priority_are_set,
         limits_are_changed_while_it_runs,
         statistics_tell_what_is_used,
@@ -215,6 +216,22 @@ fn tmpcopyup_fills_a_tmpfs() {
     fs::copy(bundle.path("rootfs/bin/busybox"), bundle.path("rootfs/bin/grep")).unwrap();
     assert_eq!(bundle.ok(&["run", &bundle.id]), "from the image\n1");
     assert_eq!(fs::read_to_string(bundle.path("rootfs/etc/note")).unwrap(), "from the image\n");
+}
+
+fn exec_runs_on_its_own_cpus() {
+    let affinity = json!({ "initial": "0", "final": "0" });
+    let bundle = Bundle::new(&["sleep", "100"]).with("/process/execCPUAffinity", affinity);
+    bundle.start();
+    let allowed = |process: &str| {
+        let status = bundle.ok(&["exec", &bundle.id, "cat", &format!("/proc/{process}/status")]);
+        let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        line.unwrap().trim().to_owned()
+    };
+    assert_eq!(allowed("self"), "0");
+    // It is not for the first process.
+    if std::thread::available_parallelism().unwrap().get() > 1 {
+        assert_ne!(allowed("1"), "0");
+    }
 }
 
 fn domain_name_scheduler_and_io_priority_are_set() {

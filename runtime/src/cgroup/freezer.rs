@@ -10,7 +10,7 @@ use std::{
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{Cgroup, CgroupError, files, v1};
+use super::{Cgroup, CgroupError, files, removal, v1};
 
 /// How long processes may take to stand still. One that hangs in the kernel may never do.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
@@ -62,6 +62,9 @@ pub(super) fn set(cgroup: &Cgroup, frozen: bool) -> Result<(), CgroupError> {
         return Err(CgroupError::Nowhere("stop it for a while"));
     }
     let path = cgroup.paths().next().unwrap_or(Path::new(super::ROOT)).to_owned();
+    if frozen && let Some(tenant) = cgroup.paths().find_map(removal::tenant_in) {
+        return Err(CgroupError::Shared { path, tenant });
+    }
     let result = match of(cgroup) {
         Some(Freezer::V2(unified)) => {
             files::write(unified, "cgroup.freeze", if frozen { "1" } else { "0" })?;

@@ -111,6 +111,14 @@ pub enum CgroupError {
          still running?"
     )]
     InUse(PathBuf),
+    /// Another container's cgroup is below, which would stand still with it.
+    #[error("another container has its cgroup in {path}, {tenant}: freezing one would freeze both")]
+    Shared {
+        /// The cgroup.
+        path: PathBuf,
+        /// The name of the one in it.
+        tenant: String,
+    },
     /// Whatever went into it would stand still.
     #[error(
         "the container's cgroup unexpectedly frozen: {0} was frozen by somebody else; thaw it, or that above it, or \
@@ -408,6 +416,17 @@ impl Cgroup {
         Ok(opened)
     }
 
+    /// The directory, of those that exist, that has processes or cgroups of somebody in it.
+    pub fn in_use(&self) -> Option<&Path> {
+        self.paths().find(|directory| removal::is_in_use(directory))
+    }
+
+    /// Marks it as that of a container which is in another's cgroup, or in that of somebody's processes. From then on, what
+    /// kills, lists or removes the outer one leaves this alone.
+    pub fn mark_as_tenant(&self) -> Result<(), CgroupError> {
+        self.paths().try_for_each(removal::mark_as_tenant)
+    }
+
     /// Whether it has no directory in any hierarchy: a plain user may make none.
     pub fn is_nowhere(&self) -> bool {
         self.paths().next().is_none()
@@ -565,10 +584,12 @@ impl Cgroup {
         }
     }
 
-    /// Kills every process in it and below it.
+    /// Kills every process in it and below it, but no tenant's.
     pub fn kill_all(&self) -> Result<(), CgroupError> {
         match &self.unified {
-            Some(unified) if unified.join("cgroup.kill").exists() => {
+            Some(unified)
+                if unified.join("cgroup.kill").exists() && removal::tenant_in(unified).is_none() =>
+            {
                 files::write(unified, "cgroup.kill", "1")
             }
             _ => self.paths().try_for_each(removal::kill_listed),
@@ -580,7 +601,7 @@ impl Cgroup {
         if signo == libc::SIGKILL { self.kill_all() } else { removal::signal(&self.processes()?, signo) }
     }
 
-    /// The processes in it and below it, in whichever hierarchy lists them.
+    /// The processes in it and below it, in whichever hierarchy lists them; no tenant's.
     pub fn processes(&self) -> Result<Vec<i32>, CgroupError> {
         let mut processes: Vec<_> = self.paths().flat_map(removal::listed).collect();
         processes.sort_unstable();
@@ -608,9 +629,17 @@ impl Cgroup {
         Usage::read(self)
     }
 
-    /// Removes it and whatever is below it. Waits for killed processes to be gone, but not for ever.
+    /// Removes it and whatever is below it. Waits for killed processes to be gone, but not for ever. As long as a tenant is
+    /// in it, it stays.
     pub fn delete(self) -> Result<(), CgroupError> {
         removal::remove(self.paths())
+    }
+
+    /// Removes those of its directories that nothing is in, without waiting.
+    pub fn delete_empty(self) {
+        for directory in self.paths() {
+            let _ = fs::remove_dir(directory);
+        }
     }
 
     /// Removes those of its directories that are empty, which a maker who was killed may have left. What is in use is

@@ -5,7 +5,7 @@ use std::{
     fs, io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::ffi::OsStrExt,
+        unix::{ffi::OsStrExt, fs::MetadataExt},
     },
     path::{Path, PathBuf},
     thread::sleep,
@@ -13,7 +13,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, unlinkat},
+    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, XattrFlags, fgetxattr, openat, setxattr, unlinkat},
     io::Errno,
     process::{Pid, Signal, kill_process},
 };
@@ -22,6 +22,40 @@ use super::{CgroupError, files};
 
 /// How long killed processes may take to disappear. One that hangs in the kernel may never do.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// What marks the cgroup of a container that is in another's, as a tenant: it ends by itself. A container cannot set it
+/// without CAP_SYS_ADMIN on the host (xattr(7), "Trusted extended attributes").
+const TENANT: &CStr = c"trusted.cloche.tenant";
+
+/// Marks a directory as a tenant's.
+pub(super) fn mark_as_tenant(directory: &Path) -> Result<(), CgroupError> {
+    setxattr(directory, TENANT, b"1", XattrFlags::empty()).map_err(|errno| CgroupError::Io {
+        action: "mark as that of another container".into(),
+        path: directory.to_owned(),
+        source: errno.into(),
+    })
+}
+
+fn is_tenant(directory: BorrowedFd<'_>) -> bool {
+    fgetxattr(directory, TENANT, &mut [0; 8]).is_ok()
+}
+
+/// A tenant's directory below this one, by its name.
+pub(super) fn tenant_in(directory: &Path) -> Option<String> {
+    // Nearly always nothing is below.
+    if !has_children(directory) {
+        return None;
+    }
+    let mut found = None;
+    let _ = walk_with(directory, |_| {}, |_, _| {}, |name| found = Some(name.to_string_lossy().into_owned()));
+    found
+}
+
+/// Whether there is anything in a directory or below it.
+pub(super) fn is_in_use(directory: &Path) -> bool {
+    // Processes of a PID namespace that this process does not see are listed, too; what cannot be read is in use.
+    has_children(directory) || files::read(directory, "cgroup.procs").is_ok_and(|listed| !listed.is_empty())
+}
+
 /// Kills all processes of a directory and below, for kernels without `cgroup.kill` (before Linux 5.14, and v1).
 /// A process may fork meanwhile, so this repeats until none is left or the killed take too long to disappear.
 pub(super) fn kill_listed(directory: &Path) -> Result<(), CgroupError> {
@@ -102,6 +136,10 @@ fn remove_tree(directory: &Path, deadline: Instant) -> Result<(), CgroupError> {
             Ok(()) => return Ok(()),
             // Until the killed are gone, their cgroup is busy.
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                if tenant_in(directory).is_some() && listed(directory).is_empty() {
+                    // The last of them removes it.
+                    return Ok(());
+                }
                 sleep(pause);
                 pause = (pause * 2).min(Duration::from_millis(50));
             }
@@ -133,13 +171,23 @@ fn remove_once(directory: &Path) -> io::Result<()> {
     remove()
 }
 
-/// Goes through a cgroup and all below it, however deep a container has nested them: no path leads there any more, and one
-/// directory is open at a time. Calls `enter` for each, and `leave`, with its parent, for each but the first once all below
-/// it have been left.
+/// Goes through a cgroup and all below it but its tenants', however deep a container has nested them: no path leads there
+/// any more, and one directory is open at a time. Calls `enter` for each, and `leave`, with its parent, for each but the
+/// first once all below it have been left.
 fn walk(
+    directory: &Path,
+    enter: impl FnMut(BorrowedFd<'_>),
+    leave: impl FnMut(BorrowedFd<'_>, &CStr),
+) -> io::Result<()> {
+    walk_with(directory, enter, leave, |_| {})
+}
+
+/// As [`walk`]; calls `pass` with the name of each tenant's.
+fn walk_with(
     directory: &Path,
     mut enter: impl FnMut(BorrowedFd<'_>),
     mut leave: impl FnMut(BorrowedFd<'_>, &CStr),
+    mut pass: impl FnMut(&CStr),
 ) -> io::Result<()> {
     let open = |at: BorrowedFd<'_>, name: &CStr| {
         openat(
@@ -156,10 +204,15 @@ fn walk(
     let mut left = vec![children(&here)?];
     while let Some(siblings) = left.last_mut() {
         if let Some(name) = siblings.pop() {
-            match open(here.as_fd(), &name) {
+            let child = match open(here.as_fd(), &name) {
                 Err(Errno::NOENT) => continue,
-                child => here = child?,
+                child => child?,
+            };
+            if is_tenant(child.as_fd()) {
+                pass(&name);
+                continue;
             }
+            here = child;
             enter(here.as_fd());
             left.push(children(&here)?);
             names.push(name);
@@ -188,8 +241,8 @@ fn children(directory: &OwnedFd) -> io::Result<Vec<CString>> {
 }
 
 fn has_children(directory: &Path) -> bool {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.into_iter().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+    // Each has a link to its parent (fs/kernfs/inode.c, `kernfs_refresh_inode`).
+    fs::metadata(directory).is_ok_and(|found| found.nlink() > 2)
 }
 
 #[cfg(test)]

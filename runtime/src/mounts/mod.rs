@@ -34,7 +34,7 @@ use crate::{
     syscalls::{MountAttr, mount_setattr},
     user_namespace,
 };
-use options::{ATTR_RDONLY, Bind, Options, Propagation};
+use options::{ATTR_RDONLY, Bind, Datum, Options, Propagation};
 pub use options::{KNOWN as MOUNT_OPTIONS, OptionError};
 use paths::{Make, Symlinks};
 
@@ -192,6 +192,20 @@ impl Mount {
             return Err(invalid("uidMappings and gidMappings are for bind mounts"));
         }
         Ok(Self { destination, kind, options, maps })
+    }
+
+    /// Gives the files of a new file system `linux.mountLabel`, unless the options say otherwise. The kernel's own keep
+    /// theirs, by which policies know them.
+    pub(crate) fn labelled(mut self, label: Option<&str>) -> Self {
+        const CONTEXTS: [&str; 4] = ["context", "fscontext", "defcontext", "rootcontext"];
+        let is_plain = matches!(&self.kind, Kind::FileSystem { name, .. } if !["proc", "sysfs", "mqueue"].contains(&name.as_str()));
+        let data = &mut self.options.data;
+        if let Some(label) = label.filter(|label| is_plain && !label.is_empty())
+            && !data.iter().any(|datum| CONTEXTS.contains(&datum.key.as_str()))
+        {
+            data.push(Datum { key: "context".into(), value: Some(label.to_owned()) });
+        }
+        self
     }
 
     pub(crate) fn destination(&self) -> &Path {
@@ -552,4 +566,30 @@ fn explanation(context: &OwnedFd) -> Option<String> {
     let length = rustix::io::read(context, &mut message).ok()?;
     let message = String::from_utf8_lossy(message.get(..length)?);
     message.strip_prefix("e ").map(|message| message.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_label_is_the_context_of_new_file_systems_only() {
+        let context = |kind: &str, option: &str| {
+            let mount = serde_json::json!({
+                "destination": "/x", "type": kind, "source": "/s", "options": [option],
+            });
+            let mount = Mount::from_spec(&serde_json::from_value(mount).unwrap(), None).unwrap();
+            let data = mount.labelled(Some("a:b:c:s0:c1,c2")).options.data;
+            let found = data.into_iter().find(|datum| datum.key == "context");
+            found.map(|datum| datum.value.unwrap())
+        };
+        assert_eq!(context("tmpfs", "nosuid").as_deref(), Some("a:b:c:s0:c1,c2"));
+        assert_eq!(context("devpts", "nosuid").as_deref(), Some("a:b:c:s0:c1,c2"));
+        assert_eq!(context("tmpfs", "context=own").as_deref(), Some("own"));
+        for (kind, option) in
+            [("proc", "ro"), ("sysfs", "ro"), ("mqueue", "ro"), ("bind", "rbind"), ("cgroup", "ro")]
+        {
+            assert_eq!(context(kind, option), None, "{kind}");
+        }
+    }
 }

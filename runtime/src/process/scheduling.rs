@@ -3,9 +3,10 @@
 use std::io;
 
 use oci_spec::runtime::{
-    IOPriorityClass, LinuxPersonality, LinuxPersonalityDomain, LinuxSchedulerFlag, LinuxSchedulerPolicy,
-    Process, Scheduler,
+    ExecCPUAffinity, IOPriorityClass, LinuxPersonality, LinuxPersonalityDomain, LinuxSchedulerFlag,
+    LinuxSchedulerPolicy, Process, Scheduler,
 };
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::syscalls::{self, SchedAttr};
 
@@ -15,6 +16,56 @@ use crate::syscalls::{self, SchedAttr};
 pub struct SchedulingError {
     what: String,
     source: io::Error,
+}
+
+/// `process.execCPUAffinity`, which is for processes that join a container.
+#[derive(Debug)]
+pub(crate) struct Affinity {
+    initial: Option<CpuSet>,
+    last: Option<CpuSet>,
+}
+
+/// It names CPUs that no kernel has.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is no list of CPUs below {max}", max = CpuSet::MAX_CPU)]
+pub(crate) struct AffinityError(String);
+
+impl Affinity {
+    /// Reads lists such as `0-3,7` (config.md#posix-process).
+    pub(crate) fn from_spec(affinity: &ExecCPUAffinity) -> Result<Self, AffinityError> {
+        let read = |listed: &Option<String>| {
+            let listed = listed.as_ref().filter(|listed| !listed.is_empty());
+            listed.map(|listed| cpus(listed).ok_or_else(|| AffinityError(listed.clone()))).transpose()
+        };
+        Ok(Self { initial: read(affinity.initial())?, last: read(affinity.cpu_affinity_final())? })
+    }
+
+    /// Where to be until it is in the container's cgroup.
+    pub(crate) fn initial(&self) -> Option<&CpuSet> {
+        self.initial.as_ref()
+    }
+
+    /// Runs this process where it is to stay.
+    pub(crate) fn apply(&self) -> Result<(), SchedulingError> {
+        let Some(last) = &self.last else { return Ok(()) };
+        sched_setaffinity(None, last).map_err(|errno| SchedulingError {
+            what: "process.execCPUAffinity.final".into(),
+            source: errno.into(),
+        })
+    }
+}
+
+fn cpus(listed: &str) -> Option<CpuSet> {
+    let mut set = CpuSet::new();
+    for range in listed.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last) = (first.parse::<usize>().ok()?, last.parse::<usize>().ok()?);
+        if first > last || last >= CpuSet::MAX_CPU {
+            return None;
+        }
+        (first..=last).for_each(|cpu| set.set(cpu));
+    }
+    Some(set)
 }
 
 /// Applies `process.scheduler` and `process.ioPriority`.
@@ -86,4 +137,19 @@ pub(crate) fn set_personality(personality: &LinuxPersonality) -> Result<(), Sche
     };
     syscalls::set_personality(domain)
         .map_err(|source| SchedulingError { what: "linux.personality".into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpus_of_a_list_are_those_of_its_ranges() {
+        let set = cpus("0-2,7,1023").unwrap();
+        let found: Vec<_> = (0..CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect();
+        assert_eq!(found, [0, 1, 2, 7, 1023]);
+        for listed in ["", "a", "3-1", "1024", "0-18446744073709551615", "1,,2", "-1"] {
+            assert!(cpus(listed).is_none(), "{listed}");
+        }
+    }
 }

@@ -5,7 +5,8 @@
 use std::{path::PathBuf, slice};
 
 use super::{
-    Arguments, Create, DEFAULT_SIGNAL, Delete, Global, Kill, LogFormat, Named, Rootless, Run, Verb, signal,
+    Arguments, CgroupManager, Create, DEFAULT_SIGNAL, Delete, Global, Kill, LogFormat, Named, Rootless, Run,
+    Verb, signal,
 };
 
 /// What was typed, if it is plain.
@@ -47,6 +48,7 @@ pub(super) fn parse(words: &[String]) -> Option<Arguments> {
         debug,
         rootless: rootless.unwrap_or(Rootless::Auto),
         systemd_cgroup,
+        cgroup_manager: CgroupManager::Cgroupfs,
     };
     let verb = match verb {
         "create" => Verb::Create(run(&mut line, false)?.create),
@@ -64,7 +66,8 @@ pub(super) fn parse(words: &[String]) -> Option<Arguments> {
 fn run(line: &mut Line<'_>, is_run: bool) -> Option<Run> {
     let (mut bundle, mut config, mut pid_file, mut console_socket) = (None, None, None, None);
     let (mut preserve_fds, mut id) = (None, None);
-    let (mut no_pivot, mut no_new_keyring, mut detach, mut keep) = (false, false, false, false);
+    let (mut no_pivot, mut no_subreaper, mut no_new_keyring) = (false, false, false);
+    let (mut detach, mut keep) = (false, false);
     while let Some(word) = line.next() {
         match word {
             Word::Plain(word) => set(&mut id, word.to_owned())?,
@@ -76,6 +79,7 @@ fn run(line: &mut Line<'_>, is_run: bool) -> Option<Run> {
                 set(&mut preserve_fds, line.value(value)?.parse().ok()?)?;
             }
             Word::Option("--no-pivot", None) => raise(&mut no_pivot)?,
+            Word::Option("--no-subreaper", None) => raise(&mut no_subreaper)?,
             Word::Option("--no-new-keyring", None) => raise(&mut no_new_keyring)?,
             Word::Option("-d" | "--detach", None) if is_run => raise(&mut detach)?,
             Word::Option("--keep", None) if is_run => raise(&mut keep)?,
@@ -89,6 +93,7 @@ fn run(line: &mut Line<'_>, is_run: bool) -> Option<Run> {
         console_socket,
         preserve_fds: preserve_fds.unwrap_or(0),
         no_pivot,
+        no_subreaper,
         no_new_keyring,
         id: id?,
     };
@@ -96,17 +101,18 @@ fn run(line: &mut Line<'_>, is_run: bool) -> Option<Run> {
 }
 
 fn kill(line: &mut Line<'_>) -> Option<Kill> {
-    let (mut all, mut id, mut to_send) = (false, None, None);
+    let (mut all, mut regex, mut id, mut to_send) = (false, false, None, None);
     while let Some(word) = line.next() {
         match word {
             Word::Plain(word) if id.is_none() => id = Some(word.to_owned()),
             Word::Plain(word) => set(&mut to_send, signal(word).ok()?)?,
             Word::Option("-a" | "--all", None) => raise(&mut all)?,
+            Word::Option("-r" | "--regex", None) => raise(&mut regex)?,
             Word::Option(..) => return None,
         }
     }
     let to_send = to_send.or_else(|| signal(DEFAULT_SIGNAL).ok())?;
-    Some(Kill { all, id: id?, signal: to_send })
+    Some(Kill { all, regex, id: id?, signal: to_send })
 }
 
 fn delete(line: &mut Line<'_>) -> Option<Delete> {
@@ -213,7 +219,7 @@ mod tests {
 
     #[test]
     fn what_is_plain_is_what_the_whole_parser_takes_it_for() {
-        const WORDS: [&str; 47] = [
+        const WORDS: [&str; 48] = [
             "--root",
             "--root=/r",
             "--log",
@@ -244,6 +250,7 @@ mod tests {
             "-1",
             "4294967296",
             "--no-pivot",
+            "--no-subreaper",
             "--no-new-keyring",
             "-d",
             "--detach",

@@ -51,6 +51,16 @@ fn not_started(error: &dyn std::error::Error) -> Error {
     Error::Start { exit_code: 125, message: chain(error) }
 }
 
+/// Refuses what the guest would refuse, too, but only once it is there; and what is left to the host.
+fn check(split: &spec::Split, first: &First<'_>) -> Result<(), Error> {
+    let mut whole = split.guest.clone();
+    let resources = first.spec.linux().as_ref().and_then(|linux| linux.resources().clone());
+    if let Some(linux) = whole.linux_mut() {
+        linux.set_resources(resources);
+    }
+    cloche_runtime::check_spec(&whole, first.console_socket.is_some()).map_err(|error| not_started(&error))
+}
+
 fn without_preserved(fds: &[i32]) -> Result<(), Error> {
     if fds.is_empty() {
         return Ok(());
@@ -79,6 +89,10 @@ impl Isolation for OciVm {
         if let Some(process) = split.guest.process_mut() {
             spec::drop_labels(process, first.warn);
         }
+        if let Some(linux) = split.guest.linux_mut() {
+            spec::drop_mount_label(linux, first.warn);
+        }
+        check(&split, &first)?;
         if first.spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true)) {
             // Nothing is to be made in it any more, so that the file server, too, can keep it as it is.
             let made = cloche_runtime::make_mount_points(first.rootfs, first.spec);
@@ -126,6 +140,7 @@ impl Isolation for OciVm {
         let directory = directory(further.known)?;
         let cgroup = further.known.cgroup()?;
         let kept: Vec<_> = further.console_socket.iter().map(AsRawFd::as_raw_fd).collect();
+        spec::check_process(further.process)?;
         let mut process = further.process.clone();
         spec::drop_labels(&mut process, further.warn);
         let plan = further::Plan {

@@ -81,6 +81,7 @@ pub(super) fn split(spec: &Spec, rootfs: &Path) -> Result<Split, Error> {
             ));
         }
     }
+    spec.process().as_ref().map_or(Ok(()), check_process)?;
     let mut guest = spec.clone();
     let mut shares = vec![Shared { path: rootfs.to_owned(), recursive: true, read_only: false }];
     let mounts = spec.mounts().iter().flatten().map(|mount| self::mount(mount, &mut shares));
@@ -216,6 +217,27 @@ pub(super) fn drop_labels(process: &mut Process, warn: &dyn Fn(&str)) {
         }
     }
     process.set_apparmor_profile(None).set_selinux_label(None);
+}
+
+/// Refuses what a process cannot have in a guest.
+pub(super) fn check_process(process: &Process) -> Result<(), Error> {
+    if process.exec_cpu_affinity().is_some() {
+        return refused(
+            "process.execCPUAffinity is not supported: a process in a virtual machine runs on its vCPUs, not on CPUs of the \
+             host; leave it out",
+        );
+    }
+    Ok(())
+}
+
+/// As [`drop_labels`], of files.
+pub(super) fn drop_mount_label(linux: &mut Linux, warn: &dyn Fn(&str)) {
+    if let Some(label) = linux.mount_label().as_ref().filter(|label| !label.is_empty()) {
+        warn(&format!(
+            "linux.mountLabel {label:?} is not applied: the host's security modules do not see files of a virtual machine"
+        ));
+    }
+    linux.set_mount_label(None);
 }
 
 /// Compiled here, since the agent does not.
