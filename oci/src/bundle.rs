@@ -80,9 +80,9 @@ pub fn parse(text: &[u8], warn: &dyn Fn(&str)) -> Result<Spec, serde_json::Error
         Ok(spec) => Ok(spec),
         Err(first) => {
             let mut spec: serde_json::Value = serde_json::from_slice(text)?;
-            let is_renamed = rename_scheduler_flags(&mut spec);
+            let is_changed = rename_scheduler_flags(&mut spec) | name_root(&mut spec);
             let unknown = take_out_unknown_capabilities(&mut spec);
-            if unknown.is_empty() && !is_renamed {
+            if unknown.is_empty() && !is_changed {
                 return Err(first);
             }
             if !unknown.is_empty() {
@@ -91,6 +91,17 @@ pub fn parse(text: &[u8], warn: &dyn Fn(&str)) -> Result<Spec, serde_json::Error
             serde_json::from_value(spec)
         }
     }
+}
+
+/// A process without a user is root's (the schema of the specification does not ask for one). Whether there was one.
+fn name_root(spec: &mut serde_json::Value) -> bool {
+    let process = spec.pointer_mut("/process").and_then(serde_json::Value::as_object_mut);
+    let Some(process) = process.filter(|process| process.get("user").is_none_or(serde_json::Value::is_null))
+    else {
+        return false;
+    };
+    process.insert("user".into(), serde_json::json!({ "uid": 0, "gid": 0 }));
+    true
 }
 
 /// Two flags have other names in the types than in config.md#linux-process. Whether there was one.
@@ -150,6 +161,15 @@ mod tests {
         let flags = process.scheduler().as_ref().unwrap().flags().clone().unwrap();
         assert_eq!(flags.first(), Some(&LinuxSchedulerFlag::SchedResetOnFork));
         assert_eq!((flags.len(), warnings.len()), (3, 0));
+    }
+
+    #[test]
+    fn process_without_a_user_is_roots() {
+        for process in [json!({ "cwd": "/" }), json!({ "user": null, "cwd": "/" })] {
+            let (spec, _) = parsed(process);
+            let process = spec.unwrap().process().clone().unwrap();
+            assert_eq!((process.user().uid(), process.user().gid()), (0, 0));
+        }
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! filter is installed, works out which calls are always allowed.
 //!
 //! ```text
-//!  arch? ─no─▶ kill          ld nr; x32? ─yes─▶ ENOSYS, or what ends the process
+//!  arch? ─no─▶ i386's own search, or kill
+//!  ld nr; x32? ─yes─▶ ENOSYS, or what ends the process
 //!  nr ≥ 200? ─┬─ nr ≥ 90? ─ … ─▶ return action
 //!             └─ nr ≥ 320? ─ … ─▶ compare arguments ─▶ return action
 //! ```
@@ -24,6 +25,8 @@ pub const MAX_INSTRUCTIONS: usize = 4096;
 
 /// `AUDIT_ARCH_X86_64` of `linux/audit.h`.
 pub const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+/// `AUDIT_ARCH_I386`.
+pub const AUDIT_ARCH_I386: u32 = 0x4000_0003;
 /// Set in the number of a call made through the x32 ABI.
 pub const X32_SYSCALL_BIT: u32 = 0x4000_0000;
 
@@ -101,6 +104,11 @@ pub enum Comparison {
 
 /// The program of a policy. It may be longer than [`MAX_INSTRUCTIONS`].
 pub fn assemble(policy: &Policy) -> Vec<sock_filter> {
+    assemble_for(policy, None)
+}
+
+/// As [`assemble`], with a policy for 32-bit calls, whose numbers are i386's; without one they kill the process.
+pub fn assemble_for(policy: &Policy, i386: Option<&Policy>) -> Vec<sock_filter> {
     // No policy lists x32 calls. One that ends whoever calls what is not listed ends these callers, too; under others
     // they see what a kernel without x32 answers.
     let x32 = match policy.default & SECCOMP_RET_ACTION_FULL {
@@ -108,12 +116,20 @@ pub fn assemble(policy: &Policy) -> Vec<sock_filter> {
         _ => SECCOMP_RET_ERRNO | libc::ENOSYS as u32,
     };
     let mut code = Code::default();
+    let compat = i386.map(|policy| {
+        code.search(&ranges(policy));
+        code.push(load(OFFSET_NUMBER))
+    });
     let search = code.search(&ranges(policy));
     let x32 = code.ret(x32);
     code.jump(BPF_JGE, X32_SYSCALL_BIT, x32, search);
     let native = code.push(load(OFFSET_NUMBER));
     let kill = code.ret(SECCOMP_RET_KILL_PROCESS);
-    code.jump(BPF_JEQ, AUDIT_ARCH_X86_64, native, kill);
+    let foreign = match compat {
+        Some(compat) => code.jump(BPF_JEQ, AUDIT_ARCH_I386, compat, kill),
+        None => kill,
+    };
+    code.jump(BPF_JEQ, AUDIT_ARCH_X86_64, native, foreign);
     code.push(load(OFFSET_ARCHITECTURE));
     code.reversed.reverse();
     code.reversed

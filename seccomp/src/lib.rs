@@ -3,6 +3,7 @@
 //! OCI spec, the VMM's from its own table.
 
 pub mod bpf;
+pub mod i386_table;
 #[cfg(feature = "interpreter")]
 pub mod interpreter;
 mod kernel;

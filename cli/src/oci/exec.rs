@@ -21,7 +21,7 @@ pub fn exec(
                 path: path.clone(),
                 source,
             })?;
-            let mut process = process_of(&text)
+            let mut process = process_of(&text, own)
                 .map_err(|source| Error::Config { path: path.clone(), source: source.into() })?;
             if exec.tty {
                 // Engines say so twice.
@@ -48,14 +48,28 @@ pub fn exec(
     )
 }
 
-/// A process as JSON; without a user it is root's, and without a directory it runs in the root.
-fn process_of(text: &[u8]) -> Result<Process, serde_json::Error> {
+/// A process as JSON; without a user it is root's, and without a directory it runs in the root. Rights and limits of which
+/// it says nothing are those of the container's own process, as with other runtimes.
+fn process_of(text: &[u8], own: &Process) -> Result<Process, serde_json::Error> {
     let mut process: serde_json::Value = serde_json::from_slice(text)?;
     if let Some(fields) = process.as_object_mut() {
         fields.entry("user").or_insert_with(|| serde_json::json!({ "uid": 0, "gid": 0 }));
         fields.entry("cwd").or_insert_with(|| "/".into());
     }
-    serde_json::from_value(process)
+    let mut process: Process = serde_json::from_value(process)?;
+    if process.capabilities().is_none() {
+        process.set_capabilities(own.capabilities().clone());
+    }
+    if process.rlimits().as_ref().is_none_or(Vec::is_empty) {
+        process.set_rlimits(own.rlimits().clone());
+    }
+    if process.apparmor_profile().as_ref().is_none_or(String::is_empty) {
+        process.set_apparmor_profile(own.apparmor_profile().clone());
+    }
+    if process.selinux_label().as_ref().is_none_or(String::is_empty) {
+        process.set_selinux_label(own.selinux_label().clone());
+    }
+    Ok(process)
 }
 
 /// The container's own process, changed as the options say.

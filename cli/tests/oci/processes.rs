@@ -104,6 +104,13 @@ fn exec_from_a_file_is_that_process() {
     let path = bundle.path("process.json");
     let output = bundle.ok(&["exec", "--process", path.to_str().unwrap(), &bundle.id]);
     assert!(output.starts_with("3\n") && !output.contains("TERM="), "{output}");
+    // What it does not say is as for the container's own process.
+    let rights = json!({ "args": ["cat", "/proc/self/status"], "env": ["PATH=/bin"], "cwd": "/" });
+    fs::write(&path, rights.to_string()).unwrap();
+    let of = |status: String| status.lines().find(|line| line.starts_with("CapBnd")).map(str::to_owned);
+    let own = of(bundle.ok(&["exec", &bundle.id, "cat", "/proc/self/status"]));
+    assert!(own.is_some());
+    assert_eq!(of(bundle.ok(&["exec", "--process", path.to_str().unwrap(), &bundle.id])), own);
 }
 
 fn exec_in_the_background_leaves_its_id() {

@@ -1,9 +1,13 @@
 //! Seccomp policies as engines rely on them, above all those where somebody else decides on calls.
 
 use std::{
+    fs,
     io::IoSliceMut,
     mem::MaybeUninit,
-    os::{fd::OwnedFd, unix::net::UnixListener},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::PermissionsExt as _, net::UnixListener},
+    },
     sync::mpsc::{Receiver, channel},
     time::Duration,
 };
@@ -26,6 +30,7 @@ pub fn all() -> Vec<Test> {
         start_without_anybody_who_decides_fails_and_leaves_nothing,
         policy_that_cannot_be_notified_of_is_refused,
         return_value_for_an_action_without_one_is_refused,
+        program_of_32_bits_runs_if_its_architecture_is_listed,
     ]
 }
 
@@ -169,4 +174,53 @@ fn return_value_for_an_action_without_one_is_refused() {
         .with("/linux/seccomp", json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": rule }));
     let message = bundle.refused(&["run", &bundle.id]);
     assert!(message.contains("errnoRet 5 for SCMP_ACT_KILL, which returns no value"), "{message}");
+}
+
+/// A program of 32 bits that writes a line and exits: an ELF header, one segment, and what it does by `int 0x80`.
+fn program_of_32_bits() -> Vec<u8> {
+    const BASE: u32 = 0x0804_8000;
+    const HEADERS: u32 = 52 + 32;
+    let code: &[&[u8]] = &[
+        &[0xb8, 4, 0, 0, 0, 0xbb, 1, 0, 0, 0, 0xb9], // eax = write, ebx = stdout, ecx = the line
+        &(BASE + HEADERS + 31).to_le_bytes(),
+        &[0xba, 3, 0, 0, 0, 0xcd, 0x80],             // edx = its length
+        &[0xb8, 1, 0, 0, 0, 0x31, 0xdb, 0xcd, 0x80], // eax = exit, ebx = 0
+        b"32\n",
+    ];
+    let code = code.concat();
+    let size = HEADERS + u32::try_from(code.len()).unwrap();
+    let ident = [0x7f, b'E', b'L', b'F', 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    // An executable for the 386, with one program header behind this one.
+    let header = [0x0003_0002, 1, BASE + HEADERS, 52, 0, 0, 0x0020_0034, 1, 0];
+    let segment = [1, 0, BASE, BASE, size, size, 5, 0x1000];
+    let words = header.iter().chain(&segment).flat_map(|word: &u32| word.to_le_bytes());
+    ident.into_iter().chain(words).chain(code).collect()
+}
+
+fn program_of_32_bits_runs_if_its_architecture_is_listed() {
+    let run = |architectures: &[&str]| {
+        let policy = json!({
+            "defaultAction": "SCMP_ACT_ERRNO",
+            "architectures": architectures,
+            "syscalls": [{
+                // What the start itself needs, and the program.
+                "names": ["execve", "execveat", "write", "exit", "exit_group", "close", "close_range", "capset", "prctl", "fstat"],
+                "action": "SCMP_ACT_ALLOW",
+            }],
+        });
+        let bundle = Bundle::new(&["/bin/thirty-two"]).with("/linux/seccomp", policy);
+        let program = bundle.path("rootfs/bin/thirty-two");
+        fs::write(&program, program_of_32_bits()).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let on_host = std::process::Command::new(&program).output();
+        on_host.is_ok().then(|| bundle.run(&["run", &bundle.id]))
+    };
+    let Some(output) = run(&["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]) else {
+        eprintln!("not tested: this kernel runs no programs of 32 bits");
+        return;
+    };
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(0), "32"), "{output:?}");
+    let killed = run(&["SCMP_ARCH_X86_64"]).unwrap();
+    // SIGSYS.
+    assert_eq!((killed.status.code(), text(&killed.stdout).as_str()), (Some(128 + 31), ""), "{killed:?}");
 }

@@ -11,15 +11,15 @@
 //! Where the default action is an errno, calls newer than any that the policy names fail with ENOSYS, as in runc: programs
 //! then fall back to older calls, where EPERM would make them fail.
 //!
-//! Only x86_64 calls get through: a 32-bit (i386) call kills the process, and an x32 call fails with ENOSYS
-//! unless the default action kills or traps. Other architectures that the policy lists are therefore never let in, and
-//! listing them asks for nothing that could be lost but their use.
+//! Calls of x86_64 get through, and 32-bit (i386) ones if the policy lists SCMP_ARCH_X86; else these kill the process. An
+//! x32 call fails with ENOSYS unless the default action kills or traps. Other architectures that the policy lists are those
+//! of other machines.
 
 use std::{borrow::Cow, io, os::fd::OwnedFd};
 
 use cloche_seccomp::{
     bpf::{self, Comparison, Condition, Decision, Policy, Rule},
-    syscall_table,
+    i386_table, syscall_table,
 };
 use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
@@ -90,37 +90,26 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Compiles a policy. Names of system calls that x86_64 does not have are skipped, as runc and libseccomp
+    /// Compiles a policy. Names of system calls that this architecture does not have are skipped, as runc and libseccomp
     /// do: policies list the calls of all architectures, and what cannot be called needs no rule.
     pub fn compile(seccomp: &LinuxSeccomp) -> Result<Self, SeccompError> {
-        check_architectures(seccomp.architectures().as_deref().unwrap_or_default())?;
+        let architectures = seccomp.architectures().as_deref().unwrap_or_default();
+        check_architectures(architectures)?;
         let default = action_value(seccomp.default_action(), seccomp.default_errno_ret())?;
         if default == libc::SECCOMP_RET_USER_NOTIF {
             return Err(SeccompError::Notify("as the default action"));
         }
-        let mut rules: Vec<(u32, Rule)> = Vec::new();
-        for entry in seccomp.syscalls().iter().flatten() {
-            let action = action_value(entry.action(), entry.errno_ret())?;
-            if action == libc::SECCOMP_RET_USER_NOTIF && entry.names().iter().any(|name| name == "write") {
-                return Err(SeccompError::Notify("for the write syscall"));
-            }
-            let entry_rules = rules_of(entry.args().as_deref().unwrap_or_default(), action)?;
-            for number in entry.names().iter().filter_map(|name| syscall_table::number(name)) {
-                rules.extend(entry_rules.iter().map(|rule| (number, rule.clone())));
-            }
-        }
-        rules.sort_by_key(|(number, rule)| (*number, strictness(rule.action)));
-        let notifies = rules.iter().any(|(_, rule)| rule.action == libc::SECCOMP_RET_USER_NOTIF);
-        let of_one_call = rules.chunk_by(|(a, _), (b, _)| a == b);
-        let calls: Vec<_> =
-            of_one_call.filter_map(|rules| Some((rules.first()?.0, decide(rules, default)))).collect();
-        let is_errno = default & libc::SECCOMP_RET_ACTION_FULL == libc::SECCOMP_RET_ERRNO;
-        let newer = if is_errno && !calls.is_empty() {
-            libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32
-        } else {
-            default
+        let native = |name: &str, rules: &[Rule], calls: &mut Vec<(u32, Rule)>| {
+            let number = syscall_table::number(name);
+            calls.extend(number.iter().flat_map(|number| rules.iter().map(|rule| (*number, rule.clone()))));
         };
-        let program = bpf::assemble(&Policy { calls, default, newer });
+        let (policy, notifies) = policy(seccomp, default, native)?;
+        let compat = if architectures.contains(&Arch::ScmpArchX86) {
+            Some(self::policy(seccomp, default, add_i386)?.0)
+        } else {
+            None
+        };
+        let program = bpf::assemble_for(&policy, compat.as_ref());
         if program.len() > bpf::MAX_INSTRUCTIONS {
             return Err(SeccompError::TooLong(program.len()));
         }
@@ -184,6 +173,44 @@ impl Filter {
         };
         installed.map_err(|source| SeccompError::Install { instructions: self.program.len(), source })
     }
+}
+
+/// The decisions for one architecture, whose calls and rules `add` makes of a name and its rules; and whether somebody has
+/// to decide on some.
+fn policy(
+    seccomp: &LinuxSeccomp,
+    default: u32,
+    add: impl Fn(&str, &[Rule], &mut Vec<(u32, Rule)>),
+) -> Result<(Policy, bool), SeccompError> {
+    let mut rules: Vec<(u32, Rule)> = Vec::new();
+    for entry in seccomp.syscalls().iter().flatten() {
+        let action = action_value(entry.action(), entry.errno_ret())?;
+        if action == libc::SECCOMP_RET_USER_NOTIF && entry.names().iter().any(|name| name == "write") {
+            return Err(SeccompError::Notify("for the write syscall"));
+        }
+        let entry_rules = rules_of(entry.args().as_deref().unwrap_or_default(), action)?;
+        entry.names().iter().for_each(|name| add(name, &entry_rules, &mut rules));
+    }
+    rules.sort_by_key(|(number, rule)| (*number, strictness(rule.action)));
+    let notifies = rules.iter().any(|(_, rule)| rule.action == libc::SECCOMP_RET_USER_NOTIF);
+    let of_one_call = rules.chunk_by(|(a, _), (b, _)| a == b);
+    let calls: Vec<_> =
+        of_one_call.filter_map(|rules| Some((rules.first()?.0, decide(rules, default)))).collect();
+    let is_errno = default & libc::SECCOMP_RET_ACTION_FULL == libc::SECCOMP_RET_ERRNO;
+    let newer =
+        if is_errno && !calls.is_empty() { libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32 } else { default };
+    Ok((Policy { calls, default, newer }, notifies))
+}
+
+/// As [`policy`] wants it, for 32-bit programs. What another call does, too, is allowed or not there as well; but for rules
+/// that look at arguments, which a filter cannot find behind that one's pointer (as in libseccomp).
+fn add_i386(name: &str, rules: &[Rule], calls: &mut Vec<(u32, Rule)>) {
+    let number = i386_table::number(name);
+    calls.extend(number.iter().flat_map(|number| rules.iter().map(|rule| (*number, rule.clone()))));
+    let Some((call, selector)) = i386_table::multiplexed(name) else { return };
+    let is_it = Condition { argument: 0, comparison: Comparison::Equal(selector) };
+    let always = rules.iter().filter(|rule| rule.conditions.is_empty());
+    calls.extend(always.map(|rule| (call, Rule { conditions: vec![is_it], action: rule.action })));
 }
 
 fn check_architectures(listed: &[Arch]) -> Result<(), SeccompError> {

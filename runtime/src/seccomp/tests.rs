@@ -7,7 +7,7 @@ use oci_spec::runtime::{
 use proptest::prelude::*;
 
 use cloche_seccomp::{
-    bpf::{AUDIT_ARCH_X86_64, X32_SYSCALL_BIT},
+    bpf::{AUDIT_ARCH_I386, AUDIT_ARCH_X86_64, X32_SYSCALL_BIT},
     interpreter::{Call, run},
 };
 
@@ -61,7 +61,6 @@ fn call_without_rule_gets_the_default_action() {
 fn call_of_another_abi_never_gets_through() {
     let policy = policy(Allow, vec![]);
     let native = call("read", [0; 6]);
-    const AUDIT_ARCH_I386: u32 = 0x4000_0003;
     assert_eq!(
         answer(&policy, &Call { architecture: AUDIT_ARCH_I386, ..native }),
         libc::SECCOMP_RET_KILL_PROCESS
@@ -74,6 +73,50 @@ fn call_of_another_abi_never_gets_through() {
     {
         assert_eq!(answer(&self::policy(default, vec![]), &x32), action);
     }
+}
+
+#[test]
+fn calls_of_32_bit_programs_have_rules_of_their_own_numbers() {
+    let listed = |rules| {
+        let mut policy = policy(Errno, rules);
+        policy.set_architectures(Some(vec![Arch::ScmpArchX86_64, Arch::ScmpArchX86]));
+        policy
+    };
+    let wrong = arg(0, Op::ScmpCmpEq, 3, 0);
+    let policy = listed(vec![
+        rule(&["write", "socket", "chown32"], Allow, vec![]),
+        rule(&["personality"], Allow, vec![wrong]),
+        rule(&["connect"], Log, vec![]),
+    ]);
+    let compat = |number: u32, first: u64| Call {
+        number,
+        architecture: AUDIT_ARCH_I386,
+        args: [first, 0, 0, 0, 0, 0],
+    };
+    // write, chown32, socket; and socketcall as socket, connect and bind.
+    let cases = [
+        (4, 0, ALLOW),
+        (212, 0, ALLOW),
+        (359, 0, ALLOW),
+        (102, 1, ALLOW),
+        (102, 3, libc::SECCOMP_RET_LOG),
+        (102, 2, EPERM),
+    ];
+    for (number, first, expected) in cases {
+        assert_eq!(answer(&policy, &compat(number, first)), expected, "{number} {first}");
+    }
+    assert_eq!(answer(&policy, &compat(136, 3)), ALLOW);
+    assert_eq!(answer(&policy, &compat(136, 4)), EPERM);
+    // x86_64's write is i386's exit, and not the other way round.
+    assert_eq!(answer(&policy, &compat(1, 0)), EPERM);
+    assert_eq!(answer(&policy, &call("write", [0; 6])), ALLOW);
+    assert_eq!(answer(&policy, &call("stat", [0; 6])), EPERM);
+    assert_eq!(answer(&policy, &compat(400_000, 0)), ENOSYS);
+    let x32 = Call { number: X32_SYSCALL_BIT, ..call("write", [0; 6]) };
+    assert_eq!(answer(&policy, &x32), ENOSYS);
+    let denied = listed(vec![rule(&["socketcall"], Allow, vec![]), rule(&["socket"], Trap, vec![])]);
+    assert_eq!(answer(&denied, &compat(102, 1)), libc::SECCOMP_RET_TRAP);
+    assert_eq!(answer(&denied, &compat(102, 2)), ALLOW);
 }
 
 #[test]

@@ -251,7 +251,10 @@ fn filter(policy: &LinuxSeccomp) -> Result<Filter, Error> {
              system calls",
         );
     }
-    Filter::compile(policy).map_err(|error| Error::Request(format!("linux.seccomp: {error}")))
+    // The guest's kernel runs no programs of other architectures.
+    let mut policy = policy.clone();
+    policy.set_architectures(None);
+    Filter::compile(&policy).map_err(|error| Error::Request(format!("linux.seccomp: {error}")))
 }
 
 fn host_cpus() -> u64 {
