@@ -227,7 +227,7 @@ mod tests {
         resources.set_block_io(Some(block_io));
         let limits = Limits::from_spec(Some(&resources)).unwrap();
         let read = |file: &str| std::fs::read_to_string(directory.path().join(file)).unwrap();
-        std::fs::write(directory.path().join("io.weight"), "default 100").unwrap();
+        std::fs::write(directory.path().join("io.weight"), "").unwrap();
         apply(directory.path(), &limits).unwrap();
         assert_eq!(read("io.weight"), "4950");
         std::fs::write(directory.path().join(BFQ_WEIGHT), "").unwrap();

@@ -63,7 +63,7 @@ fn command_that_cannot_be_run_is_127_or_126_and_named() {
         (
             "/script",
             127,
-            r#"cannot run "/script": its interpreter, or the dynamic linker that it names, was not found"#,
+            r#"cannot run "/script": its interpreter, or the dynamic linker that it names, was not found: no such file or directory"#,
         ),
     ];
     for (command, code, message) in cases {
