@@ -223,8 +223,9 @@ pub fn compare(plan: &Plan, mut progress: impl FnMut(usize, usize)) -> Result<Co
 fn run_once(plan: &Plan, isolation: Isolation) -> Result<(RunTrace, u64), CompareError> {
     let own = PathBuf::from("/proc/self/exe");
     let mut command = Command::new(&own);
-    command.args(&plan.global_arguments);
+    // `run` first, as users have it: only then it is parsed in a hurry.
     command.args(["run", "--rm", "--trace=json", "--isolation", isolation.name()]);
+    command.args(&plan.global_arguments);
     if let (Isolation::Vm, Some(kernel)) = (isolation, &plan.kernel) {
         command.arg(format!("--kernel={kernel}"));
     }

@@ -1,8 +1,9 @@
 //! What is written down about a sandbox, so that any later command can read it: see [`crate::sandboxes`] for where.
 
-use std::{fs, path::PathBuf, time::SystemTime};
+use std::{path::PathBuf, time::SystemTime};
 
 use cloche_images::Settings;
+pub use cloche_oci::ProcessId;
 use serde::{Deserialize, Serialize};
 
 use crate::request::Isolation;
@@ -80,56 +81,7 @@ pub struct Ended {
     pub reason: Option<String>,
 }
 
-/// A process that cannot be mistaken for a later one with the same number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessId {
-    /// Process id on the host.
-    pub pid: i32,
-    /// Start time in clock ticks since boot (proc(5), `/proc/pid/stat` field 22).
-    pub start_ticks: u64,
-}
-
-impl ProcessId {
-    /// The calling process.
-    pub fn own() -> Self {
-        let pid = std::process::id() as i32;
-        // Without /proc nothing of this works, and the sandbox's start will say so.
-        Self::of(pid).unwrap_or(Self { pid, start_ticks: 0 })
-    }
-
-    /// The running process with this number; `None` if there is none, or only what its parent has not reaped yet.
-    pub fn of(pid: i32) -> Option<Self> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The second field is a name in parentheses that may contain anything; fields are counted after it.
-        let (_, fields) = stat.rsplit_once(')')?;
-        let mut fields = fields.split_whitespace();
-        if matches!(fields.next()?, "Z" | "X") {
-            return None;
-        }
-        let start_ticks = fields.nth(22 - 4)?.parse().ok()?;
-        Some(Self { pid, start_ticks })
-    }
-
-    /// Whether this very process still exists.
-    pub fn is_alive(self) -> bool {
-        Self::of(self.pid) == Some(self)
-    }
-}
-
 /// Unix time in seconds.
 pub fn unix_time() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn process_id_of_self_is_alive_and_with_another_start_is_not() {
-        let own = ProcessId::own();
-        assert!(own.is_alive());
-        assert!(!ProcessId { start_ticks: own.start_ticks + 1, ..own }.is_alive());
-        assert!(ProcessId::of(i32::MAX).is_none());
-    }
 }

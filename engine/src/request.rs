@@ -276,7 +276,7 @@ fn is_hostname(name: &str) -> bool {
 /// MemTotal of the host in bytes.
 pub fn host_memory_bytes() -> u64 {
     let info = rustix::system::sysinfo();
-    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit))
+    info.totalram.saturating_mul(u64::from(info.mem_unit))
 }
 
 /// A size on the command line: a number with an optional unit `b`, `k`, `m`, `g` or `t` (powers of 1024).

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::{
     record::State,
-    request::Isolation,
+    request::{Isolation, host_memory_bytes},
     steering::{Activity, Steered, SteeringError},
     trace,
 };
@@ -205,11 +205,6 @@ fn resident_bytes(pid: i32) -> Option<u64> {
     /// Of x86-64.
     const PAGE_BYTES: u64 = 4096;
     Some(pages * PAGE_BYTES)
-}
-
-fn host_memory_bytes() -> u64 {
-    let info = rustix::system::sysinfo();
-    info.totalram.saturating_mul(u64::from(info.mem_unit))
 }
 
 #[cfg(test)]

@@ -18,6 +18,8 @@ use std::{
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use rustix::fs::{FlockOperation, flock};
@@ -189,13 +191,25 @@ impl Volumes {
     /// Removes a volume with its files, unless a sandbox uses it.
     pub fn remove(&self, name: &str) -> Result<(), VolumeError> {
         self.inspect(name)?;
-        let Some(_lock) = self.lock(name, "lock", FlockOperation::NonBlockingLockExclusive)? else {
-            return Err(VolumeError::InUse(name.into()));
-        };
+        let Some(_lock) = self.lock_alone(name)? else { return Err(VolumeError::InUse(name.into())) };
         let (dir, gone) = (self.dir.join(name), self.dir.join(format!(".{name}-{}", std::process::id())));
         fs::rename(&dir, &gone)
             .and_then(|()| rootless::remove_all(&gone))
             .map_err(io_error("remove the volume", &dir))
+    }
+
+    /// The lock that every sandbox with the volume shares; `None` if there is one. Whoever looks whether there is (see
+    /// [`Self::inspect`]) has it for a moment.
+    fn lock_alone(&self, name: &str) -> Result<Option<File>, VolumeError> {
+        const TRIES: u32 = 10;
+        const PAUSE: Duration = Duration::from_millis(5);
+        for _ in 0..TRIES {
+            if let Some(lock) = self.lock(name, "lock", FlockOperation::NonBlockingLockExclusive)? {
+                return Ok(Some(lock));
+            }
+            thread::sleep(PAUSE);
+        }
+        Ok(None)
     }
 
     /// Removes every volume that no sandbox uses, and says which.

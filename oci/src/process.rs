@@ -36,14 +36,21 @@ fn parse(text: &str) -> Option<Stat> {
 }
 
 impl ProcessId {
-    /// The process that has this number now, unless it is dead already.
-    pub(crate) fn of(pid: i32) -> Option<Self> {
-        stat(pid).map(|stat| Self { pid, start_ticks: stat.start_ticks })
+    /// The calling process.
+    pub fn own() -> Self {
+        let pid = std::process::id() as i32;
+        // Without /proc nothing of this works, and a sandbox's start will say so.
+        Self::of(pid).unwrap_or(Self { pid, start_ticks: 0 })
     }
 
-    /// Whether it still runs: a zombie does not.
-    pub(crate) fn is_alive(self) -> bool {
-        stat(self.pid).is_some_and(|stat| !stat.is_dead && stat.start_ticks == self.start_ticks)
+    /// The process that has this number now, unless it is dead already: a zombie is.
+    pub fn of(pid: i32) -> Option<Self> {
+        stat(pid).filter(|stat| !stat.is_dead).map(|stat| Self { pid, start_ticks: stat.start_ticks })
+    }
+
+    /// Whether it still runs.
+    pub fn is_alive(self) -> bool {
+        Self::of(self.pid) == Some(self)
     }
 
     /// It and all others of its PID namespace, if that is not the caller's, too.
@@ -86,7 +93,8 @@ mod tests {
 
     #[test]
     fn process_is_alive_only_with_its_own_start() {
-        let own = ProcessId::of(std::process::id() as i32).unwrap();
+        let own = ProcessId::own();
+        assert!(ProcessId::of(i32::MAX).is_none());
         assert!(own.is_alive() && own.open().unwrap().is_some());
         let other = ProcessId { start_ticks: own.start_ticks + 1, ..own };
         assert!(!other.is_alive() && other.open().unwrap().is_none());

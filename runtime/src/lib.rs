@@ -1,8 +1,8 @@
 //! Linux containers: an OCI runtime spec and a root file system become a confined process.
 //!
 //! The same code runs on the host, called by the single-threaded `cloche` process, and in the guest, called by
-//! the agent that is PID 1 there. It starts no threads and no helper processes, and knows nothing of images,
-//! virtual machines or sandbox state on disk.
+//! the agent that is PID 1 there. It starts no threads, no programs but `newuidmap` and `newgidmap`, and knows nothing of
+//! images, virtual machines or sandbox state on disk.
 //!
 //! ```text
 //!  launch()                                     child, in its new namespaces

@@ -29,17 +29,18 @@ const STEPS: &[Step] = &[
     ("mapped memory", mapped_memory),
     ("locks", locks),
     ("removed but open", removed_but_open),
-    ("many entries", many_entries),
     ("special files", special_files),
     ("file system", file_system),
 ];
 
-/// Runs every step in a directory of its own below `base`.
-pub fn run(base: &str) -> Result<()> {
-    for (number, (name, step)) in STEPS.iter().enumerate() {
+/// Runs every step in a directory of its own below `base`; the last makes this many entries.
+pub fn run(base: &str, entries: u32) -> Result<()> {
+    let last = |directory: &Path| many_entries(directory, entries);
+    let steps = STEPS.iter().map(|(name, step)| (*name, step as &dyn Fn(&Path) -> Result<()>));
+    for (number, (name, step)) in steps.chain([("many entries", &last as _)]).enumerate() {
         let directory = Path::new(base).join(format!("step-{number}"));
         fs::create_dir(&directory).with_context(|| format!("{name}: make its directory"))?;
-        step(&directory).with_context(|| (*name).to_owned())?;
+        step(&directory).context(name)?;
         println!("{name}: fine");
     }
     Ok(())
@@ -228,9 +229,9 @@ fn removed_but_open(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn many_entries(dir: &Path) -> Result<()> {
+fn many_entries(dir: &Path, count: u32) -> Result<()> {
     let name = |number: u32| format!("entry-{number:04}-{}", "x".repeat(number as usize % 60));
-    for number in 0..1000 {
+    for number in 0..count {
         fs::write(dir.join(name(number)), number.to_string())?;
     }
     let mut seen: Vec<String> = Vec::new();
@@ -241,8 +242,8 @@ fn many_entries(dir: &Path) -> Result<()> {
         seen.push(entry.file_name().to_string_lossy().into_owned());
     }
     seen.sort();
-    let expected: Vec<String> = (0..1000).map(name).collect();
-    ensure!(seen == expected, "{} entries are not the 1000 made", seen.len());
+    let expected: Vec<String> = (0..count).map(name).collect();
+    ensure!(seen == expected, "{} entries are not the {count} made", seen.len());
     // Removing while reading leaves nothing out.
     for entry in fs::read_dir(dir)? {
         fs::remove_file(entry?.path())?;

@@ -16,11 +16,14 @@ use crate::vsock;
 /// Runs one probe and prints what it finds.
 pub fn main(arguments: &[String]) -> ExitCode {
     let result = match arguments {
-        [what, directory] if what == "files" => crate::file_probe::run(directory),
+        [what, directory, entries] if what == "files" => entries
+            .parse()
+            .context("a number of entries")
+            .and_then(|entries| crate::file_probe::run(directory, entries)),
         [what, port, streams] if what == "vsock-mirror" => mirror(port, streams),
         [what, paths @ ..] if what == "xattrs" => paths.iter().try_for_each(|path| print_xattrs(path)),
         _ => Err(anyhow::anyhow!(
-            "usage: cloche-tests probe files DIRECTORY | vsock-mirror PORT STREAMS | xattrs PATH…"
+            "usage: cloche-tests probe files DIRECTORY ENTRIES | vsock-mirror PORT STREAMS | xattrs PATH…"
         )),
     };
     match result {

@@ -53,7 +53,8 @@ fn preserve(verb: &Verb) -> Preserved {
     let asked = match verb {
         Verb::Create(create) => create.preserve_fds,
         Verb::Run(run) => run.create.preserve_fds,
-        Verb::Exec(exec) => exec.preserve_fds,
+        // Only a first process is told of a service manager's sockets.
+        Verb::Exec(exec) => return Preserved::find(exec.preserve_fds),
         _ => return Preserved::default(),
     };
     // sd_listen_fds(3): a service manager's sockets come first.

@@ -28,6 +28,7 @@ pub fn all() -> Vec<Test> {
         paused_container_stands_still,
         ps_lists_the_processes,
         preserved_descriptors_are_passed_and_no_others,
+        sockets_of_a_service_manager_are_for_first_processes,
         terminal_is_sent_to_the_console_socket,
         environment_variable_given_twice_has_its_later_value,
         label_is_given_to_the_kernel_or_refused_by_name,
@@ -182,6 +183,24 @@ fn preserved_descriptors_are_passed_and_no_others() {
     bundle.command(&["list"]).output().unwrap();
     let output = std::process::Command::new("bash").args(["-c", &script]).output().unwrap();
     assert_eq!(text(&output.stdout), "0\n1\n2\n3\n4\nfrom outside", "{output:?} {}", data.as_raw_fd());
+}
+
+/// sd_listen_fds(3).
+fn sockets_of_a_service_manager_are_for_first_processes() {
+    let look = "echo \"fds: $LISTEN_FDS\"; test -e /proc/$$/fd/3; echo $?";
+    let with_socket = |bundle: &Bundle, words: &str| {
+        bundle.command(&["list"]).output().unwrap();
+        let (program, path) = (program().display().to_string(), bundle.path("").display().to_string());
+        let script = format!("exec -a cloche-container {program} --root {path}/state {words} 3</dev/null");
+        let mut bash = std::process::Command::new("bash");
+        text(&bash.args(["-c", &script]).env("LISTEN_FDS", "1").output().unwrap().stdout)
+    };
+    let first = Bundle::script(look);
+    let run = format!("run --bundle {} {}", first.path("").display(), first.id);
+    assert_eq!(with_socket(&first, &run), "fds: 1\n0");
+    let running = Bundle::new(&["sleep", "100"]);
+    running.start();
+    assert_eq!(with_socket(&running, &format!("exec {} sh -c '{look}'", running.id)), "fds: \n1");
 }
 
 fn terminal_is_sent_to_the_console_socket() {

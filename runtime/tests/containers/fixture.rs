@@ -275,6 +275,14 @@ pub fn find_command(name: &str) -> Option<PathBuf> {
     directories.map(|directory| directory.join(name)).find(|path| path.exists())
 }
 
+/// Whether this process has CAP_SYS_RESOURCE (capabilities(7)).
+pub fn may_raise_limits() -> bool {
+    const SYS_RESOURCE: u64 = 1 << 24;
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let held = status.lines().find_map(|line| line.strip_prefix("CapEff:\t")).unwrap();
+    u64::from_str_radix(held, 16).unwrap() & SYS_RESOURCE != 0
+}
+
 /// What a container could leave on this machine.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Traces {

@@ -124,8 +124,8 @@ fn layer_that_is_not_erofs_is_named() {
 fn changes_are_a_layer_while_it_runs_and_after_its_end() {
     let store = tempfile::tempdir_in("/var/tmp").unwrap();
     let script =
-        "rm /etc/group; rm -r /tmp; mkdir /tmp; echo x > /tmp/x; mv /etc/passwd /new; ln /new /tmp/new
-        chown 5:6 /new; echo ready; sleep 0.2; touch /late";
+        "trap 'touch /late; exit' TERM; rm /etc/group; rm -r /tmp; mkdir /tmp; echo x > /tmp/x; mv /etc/passwd /new; ln /new /tmp/new
+        chown 5:6 /new; echo ready; while :; do sleep 0.02; done";
     let sandbox = layered(script, &[], store.path());
     let mut running = sandbox.start().unwrap();
     assert_eq!(running.read_line(), "ready");
@@ -152,6 +152,7 @@ fn changes_are_a_layer_while_it_runs_and_after_its_end() {
         "-rw-r--r-- 0/0 tmp/x",
     ];
     assert_eq!(listed(running.container.changes()), expected);
+    running.container.signal(15).unwrap();
     running.container.wait().unwrap();
     let after = listed(running.container.changes());
     assert_eq!(after.len(), expected.len() + 1, "{after:?}");

@@ -1,6 +1,10 @@
 //! Limits by cgroup, and what is left when a container is gone.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use cloche_runtime::{
     ExitStatus,
@@ -166,7 +170,11 @@ fn processes_that_outlive_the_first_are_killed() {
     let pid = running.read_line();
     assert!(fs::exists(format!("/proc/{pid}")).unwrap());
     assert_eq!(running.finish().exit.status, ExitStatus::Code(0));
-    std::thread::sleep(Duration::from_millis(50));
-    let gone = fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "));
-    assert!(gone, "process {pid} is still there");
+    let is_gone =
+        || fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !is_gone() {
+        assert!(Instant::now() < deadline, "process {pid} is still there");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

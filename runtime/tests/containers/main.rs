@@ -23,8 +23,10 @@ struct Test {
 enum Need {
     Nothing,
     Command(&'static str),
-    /// A device node that may be looked at, but not used.
-    Device(&'static str),
+    /// A file or device node that may be looked at, but not used.
+    File(&'static str),
+    /// A root that lacks CAP_SYS_RESOURCE, as in a container.
+    FewerRights,
 }
 
 impl Need {
@@ -41,7 +43,10 @@ impl Need {
             Self::Command(name) if fixture::find_command(name).is_none() => {
                 Some(format!("needs the command {name}"))
             }
-            Self::Device(path) if !std::path::Path::new(path).exists() => Some(format!("needs {path}")),
+            Self::File(path) if !std::path::Path::new(path).exists() => Some(format!("needs {path}")),
+            Self::FewerRights if fixture::may_raise_limits() => {
+                Some("needs a root without CAP_SYS_RESOURCE".into())
+            }
             _ => None,
         }
     }

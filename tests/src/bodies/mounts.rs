@@ -75,12 +75,14 @@ fn bind_is_shared_both_ways_at_once(bed: &Bed) -> Story {
 fn bind_behaves_as_a_file_system(bed: &Bed) -> Story {
     let dir = source(bed, "files", "x", "")?;
     let own = fs::read_link("/proc/self/exe")?;
+    // Several times what Linux asks for at once (a page, in fs/fuse/readdir.c).
+    let entries = bed.many(1000, 300);
     let finished = bed
         .busybox()
         .with("--memory", "256m")
         .with("-v", &volume(&own, "/probe:ro"))
         .with("-v", &volume(&dir, "/data"))
-        .command(&["/probe", "probe", "files", "/data"])
+        .command(&["/probe", "probe", "files", "/data", &entries.to_string()])
         .run()?
         .succeeds()?;
     ensure!(finished.out().lines().count() == 14, "steps are missing\n{finished}");

@@ -12,6 +12,8 @@ use cloche_share::Shared;
 use cloche_vmm::VmConfig;
 use oci_spec::runtime::{LinuxMemory, LinuxPids, LinuxResources};
 
+use crate::request::host_memory_bytes;
+
 /// What the VMM takes besides guest memory: itself, its threads' stacks, KVM's structures, 32 MiB that may wait for slow
 /// readers of streams, in up to twice the memory, and some room for the cached content of the files it reads, which
 /// counts although it is given up first.
@@ -177,14 +179,13 @@ impl Limits {
 fn tmpfs_bytes(shares: &[Shared]) -> u64 {
     const RAMFS_MAGIC: u64 = 0x8584_58f6;
     const TMPFS_MAGIC: u64 = 0x0102_1994;
-    let sysinfo = rustix::system::sysinfo();
-    // C's long types have 64 bits here.
-    let host = sysinfo.totalram.saturating_mul(u64::from(sysinfo.mem_unit));
+    let host = host_memory_bytes();
     let mut seen = HashSet::new();
     let sizes = shares.iter().filter(|share| !share.read_only).filter_map(|share| {
         let file_system = rustix::fs::statfs(&share.path).ok()?;
         let device = rustix::fs::stat(&share.path).ok()?.st_dev;
         let size = match file_system.f_type as u64 {
+            // C's long types have 64 bits here.
             TMPFS_MAGIC => file_system.f_blocks.saturating_mul(file_system.f_bsize as u64),
             RAMFS_MAGIC => 0,
             _ => return None,

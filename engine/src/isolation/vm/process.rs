@@ -389,7 +389,7 @@ fn give_up(error: &io::Error) -> ! {
     // Only exit statuses are left to tell that this failed; none is expected to.
     const NOT_STARTED: u8 = 125;
     // Standard error may be the pipe already, whose reader shows this.
-    eprintln!("cloche vmm: cannot be started: {error}");
+    let _ = writeln!(io::stderr(), "cloche vmm: cannot be started: {error}");
     syscalls::exit_now(NOT_STARTED)
 }
 
