@@ -114,9 +114,20 @@ fn report(cgroup: &Cgroup) -> Value {
     // On v2 these files do not exist, and cpu.stat tells below.
     let spent = |file| find("cpuacct").and_then(|directory| one(&directory, file));
     let (kernel, user) = (spent("cpuacct.usage_sys"), spent("cpuacct.usage_user"));
+    let each = find("cpuacct").and_then(|directory| text(&directory, "cpuacct.usage_percpu").ok());
+    let each: Vec<u64> = each.iter().flat_map(|each| each.split_whitespace()).flat_map(str::parse).collect();
+    let cached = ["file", "total_cache", "cache"].iter().find_map(|key| raw.get(*key)?.as_u64());
+    let of_v1 = |kind: &str| memory.as_deref().map_or(json!({}), |directory| entry(directory, kind));
     let mut data = json!({
-        "cpu": { "usage": { "total": number(usage.cpu_ns), "kernel": kernel, "user": user }, "throttling": {} },
+        "cpu": {
+            "usage": { "total": number(usage.cpu_ns), "percpu": each, "kernel": kernel, "user": user },
+            "throttling": {},
+        },
         "memory": {
+            "cache": cached,
+            "swap": of_v1("memsw"),
+            "kernel": of_v1("kmem"),
+            "kernelTCP": of_v1("kmem.tcp"),
             "usage": {
                 "limit": limit,
                 "usage": number(usage.memory_bytes),
@@ -126,11 +137,8 @@ fn report(cgroup: &Cgroup) -> Value {
             "raw": raw,
         },
         "pids": { "current": number(usage.pids), "limit": find("pids").and_then(|directory| one(&directory, "pids.max")).unwrap_or(0) },
-        "blkio": {
-            "readBytes": usage.block_read_bytes.ok(),
-            "writtenBytes": usage.block_written_bytes.ok(),
-        },
-        "hugetlb": {},
+        "blkio": block_io(cgroup),
+        "hugetlb": hugetlb(cgroup),
         "intel_rdt": {},
         "network_interfaces": null,
     });
@@ -140,6 +148,12 @@ fn report(cgroup: &Cgroup) -> Value {
         data["cpu"]["usage"]["user"] = ns("user_usec").into();
         data["cpu"]["usage"]["kernel"] = ns("system_usec").into();
         if cgroup.layout() == Layout::V2 {
+            data["memory"]["swap"] = json!({
+                "usage": one(unified, "memory.swap.current"),
+                "limit": one(unified, "memory.swap.max").unwrap_or(u64::MAX),
+                "max": one(unified, "memory.swap.peak"),
+                "failcnt": numbers(unified, "memory.swap.events").get("fail"),
+            });
             data["cpu"]["throttling"] = json!({
                 "periods": cpu.get("nr_periods"),
                 "throttledPeriods": cpu.get("nr_throttled"),
@@ -155,6 +169,82 @@ fn report(cgroup: &Cgroup) -> Value {
         }
     }
     data
+}
+
+/// One of the things that cgroup v1's memory controller counts apart.
+fn entry(directory: &Path, kind: &str) -> Value {
+    let of = |file: &str| one(directory, &format!("memory.{kind}.{file}"));
+    json!({
+        "limit": of("limit_in_bytes"),
+        "usage": of("usage_in_bytes"),
+        "max": of("max_usage_in_bytes"),
+        "failcnt": of("failcnt"),
+    })
+}
+
+/// Bytes and requests of each device, in both directions.
+fn block_io(cgroup: &Cgroup) -> Value {
+    let Some(directory) = cgroup.directory_of("blkio") else { return json!({}) };
+    let list = |v1: &str, v2: [(&str, &str); 2]| match text(&directory, v1) {
+        Ok(text) => text.lines().filter_map(|line| of_device(line, "", line.rsplit_once(' ')?)).collect(),
+        Err(_) => {
+            let text = text(&directory, "io.stat").unwrap_or_default();
+            let fields = text.lines().flat_map(|line| {
+                let fields = line.split(' ').filter_map(|field| field.split_once('='));
+                fields
+                    .filter_map(|(key, value)| {
+                        let (_, operation) = v2.iter().find(|(name, _)| *name == key)?;
+                        of_device(line, operation, ("", value))
+                    })
+                    .collect::<Vec<_>>()
+            });
+            fields.collect::<Vec<_>>()
+        }
+    };
+    json!({
+        "ioServiceBytesRecursive":
+            list("blkio.throttle.io_service_bytes_recursive", [("rbytes", "Read"), ("wbytes", "Write")]),
+        "ioServicedRecursive": list("blkio.throttle.io_serviced_recursive", [("rios", "Read"), ("wios", "Write")]),
+    })
+}
+
+/// A line such as `8:0 Read 4096` of cgroup v1, or one field of a line such as `8:0 rbytes=4096` of v2.
+fn of_device(line: &str, operation: &str, (rest, value): (&str, &str)) -> Option<Value> {
+    let mut words = line.split(' ');
+    let (major, minor) = words.next()?.split_once(':')?;
+    let operation = if rest.is_empty() { operation } else { words.next()? };
+    let number = |text: &str| text.parse::<u64>().ok();
+    Some(
+        json!({ "major": number(major)?, "minor": number(minor)?, "op": operation, "value": number(value)? }),
+    )
+}
+
+/// Huge pages of each size that the machine has.
+fn hugetlb(cgroup: &Cgroup) -> Value {
+    let Some(directory) = cgroup.directory_of("hugetlb") else { return json!({}) };
+    let names = std::fs::read_dir(&directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|file| file.file_name().into_string().ok());
+    let sizes = names.filter_map(|name| {
+        let size = name.strip_prefix("hugetlb.")?;
+        let size = size.strip_suffix(".usage_in_bytes").or_else(|| size.strip_suffix(".current"))?;
+        // Reservations are counted apart.
+        (!size.ends_with("rsvd")).then(|| size.to_owned())
+    });
+    let entries = sizes.map(|size| {
+        let of = |files: [&str; 2]| {
+            files.iter().find_map(|file| one(&directory, &format!("hugetlb.{size}.{file}")))
+        };
+        let events = numbers(&directory, &format!("hugetlb.{size}.events"));
+        let hits = of(["failcnt"; 2]).or_else(|| events.get("max")?.as_u64());
+        let entry = json!({
+            "usage": of(["usage_in_bytes", "current"]), "max": of(["max_usage_in_bytes"; 2]), "failcnt": hits,
+        });
+        (size, entry)
+    });
+    Value::Object(entries.collect())
 }
 
 fn text(directory: &Path, file: &str) -> io::Result<String> {

@@ -293,6 +293,11 @@ fn statistics_tell_what_is_used() {
     assert!(stats["data"]["cpu"]["usage"]["total"].as_u64().unwrap() > 1_000_000, "{stats}");
     assert!(stats["data"]["memory"]["usage"]["usage"].as_u64().unwrap() > 4096, "{stats}");
     assert_eq!(stats["data"]["pids"]["current"], 1);
+    assert!(stats["data"]["memory"]["cache"].is_u64(), "{stats}");
+    for list in ["ioServiceBytesRecursive", "ioServicedRecursive"] {
+        let devices = stats["data"]["blkio"][list].as_array().unwrap();
+        assert!(devices.iter().all(|device| device["op"].is_string() && device["value"].is_u64()), "{stats}");
+    }
     // Where the kernel tells of pressure, and there is a v2 cgroup to ask.
     let unified = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
     let own = unified.map(|root| format!("{root}/cloche/{}", bundle.id));
