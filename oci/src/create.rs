@@ -3,6 +3,7 @@
 use std::{
     cell::RefCell,
     fs,
+    io::Write,
     os::fd::AsFd,
     path::{Path, PathBuf},
 };
@@ -125,10 +126,14 @@ fn make(home: &Home<'_>, creation: &Creation<'_>, style: Style) -> Result<(Known
     let terminal = spec.process().as_ref().is_some_and(|process| process.terminal() == Some(true));
     let console = Console::new(terminal, creation.console_socket, style != Style::Foreground)?;
     pass_listen_fds(&mut spec);
-    // Whether id and path can be used at all; nothing is made yet.
+    // Whether id and paths can be used at all; nothing is made yet.
     home.directory(creation.id)?;
+    if let Some(path) = [&path, &rootfs].into_iter().find(|path| path.to_str().is_none()) {
+        return Err(Error::Request(format!(
+            "the path {path:?} is not UTF-8, which a container's state has to be"
+        )));
+    }
     let (cgroup, is_tenant) = place(&mut spec, creation)?;
-    let directory = home.claim(creation.id)?;
     let record = Record {
         id: creation.id.to_owned(),
         oci_version: spec.version().clone(),
@@ -142,13 +147,7 @@ fn make(home: &Home<'_>, creation: &Creation<'_>, style: Style) -> Result<(Known
         is_tenant,
         process: None,
     };
-    let (known, lock) = match Known::begin(directory, record, &text) {
-        Ok(begun) => begun,
-        Err(error) => {
-            home.remove_claim(creation.id)?;
-            return Err(error);
-        }
-    };
+    let (known, lock) = home.claim(creation.id)?.begin(record, &text)?;
     let known = RefCell::new(known);
     let result = start(home.isolation, &known, creation, &spec, &console, style);
     let known = known.into_inner();
@@ -251,9 +250,13 @@ fn start(
 /// Writes a process's id so that a reader sees all of it or nothing.
 pub(crate) fn write_pid_file(path: &Path, pid: i32) -> Result<(), Error> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let new = path.with_file_name(format!(".{name}.new"));
-    fs::write(&new, pid.to_string()).map_err(of_file("write", &new))?;
-    fs::rename(&new, path).map_err(of_file("write", path))
+    // Others may be able to write to the directory: what is there already is not written to, whatever it is.
+    let new = path.with_file_name(format!(".{name}.{}.new", std::process::id()));
+    let mut file = fs::File::create_new(&new).map_err(of_file("make", &new))?;
+    let written = file.write_all(pid.to_string().as_bytes()).map_err(of_file("write", &new));
+    written.and_then(|()| fs::rename(&new, path).map_err(of_file("write", path))).inspect_err(|_| {
+        let _ = fs::remove_file(&new);
+    })
 }
 
 /// Hooks that run on the caller's side once the namespaces exist.

@@ -41,7 +41,7 @@ pub struct Execution<'a> {
 /// Runs a process in a container; returns its exit code, 0 in the background.
 pub fn exec(home: &Home<'_>, execution: &Execution<'_>) -> Result<u8, Error> {
     // Until it is created, its first process is still in the caller's root file system.
-    home.find(execution.id)?.await_creation()?;
+    home.find(execution.id)?.await_creation("exec in")?;
     let known = home.find(execution.id)?;
     let status = known.status();
     let first = match (status, known.record.process) {

@@ -14,8 +14,8 @@ use rustix::{
 
 const NAME: &str = "start.sock";
 
-fn socket() -> Result<OwnedFd, Errno> {
-    socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+fn socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | flags, None)
 }
 
 /// The address, by a descriptor of the directory, since a socket's path is short (unix(7): 108 bytes).
@@ -30,7 +30,7 @@ fn with_address<T>(
 
 /// Makes the gate in a container's directory.
 pub(crate) fn make(directory: &Path) -> io::Result<OwnedFd> {
-    let gate = socket()?;
+    let gate = socket(SocketFlags::empty())?;
     with_address(directory, |address| bind(&gate, address))?;
     listen(&gate, 16)?;
     Ok(gate)
@@ -38,7 +38,9 @@ pub(crate) fn make(directory: &Path) -> io::Result<OwnedFd> {
 
 /// Whether somebody waits at the gate.
 pub(crate) fn is_waited_at(directory: &Path) -> bool {
-    socket().is_ok_and(|socket| with_address(directory, |address| connect(&socket, address)).is_ok())
+    let look = || with_address(directory, |address| connect(socket(SocketFlags::NONBLOCK)?, address));
+    // A process that stands still takes nobody, and the next who looked would wait for room (unix(7)).
+    matches!(look(), Ok(()) | Err(Errno::AGAIN))
 }
 
 /// What came of a start.
@@ -59,7 +61,7 @@ pub(crate) fn open(
     directory: &Path,
     take_listener: &dyn Fn(i32) -> Result<(), String>,
 ) -> io::Result<Outcome> {
-    let socket = socket()?;
+    let socket = socket(SocketFlags::empty())?;
     match with_address(directory, |address| connect(&socket, address)) {
         Err(Errno::CONNREFUSED | Errno::NOENT) => return Ok(Outcome::NotWaiting),
         result => result?,

@@ -11,7 +11,7 @@ use cloche_runtime::{
     Container, Created, ExitStatus, HookState, Join, Joined, Launch, Listener, Oci, Rootfs, Stdio,
     cgroup::Cgroup,
 };
-use oci_spec::runtime::{LinuxResources, Process, Spec};
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources, Process, Spec};
 
 use crate::{
     error::{Error, system},
@@ -157,7 +157,7 @@ impl Isolation for OnHost {
     fn launch(&self, first: First<'_>) -> Result<Box<dyn Child>, Error> {
         let container = cloche_runtime::launch(Launch {
             id: first.id,
-            spec: first.spec,
+            spec: &denying_devices(first.spec),
             user: None,
             filter: None,
             rootfs: Rootfs::Directory(first.rootfs.to_owned()),
@@ -235,12 +235,29 @@ impl Isolation for OnHost {
     }
 }
 
-/// Those of its cgroup. A plain user's container has none where no cgroup is the user's; then, those of its PID namespace.
+/// What a configuration says of devices, as engines mean it: an exception from a ban. runc begins with it whether or not
+/// the list does, and whether or not there is one (crun, where there is one).
+fn denying_devices(spec: &Spec) -> Spec {
+    let mut spec = spec.clone();
+    if let Some(linux) = spec.linux_mut() {
+        let mut resources = linux.resources().clone().unwrap_or_default();
+        let mut ban = LinuxDeviceCgroup::default();
+        ban.set_allow(false).set_access(Some("rwm".into()));
+        let listed = resources.devices().iter().flatten().cloned();
+        resources.set_devices(Some(std::iter::once(ban).chain(listed).collect()));
+        linux.set_resources(Some(resources));
+    }
+    spec
+}
+
+/// Those of its cgroup. A plain user's container has none where no cgroup is the user's; then, those of its PID namespace,
+/// if that is its own, else the first one alone.
 fn listed(known: &Known, cgroup: &Cgroup) -> Result<Vec<i32>, Error> {
     if !cgroup.is_nowhere() {
         return Ok(cgroup.processes()?);
     }
-    Ok(known.alive().map_or_else(Vec::new, |process| process.with_its_namespace()))
+    let Some(first) = known.alive() else { return Ok(Vec::new()) };
+    Ok(if shares_pids(&known.spec()?) { vec![first.pid] } else { first.with_its_namespace() })
 }
 
 /// Whether its processes do not die with the first one.

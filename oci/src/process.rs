@@ -4,7 +4,11 @@ use std::{fs, io};
 
 use std::os::fd::OwnedFd;
 
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, pidfd_open},
+};
 use serde::{Deserialize, Serialize};
 
 /// A process, for as long as the machine runs.
@@ -18,7 +22,8 @@ pub struct ProcessId {
 
 /// What `/proc/PID/stat` says (proc(5)).
 struct Stat {
-    is_dead: bool,
+    /// Whether its first thread has ended: of others nothing is said.
+    is_zombie: bool,
     start_ticks: u64,
 }
 
@@ -32,7 +37,17 @@ fn parse(text: &str) -> Option<Stat> {
     let state = fields.next()?;
     // Field 22; the state was field 3.
     let start_ticks = fields.nth(18)?.parse().ok()?;
-    Some(Stat { is_dead: matches!(state, "Z" | "X" | "x"), start_ticks })
+    Some(Stat { is_zombie: matches!(state, "Z" | "X" | "x"), start_ticks })
+}
+
+/// Whether all of its threads have ended.
+fn has_ended(pid: i32) -> bool {
+    let Some(pid) = Pid::from_raw(pid) else { return true };
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&now)) == Ok(1),
+        Err(errno) => errno == Errno::SRCH,
+    }
 }
 
 impl ProcessId {
@@ -45,7 +60,9 @@ impl ProcessId {
 
     /// The process that has this number now, unless it is dead already: a zombie is.
     pub fn of(pid: i32) -> Option<Self> {
-        stat(pid).filter(|stat| !stat.is_dead).map(|stat| Self { pid, start_ticks: stat.start_ticks })
+        // A program can end its first thread, and go on in others.
+        let stat = stat(pid).filter(|stat| !stat.is_zombie || !has_ended(pid))?;
+        Some(Self { pid, start_ticks: stat.start_ticks })
     }
 
     /// Whether it still runs.
@@ -72,7 +89,7 @@ impl ProcessId {
         match pidfd_open(pid, PidfdFlags::empty()) {
             // Once the descriptor is open, it stays that of the process which the number belongs to now.
             Ok(pidfd) => Ok(self.is_alive().then_some(pidfd)),
-            Err(rustix::io::Errno::SRCH) => Ok(None),
+            Err(Errno::SRCH) => Ok(None),
             Err(errno) => Err(errno.into()),
         }
     }
@@ -86,7 +103,7 @@ mod tests {
     fn stat_of_a_process_with_a_confusing_name_is_read() {
         let text = "12 (a) S 1) Z 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 777 20 21";
         let stat = parse(text).unwrap();
-        assert!(stat.is_dead);
+        assert!(stat.is_zombie);
         assert_eq!(stat.start_ticks, 777);
         assert!(parse("12 (a").is_none());
     }

@@ -4,16 +4,15 @@ use std::{
     collections::HashMap,
     fs,
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 use cloche_runtime::cgroup::{Cgroup, CgroupError};
 use oci_spec::runtime::Spec;
-use rustix::{
-    fs::{FlockOperation, fcntl_lock, flock},
-    io::Errno,
-};
+use rustix::fs::{FlockOperation, fcntl_lock, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -126,16 +125,26 @@ impl<'a> Home<'a> {
         Ok(self.path.join(id))
     }
 
-    /// Claims an id by making its directory.
-    pub(crate) fn claim(&self, id: &str) -> Result<PathBuf, Error> {
+    /// Claims an id by making its directory, and holds the turn at it until there is a record.
+    pub(crate) fn claim(&self, id: &str) -> Result<Claim, Error> {
         let directory = self.directory(id)?;
         let make =
             // The environment of a process is nobody else's to read.
             |recursive, path: &Path| fs::DirBuilder::new().recursive(recursive).mode(0o700).create(path);
         make(true, self.path).map_err(of_file("create", self.path))?;
-        match make(false, &directory) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Error::Exists(id.to_owned())),
-            result => result.map(|()| directory.clone()).map_err(of_file("create", directory)),
+        loop {
+            match make(false, &directory) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    return Err(Error::Exists(id.to_owned()));
+                }
+                result => result.map_err(of_file("create", &directory))?,
+            }
+            match take_turn(&directory).map_err(of_file("lock", &directory))? {
+                Some(turn) if !directory.join(RECORD).exists() => return Ok(Claim { directory, turn }),
+                // It was taken for what a killed creator left, and then made again, by somebody who was faster.
+                Some(_) => return Err(Error::Exists(id.to_owned())),
+                None => {}
+            }
         }
     }
 
@@ -151,12 +160,16 @@ impl<'a> Home<'a> {
         }
     }
 
-    /// Removes what a command that was killed has left of an id before it had a record. Whether there was any.
+    /// Removes what a command that was killed has left of an id without a record, if anything. `false` if there is a record
+    /// by now: whoever claimed it was not killed.
     pub(crate) fn remove_claim(&self, id: &str) -> Result<bool, Error> {
         let directory = self.directory(id)?;
-        match fs::remove_dir_all(&directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            result => result.map(|()| true).map_err(of_file("remove", directory)),
+        let Some(_turn) = take_turn(&directory).map_err(of_file("lock", &directory))? else {
+            return Ok(true);
+        };
+        match self.find(id) {
+            Err(Error::NoContainer(_)) => remove_directory(&directory).map(|()| true),
+            found => found.map(|_| false),
         }
     }
 
@@ -176,6 +189,80 @@ impl<'a> Home<'a> {
     }
 }
 
+/// An id that is taken and has no record yet.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    directory: PathBuf,
+    /// Held as long as this is.
+    turn: fs::File,
+}
+
+impl Claim {
+    /// Writes record and configuration of a container that is being created: until the file is closed. After an error
+    /// nothing is left.
+    pub(crate) fn begin(self, record: Record, config: &[u8]) -> Result<(Known, fs::File), Error> {
+        let Self { directory, turn } = self;
+        let known = Known { directory, record };
+        let begin = || {
+            let path = known.directory.join(LOCK);
+            let lock = private().truncate(false).open(&path).map_err(of_file("make", &path))?;
+            fcntl_lock(&lock, FlockOperation::LockExclusive).map_err(of_file("lock", path))?;
+            // Nobody reads it before there is a record.
+            write(&known.directory.join(CONFIG), config)?;
+            known.save()?;
+            Ok(lock)
+        };
+        match begin() {
+            Ok(lock) => {
+                // Before there is a process that would have it, too.
+                drop(turn);
+                Ok((known, lock))
+            }
+            Err(error) => {
+                // The first failure is what the caller has to know.
+                let _ = remove_directory(&known.directory);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Waits for the turn at a container's directory; until the file is closed. `None` if the directory is gone, or another one
+/// by then.
+fn take_turn(directory: &Path) -> io::Result<Option<fs::File>> {
+    let identity = |found: &fs::Metadata| (found.dev(), found.ino());
+    let take = || {
+        let turn = fs::File::open(directory)?;
+        flock(&turn, FlockOperation::LockExclusive)?;
+        let is_there = identity(&turn.metadata()?) == identity(&fs::metadata(directory)?);
+        Ok::<_, io::Error>(is_there.then_some(turn))
+    };
+    match take() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        result => result,
+    }
+}
+
+/// Removes a container's directory: the record last, since without it nobody would know that anything is left.
+fn remove_directory(directory: &Path) -> Result<(), Error> {
+    let ignore_missing = |result: io::Result<()>| match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    };
+    let remove = || {
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                ignore_missing(fs::remove_dir_all(entry.path()))?;
+            } else if entry.file_name() != RECORD {
+                ignore_missing(fs::remove_file(entry.path()))?;
+            }
+        }
+        fs::remove_dir_all(directory)
+    };
+    ignore_missing(remove()).map_err(of_file("remove", directory))
+}
+
 fn read_record(directory: &Path) -> io::Result<Record> {
     Ok(serde_json::from_slice(&fs::read(directory.join(RECORD))?)?)
 }
@@ -192,10 +279,11 @@ fn write(path: &Path, contents: &[u8]) -> Result<(), Error> {
     file.and_then(|mut file| file.write_all(contents)).map_err(of_file("write", path))
 }
 
-/// Replaces a file so that it is whole at any moment.
-fn replace(path: &Path, contents: &[u8]) -> Result<(), Error> {
+/// Replaces a file by this as JSON, so that it is whole at any moment.
+fn replace(path: &Path, contents: &impl Serialize) -> Result<(), Error> {
+    let contents = serde_json::to_vec(contents).map_err(of_file("write", path))?;
     let new = path.with_extension("new");
-    write(&new, contents)?;
+    write(&new, &contents)?;
     fs::rename(&new, path).map_err(of_file("write", path))
 }
 
@@ -222,24 +310,8 @@ impl Record {
 }
 
 impl Known {
-    /// Writes record and configuration of a container that is being created: until the file is closed.
-    pub(crate) fn begin(
-        directory: PathBuf,
-        record: Record,
-        config: &[u8],
-    ) -> Result<(Self, fs::File), Error> {
-        let known = Self { directory, record };
-        let path = known.directory.join(LOCK);
-        let lock = private().truncate(false).open(&path).map_err(of_file("make", &path))?;
-        fcntl_lock(&lock, FlockOperation::LockExclusive).map_err(of_file("lock", path))?;
-        // Nobody reads it before there is a record.
-        write(&known.directory.join(CONFIG), config)?;
-        known.save()?;
-        Ok((known, lock))
-    }
-
     pub(crate) fn save(&self) -> Result<(), Error> {
-        replace(&self.directory.join(RECORD), &serde_json::to_vec(&self.record).unwrap_or_default())
+        replace(&self.directory.join(RECORD), &self.record)
     }
 
     /// The configuration that it was created with. Relative paths in it are relative to its bundle.
@@ -279,31 +351,43 @@ impl Known {
 
     /// Takes the creator's lock for a moment: shared, so that nobody who looks is like a creator to another. It is not made
     /// here, where somebody else may be removing it: without it there is no creator.
-    fn lock_shared(&self, operation: FlockOperation) -> io::Result<()> {
+    fn lock_shared(&self) -> io::Result<()> {
         match fs::File::open(self.directory.join(LOCK)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => Ok(fcntl_lock(result?, operation)?),
+            result => Ok(fcntl_lock(result?, FlockOperation::NonBlockingLockShared)?),
         }
     }
 
-    /// Waits until nobody creates it any more.
-    pub(crate) fn await_creation(&self) -> Result<(), Error> {
-        self.lock_shared(FlockOperation::LockShared).map_err(of_file("lock", self.directory.join(LOCK)))
+    /// Waits until nobody creates it any more, to do something then. Not for ever: whoever creates it may be waiting for a
+    /// hook that waits here.
+    pub(crate) fn await_creation(&self, action: &'static str) -> Result<(), Error> {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
+        while self.is_being_created()? {
+            if Instant::now() >= deadline {
+                return Err(Error::Status {
+                    action,
+                    id: self.id().to_owned(),
+                    status: Status::Creating.name(),
+                    hint: "; its `create` has not ended yet",
+                });
+            }
+            sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    fn is_being_created(&self) -> Result<bool, Error> {
+        match self.lock_shared() {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(true),
+            result => result.map(|()| false).map_err(of_file("lock", self.directory.join(LOCK))),
+        }
     }
 
     /// Waits for the turn to change the record of a container that is created, or to remove it; until the file is closed.
     pub(crate) fn take_turn(&self) -> Result<fs::File, Error> {
-        let take = || {
-            let directory = fs::File::open(&self.directory)?;
-            flock(&directory, FlockOperation::LockExclusive)?;
-            Ok::<_, io::Error>(directory)
-        };
-        match take() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Err(Error::NoContainer(self.id().into()))
-            }
-            result => result.map_err(of_file("lock", &self.directory)),
-        }
+        let turn = take_turn(&self.directory).map_err(of_file("lock", &self.directory))?;
+        turn.ok_or_else(|| Error::NoContainer(self.id().into()))
     }
 
     /// Whether its processes stand still.
@@ -313,10 +397,7 @@ impl Known {
 
     /// Its status.
     pub fn status(&self) -> Status {
-        let is_locked = self.lock_shared(FlockOperation::NonBlockingLockShared).is_err_and(|error| {
-            [Errno::AGAIN, Errno::ACCESS].contains(&Errno::from_io_error(&error).unwrap_or(Errno::IO))
-        });
-        if is_locked {
+        if self.is_being_created().unwrap_or(false) {
             return Status::Creating;
         }
         if self.alive().is_none() {
@@ -356,12 +437,7 @@ impl Known {
             Err(Error::NoContainer(_)) => return Ok(()),
             result => result?,
         };
-        match fs::remove_dir_all(&self.directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(of_file("remove", &self.directory)(error))
-            }
-            _ => Ok(()),
-        }
+        remove_directory(&self.directory)
     }
 }
 
@@ -371,20 +447,55 @@ mod tests {
 
     #[test]
     fn looking_at_a_container_that_is_being_deleted_makes_no_file() {
-        let record = serde_json::json!({
-            "id": "a", "oci_version": "1.2.0", "bundle": "/b", "rootfs": "/b/r", "created": "", "owner": "root",
-            "annotations": {}, "cgroup": "/a", "process": null,
-        });
         let place = tempfile::tempdir().unwrap();
         let directory = place.path().join("a");
         fs::create_dir(&directory).unwrap();
-        let known = Known { directory: directory.clone(), record: serde_json::from_value(record).unwrap() };
-        known.await_creation().unwrap();
+        let known = Known { directory: directory.clone(), record: record() };
+        known.await_creation("start").unwrap();
         assert_eq!(known.status(), Status::Stopped);
         assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
         // By two at once.
         known.forget().unwrap();
         known.forget().unwrap();
         assert!(matches!(known.take_turn(), Err(Error::NoContainer(_))));
+    }
+
+    fn record() -> Record {
+        let record = serde_json::json!({
+            "id": "a", "oci_version": "1.2.0", "bundle": "/b", "rootfs": "/b/r", "created": "", "owner": "root",
+            "annotations": {}, "cgroup": "/a", "process": null,
+        });
+        serde_json::from_value(record).unwrap()
+    }
+
+    #[test]
+    fn claim_is_not_removed_while_its_record_is_being_made() {
+        let place = tempfile::tempdir().unwrap();
+        let home = Home::new(place.path(), &crate::OnHost);
+        let claim = home.claim("a").unwrap();
+        std::thread::scope(|scope| {
+            let removed = scope.spawn(|| Home::new(place.path(), &crate::OnHost).remove_claim("a").unwrap());
+            sleep(Duration::from_millis(100));
+            assert!(!removed.is_finished());
+            let (known, _lock) = claim.begin(record(), b"{}").unwrap();
+            assert!(!removed.join().unwrap());
+            known.forget().unwrap();
+        });
+        // What nobody holds is removed, and what is not there is no error.
+        fs::create_dir(place.path().join("a")).unwrap();
+        assert!(matches!(home.claim("a"), Err(Error::Exists(_))));
+        assert!(home.remove_claim("a").unwrap() && home.remove_claim("a").unwrap());
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn record_that_cannot_be_written_leaves_nothing() {
+        use std::os::unix::ffi::OsStrExt;
+        let place = tempfile::tempdir().unwrap();
+        let home = Home::new(place.path(), &crate::OnHost);
+        let bundle = std::ffi::OsStr::from_bytes(b"/\xff").into();
+        let error = home.claim("a").unwrap().begin(Record { bundle, ..record() }, b"{}");
+        assert!(matches!(error, Err(Error::File { .. })));
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
     }
 }

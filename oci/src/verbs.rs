@@ -20,7 +20,7 @@ use crate::{
 
 /// Lets a created container run its program.
 pub fn start(home: &Home<'_>, id: &str) -> Result<(), Error> {
-    home.find(id)?.await_creation()?;
+    home.find(id)?.await_creation("start")?;
     let known = home.find(id)?;
     let refused = |status: Status| {
         let hint = match status {
@@ -90,15 +90,12 @@ pub fn kill(home: &Home<'_>, id: &str, signo: i32, all: bool) -> Result<(), Erro
 pub fn delete(home: &Home<'_>, id: &str, force: bool, warn: &dyn Fn(&str)) -> Result<(), Error> {
     let known = match home.find(id) {
         Ok(known) => known,
-        Err(Error::NoContainer(_)) if force => return home.remove_claim(id).map(drop),
-        Err(Error::File { .. }) if force => return home.remove_claim(id).map(drop),
+        Err(Error::NoContainer(_)) if force => {
+            return if home.remove_claim(id)? { Ok(()) } else { delete(home, id, force, warn) };
+        }
         Err(error) => return Err(error),
     };
     let status = known.status();
-    if !force && status == Status::Creating {
-        known.await_creation()?;
-        return delete(home, id, force, warn);
-    }
     if !force && !matches!(status, Status::Stopped | Status::Created) {
         let hint = "; kill it first, or use --force";
         return Err(Error::Status { action: "delete", id: id.to_owned(), status: status.name(), hint });
@@ -190,13 +187,18 @@ pub fn resume(home: &Home<'_>, id: &str) -> Result<(), Error> {
 
 /// Changes the limits of a container that runs.
 pub fn update(home: &Home<'_>, id: &str, resources: &LinuxResources) -> Result<(), Error> {
-    home.find(id)?.await_creation()?;
-    let _turn = home.find(id)?.take_turn()?;
-    // As it is now: whoever had the turn before may have changed the record, or removed it.
-    let mut known = home.find(id)?;
-    if known.status() == Status::Stopped {
-        return Err(Error::NotRunning(id.to_owned(), "stopped"));
-    }
+    let (_turn, mut known) = loop {
+        home.find(id)?.await_creation("update")?;
+        let turn = home.find(id)?.take_turn()?;
+        // As it is now: whoever had the turn before may have changed the record, or removed it.
+        let known = home.find(id)?;
+        match known.status() {
+            Status::Stopped => return Err(Error::NotRunning(id.to_owned(), "stopped")),
+            // It is another one of the same name.
+            Status::Creating => {}
+            _ => break (turn, known),
+        }
+    };
     let mut resources = resources.clone();
     let spec = known.spec()?;
     let present = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());

@@ -225,10 +225,11 @@ fn state_file(state: &str) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-/// Reads what is there; `false` at the end. What exceeds the limit is dropped.
+/// Reads what is there, but not more than a pipe holds: whoever prints without end must not keep us from looking at the
+/// time. `false` at the end. What exceeds the limit is dropped.
 fn drain(output: &OwnedFd, printed: &mut Vec<u8>) -> bool {
     let mut buffer = [0; 4096];
-    loop {
+    for _ in 0..16 {
         match read(output, &mut buffer) {
             Ok(0) => return false,
             Ok(count) => {
@@ -239,6 +240,7 @@ fn drain(output: &OwnedFd, printed: &mut Vec<u8>) -> bool {
             Err(errno) => return errno == Errno::AGAIN,
         }
     }
+    true
 }
 
 #[cfg(test)]
@@ -275,6 +277,13 @@ mod tests {
         let error = outcome(shell("sleep 60", Some(1))).unwrap_err();
         assert_eq!(error, "error running hook #0 of poststop: /bin/sh did not end within 1 s");
         assert!(outcome(shell("true", Some(0))).is_err());
+    }
+
+    #[test]
+    fn hook_that_prints_without_end_is_killed_in_time() {
+        let error =
+            outcome(shell("while :; do echo xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx; done", Some(1))).unwrap_err();
+        assert!(error.contains("did not end within 1 s"), "{error}");
     }
 
     #[test]

@@ -146,8 +146,8 @@ impl InitError {
 impl Init<'_> {
     /// Becomes the container's process. Returns only if that fails.
     pub(crate) fn run(&self) -> Result<Infallible, InitError> {
-        // In namespaces that it has joined, others may be root. Of a new user namespace nobody is yet, and a parent that
-        // is not root must be able to write its maps.
+        // In namespaces that it has joined, others may be root. In a new user namespace it is so already, or its parent, who
+        // is not root, could not write the maps (`user_namespace::clone_hidden`).
         if !self.namespaces.new_user {
             self.entry.become_undumpable()?;
         }

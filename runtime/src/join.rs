@@ -284,14 +284,14 @@ struct Child<'a> {
 
 impl Child<'_> {
     fn run(&self) -> Result<Infallible, InitError> {
-        self.entry.detach_from_parent()?;
         self.entry.become_undumpable()?;
+        self.entry.detach_from_parent()?;
         self.entrances.enter().map_err(step("enter the container's cgroup"))?;
         self.affinity.map_or(Ok(()), Affinity::apply)?;
         self.entry.use_own_proc()?;
         for rlimit in self.entry.process.rlimits().iter().flatten() {
-            // Once more than needed: in a user namespace only root of the machine could raise one.
-            rlimits::set(0, rlimit)?;
+            // In a user namespace only root of the machine can.
+            rlimits::raise(0, rlimit)?;
         }
         if self.kinds != 0 {
             syscalls::join_namespaces(self.join.pidfd, self.kinds)

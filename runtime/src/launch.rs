@@ -385,6 +385,10 @@ fn start(
 fn prepare(launch: &Launch<'_>, plan: &Plan<'_>) -> Result<Option<Prepared>, LaunchError> {
     let is_mapped = plan.mounts.iter().any(Mount::is_mapped);
     let is_root = user_namespace::is_machine_root();
+    if is_mapped && !is_root {
+        // The process would have to write the maps of one that its /proc does not know.
+        return Err(SpecError::Unsupported("mounts[].uidMappings for a user who is not root".into()).into());
+    }
     // Another user has rights over its files in its own user namespace only, and that is the process's.
     if !is_root || !is_mapped && !plan.namespaces.has_user() {
         return Ok(None);
@@ -534,10 +538,11 @@ fn clone(namespaces: &Namespaces, cgroup: &Cgroup) -> Result<Cloned, LaunchError
     let directory = directory.as_ref().map(AsFd::as_fd);
     if namespaces.need_go_between() {
         let join = || namespaces.join_all().map_err(|error| verdict::chain(&error));
-        return clone_by_go_between(!namespaces.new_user, namespaces.clone_flags, directory, &join);
+        let hides = !namespaces.new_user || user_namespace::can_hide();
+        return clone_by_go_between(hides, namespaces.clone_flags, directory, &join);
     }
-    let clone =
-        || syscalls::clone3(namespaces.clone_flags, directory).map_err(process_failed("clone this process"));
+    let clone3 = if namespaces.new_user { user_namespace::clone_hidden } else { syscalls::clone3 };
+    let clone = || clone3(namespaces.clone_flags, directory).map_err(process_failed("clone this process"));
     let Some(joined) = namespaces.joined_pid() else { return clone() };
     // Who is root of a user namespace only could not return to its own.
     if !user_namespace::is_machine_root() {
@@ -598,7 +603,7 @@ impl Child {
             user_namespace::map_ids(self.pid, &uids, &gids)?;
         }
         for rlimit in plan.process.rlimits().iter().flatten() {
-            rlimits::set(self.pid, rlimit)?;
+            rlimits::raise(self.pid, rlimit)?;
         }
         if let Some(value) = plan.process.oom_score_adj() {
             entry::set_oom_score(&self.pid.to_string(), value)

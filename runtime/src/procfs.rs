@@ -19,6 +19,15 @@ pub(crate) fn is_on_procfs(file: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(fstatfs(file)?.f_type as u64 == PROC_SUPER_MAGIC)
 }
 
+/// Whether a file is the kernel's word on itself, not somebody's data: a procfs, sysfs or cgroup (linux/magic.h).
+pub(crate) fn is_kernels(file: BorrowedFd<'_>) -> Result<bool, Errno> {
+    const SYSFS_MAGIC: u64 = 0x6265_6572;
+    const CGROUP_SUPER_MAGIC: u64 = 0x0027_e0eb;
+    const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
+    let kind = fstatfs(file)?.f_type as u64;
+    Ok([PROC_SUPER_MAGIC, SYSFS_MAGIC, CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC].contains(&kind))
+}
+
 /// Opens a file below `/proc` for writing; `path` is relative to that.
 pub(crate) fn open(path: &str) -> io::Result<OwnedFd> {
     let root = openat(CWD, "/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
@@ -41,6 +50,13 @@ pub(crate) fn write(path: &str, value: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_kernel_tells_of_itself_is_known_as_such() {
+        let is = |path: &str| is_kernels(std::fs::File::open(path).unwrap().as_fd()).unwrap();
+        assert!(is("/proc/self") && is("/sys/kernel"));
+        assert!(!is("/") && !is("/dev/null"));
+    }
 
     #[test]
     fn file_outside_or_behind_a_magic_link_is_not_opened() {

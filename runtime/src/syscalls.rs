@@ -205,12 +205,12 @@ pub(crate) fn set_rlimit(
     check(unsafe { libc::prlimit(pid, resource, &raw const limit, ptr::null_mut()) }.into())
 }
 
-/// The hard resource limit of this process.
-pub(crate) fn hard_rlimit(resource: libc::__rlimit_resource_t) -> io::Result<u64> {
+/// The soft and the hard resource limit of this process.
+pub(crate) fn rlimit(resource: libc::__rlimit_resource_t) -> io::Result<(u64, u64)> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a live `rlimit` to write to.
     check(unsafe { libc::getrlimit(resource, &raw mut limit) }.into())?;
-    Ok(limit.rlim_max)
+    Ok((limit.rlim_cur, limit.rlim_max))
 }
 
 /// Changes to the properties of a mount, for [`mount_setattr`]: `MOUNT_ATTR_…` bits and an `MS_…` propagation.

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     panic::{AssertUnwindSafe, catch_unwind},
     process::Command,
 };
@@ -12,7 +12,10 @@ use oci_spec::runtime::LinuxIdMapping;
 use rustix::{
     io::Errno,
     pipe::{PipeFlags, pipe_with},
-    process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, set_parent_process_death_signal, waitid},
+    process::{
+        DumpableBehavior, Signal, WaitId, WaitIdOptions, dumpable_behavior, geteuid, pidfd_send_signal,
+        set_dumpable_behavior, set_parent_process_death_signal, waitid,
+    },
     thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
 
@@ -56,6 +59,29 @@ pub fn is_machine_root() -> bool {
     const INITIAL: u64 = 0xefff_fffd;
     rustix::process::geteuid().is_root()
         && rustix::fs::stat("/proc/self/ns/user").is_ok_and(|namespace| namespace.st_ino == INITIAL)
+}
+
+/// Whether a process in a new user namespace can be hidden before its users are mapped. If root did not make it, it cannot:
+/// the maps of an undumpable process are for root alone to write (proc(5)).
+pub(crate) fn can_hide() -> bool {
+    geteuid().is_root()
+}
+
+/// As [`syscalls::clone3`], for namespaces among which there is a new user namespace. Whoever has the user id of its maker
+/// has all capabilities over it (user_namespaces(7)): of root's, every process of user 0 that sees its process, also one of
+/// a container that has none. It is still among the machine's files by then. So it cannot be looked into from its first
+/// moment on: a process that is made inherits that.
+pub(crate) fn clone_hidden(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+    if !can_hide() || dumpable_behavior()? != DumpableBehavior::Dumpable {
+        return syscalls::clone3(flags, cgroup);
+    }
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    let cloned = syscalls::clone3(flags, cgroup);
+    if !matches!(cloned, Ok(Cloned::Child)) {
+        // What it was before, it may be again.
+        let _ = set_dumpable_behavior(DumpableBehavior::Dumpable);
+    }
+    cloned
 }
 
 /// Maps users and groups of the new user namespace that a process is in.
@@ -140,7 +166,7 @@ pub fn as_root_of(
 ) -> Result<String, WorkError> {
     let (gate, gate_writer) = pipe_with(PipeFlags::CLOEXEC).map_err(step("make a pipe"))?;
     let (news, news_writer) = pipe_with(PipeFlags::CLOEXEC).map_err(step("make a pipe"))?;
-    match syscalls::clone3(NEW_USER, None).map_err(step("make a process"))? {
+    match clone_hidden(NEW_USER, None).map_err(step("make a process"))? {
         Cloned::Child => {
             drop((gate_writer, news));
             let _ = set_parent_process_death_signal(Some(Signal::KILL));
@@ -196,7 +222,7 @@ pub(crate) fn of_maps(
     gids: &[LinuxIdMapping],
 ) -> Result<OwnedFd, UserNamespaceError> {
     let (waits, held) = pipe_with(PipeFlags::CLOEXEC).map_err(step("make a pipe"))?;
-    match syscalls::clone3(NEW_USER, None).map_err(step("make a process"))? {
+    match clone_hidden(NEW_USER, None).map_err(step("make a process"))? {
         Cloned::Child => {
             drop(held);
             // It is there to hold the namespace, until its maker has it or is gone.

@@ -18,7 +18,7 @@ use serde_json::json;
 
 use crate::{
     Test,
-    fixture::{Bundle, text},
+    fixture::{Bundle, link_applets, text},
 };
 
 pub fn all() -> Vec<Test> {
@@ -30,6 +30,9 @@ pub fn all() -> Vec<Test> {
         release_agent_is_out_of_reach,
         groups_of_the_caller_are_not_the_containers,
         first_process_cannot_look_into_what_joins_it,
+        root_without_capabilities_cannot_look_into_what_enters_a_user_namespace,
+        device_that_no_rule_speaks_of_is_not_opened,
+        tmpcopyup_does_not_copy_what_the_kernel_tells,
     ]
 }
 
@@ -259,4 +262,73 @@ fn first_process_cannot_look_into_what_joins_it() {
         bundle = bundle.with(&format!("/process/capabilities/{set}"), may_trace.clone());
     }
     assert!(join(&bundle, 600).contains("seen"));
+}
+
+/// Over a user namespace that root has made, every process of user 0 outside of it has all capabilities, such as that of a
+/// container which sees the machine's processes. Before its users are mapped, the first process is still root of the
+/// machine, among its files.
+fn root_without_capabilities_cannot_look_into_what_enters_a_user_namespace() {
+    let bundle = crate::spaces::in_user_namespace("true");
+    let seen = bundle.path("seen");
+    let script = "
+        pid=$(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/')
+        setpriv --bounding-set=-all --inh-caps=-all --ambient-caps=-all \\
+          sh -c \"grep CapEff /proc/self/status; ls -d /proc/$pid/root/; ls -l /proc/$pid/fd\" > \"$0\" 2>&1
+        echo $pid >> \"$0\"";
+    let hook = json!([{
+        "path": "/bin/sh", "args": ["sh", "-c", script, seen.display().to_string()], "env": ["PATH=/usr/bin:/bin"],
+    }]);
+    let bundle = bundle.with("/hooks", json!({ "createRuntime": hook }));
+    bundle.ok(&["run", &bundle.id]);
+    let seen = fs::read_to_string(seen).unwrap();
+    let lines: Vec<_> = seen.lines().collect();
+    assert_eq!(lines.first(), Some(&"CapEff:\t0000000000000000"), "{seen}");
+    assert!(lines.last().is_some_and(|pid| pid.parse::<u32>().is_ok_and(|pid| pid > 1)), "{seen}");
+    assert!(seen.contains("/root/': Permission denied") && !seen.contains("->"), "{seen}");
+}
+
+/// A configuration without rules for devices, and a container that may make nodes: none of them leads anywhere.
+fn device_that_no_rule_speaks_of_is_not_opened() {
+    // The kernel's log can be opened for writing by whoever gets at it.
+    let script = "mknod /tmp/kmsg c 1 11; true > /tmp/kmsg && echo opened; true > /dev/null && echo null";
+    let mut bundle = Bundle::script(script);
+    link_applets(&bundle, &["mknod"]);
+    for set in ["bounding", "effective", "permitted"] {
+        bundle = bundle.with(&format!("/process/capabilities/{set}"), json!(["CAP_MKNOD"]));
+    }
+    let run = |bundle: &Bundle| bundle.run(&["run", &bundle.id]);
+    let output = run(&bundle);
+    assert_eq!(text(&output.stdout), "null", "{output:?}");
+    assert!(text(&output.stderr).contains("Operation not permitted"), "{output:?}");
+    let _ = fs::remove_file(bundle.path("rootfs/tmp/kmsg"));
+    let fuse = json!({ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm" });
+    let bundle = bundle.with("/linux/resources", json!({ "devices": [fuse] }));
+    assert_eq!(text(&run(&bundle).stdout), "null");
+    let _ = fs::remove_file(bundle.path("rootfs/tmp/kmsg"));
+    let bundle = bundle.with("/linux/resources", json!({ "devices": [{ "allow": true, "access": "rwm" }] }));
+    assert_eq!(text(&run(&bundle).stdout), "opened\nnull");
+}
+
+/// Engines have the runtime copy what the image has at `/var/tmp` and the like, with all rights of root, before anything is
+/// masked. An image may lead it into the kernel's files.
+fn tmpcopyup_does_not_copy_what_the_kernel_tells() {
+    let bundle = Bundle::script("ls /var/tmp/ /var/tmp/proc")
+        .with("/mounts/-", json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"] }))
+        .with(
+            "/mounts/-",
+            json!({ "destination": "/var/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"] }),
+        );
+    fs::create_dir(bundle.path("rootfs/var")).unwrap();
+    fs::write(bundle.path("rootfs/tmp/of-the-image"), "").unwrap();
+    let lead_to = |target: &str| {
+        let _ = fs::remove_file(bundle.path("rootfs/var/tmp"));
+        symlink(target, bundle.path("rootfs/var/tmp")).unwrap();
+    };
+    for (target, reason) in [("/sys/kernel", "files of the kernel's"), ("/proc/sys", "it leads into /proc")] {
+        lead_to(target);
+        let message = bundle.refused(&["run", &bundle.id]);
+        assert!(message.contains(reason), "{target}: {message}");
+    }
+    lead_to("/tmp");
+    assert!(bundle.run(&["run", &bundle.id]).stdout.starts_with(b"/var/tmp/:\nof-the-image\n"));
 }

@@ -12,11 +12,11 @@ mod in_vm;
 mod life;
 mod mishaps;
 mod network;
-mod notify_ioctl;
 mod processes;
 mod seccomp;
 mod sharing;
 mod spaces;
+mod syscalls;
 mod words;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -31,6 +31,9 @@ macro_rules! tests {
 use tests;
 
 fn main() {
+    if std::env::args().nth(1).is_some_and(|word| word == mishaps::LEADERLESS) {
+        mishaps::be_leaderless();
+    }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     let all = of_containers();

@@ -26,6 +26,13 @@ pub fn all() -> Vec<Test> {
         terminal_is_let_go_though_something_left_behind_prints,
         update_waits_until_the_container_is_created,
         plain_users_process_is_killed_without_a_cgroup,
+        container_whose_first_thread_has_ended_still_runs,
+        bundle_that_no_record_can_name_is_refused,
+        container_that_stands_still_is_looked_at_often,
+        connection_that_says_nothing_does_not_hold_the_gate,
+        hook_that_waits_for_its_own_container_is_refused,
+        file_that_others_have_prepared_beside_a_pid_file_is_not_written_to,
+        processes_of_a_joined_pid_namespace_are_not_all_the_containers,
     ]
 }
 
@@ -149,6 +156,144 @@ fn update_waits_until_the_container_is_created() {
     assert_eq!(create.await_end("create ends"), Some(0));
     assert_eq!(update.await_end("update ends"), Some(0));
     assert_eq!(bundle.status(), "created");
+}
+
+/// First word of this program as one that ends its first thread, and goes on in another.
+pub const LEADERLESS: &str = "leaderless";
+
+pub fn be_leaderless() -> ! {
+    std::thread::spawn(|| {
+        std::thread::sleep(Duration::from_millis(300));
+        println!("alone");
+        std::thread::sleep(Duration::from_secs(100));
+        std::process::exit(0)
+    });
+    crate::syscalls::exit_thread()
+}
+
+/// The kernel shows such a process as a zombie.
+fn container_whose_first_thread_has_ended_still_runs() {
+    let bundle = Bundle::new(&["/bin/test-program", LEADERLESS]);
+    fs::copy(std::env::current_exe().unwrap(), bundle.path("rootfs/bin/test-program")).unwrap();
+    bundle.start();
+    bundle.await_output("alone");
+    assert_eq!(bundle.status(), "running");
+    assert!(bundle.refused(&["delete", &bundle.id]).contains("in the running state"));
+    bundle.ok(&["kill", &bundle.id, "KILL"]);
+    bundle.await_status("stopped");
+    bundle.ok(&["delete", &bundle.id]);
+}
+
+fn bundle_that_no_record_can_name_is_refused() {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+    let bundle = Bundle::new(&["true"]);
+    let odd = bundle.path("").join(OsStr::from_bytes(b"b\xff"));
+    fs::create_dir_all(odd.join("rootfs")).unwrap();
+    fs::write(odd.join("config.json"), bundle.config.to_string()).unwrap();
+    let output = bundle.command(&["create", "--bundle"]).arg(&odd).arg(&bundle.id).output().unwrap();
+    assert!(!output.status.success() && text(&output.stderr).contains("is not UTF-8"), "{output:?}");
+    assert!(!bundle.path("state").join(&bundle.id).exists());
+}
+
+/// More often than its socket has room for.
+fn container_that_stands_still_is_looked_at_often() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.create();
+    bundle.ok(&["kill", &bundle.id, "STOP"]);
+    for _ in 0..24 {
+        let mut state = bundle.command(&["state", &bundle.id]);
+        let mut state = Bounded(state.stdout(Stdio::null()).spawn().unwrap());
+        assert_eq!(state.await_end("it is looked at"), Some(0));
+    }
+    bundle.ok(&["kill", &bundle.id, "CONT"]);
+    bundle.ok(&["start", &bundle.id]);
+    assert_eq!(bundle.status(), "running");
+}
+
+fn connection_that_says_nothing_does_not_hold_the_gate() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    bundle.create();
+    let gate = bundle.path("state").join(&bundle.id).join("start.sock");
+    let _silent = std::os::unix::net::UnixStream::connect(gate).unwrap();
+    let mut start = Bounded(bundle.command(&["start", &bundle.id]).spawn().unwrap());
+    assert_eq!(start.await_end("start ends"), Some(0));
+}
+
+fn hook_that_waits_for_its_own_container_is_refused() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    let (said, state) = (bundle.path("said").display().to_string(), bundle.path("state"));
+    let script = format!(
+        "exec -a {} {} --root {} delete {} > {said} 2>&1",
+        crate::fixture::name(),
+        crate::fixture::program().display(),
+        state.display(),
+        bundle.id,
+    );
+    let hook = json!([{ "path": "/bin/bash", "args": ["bash", "-c", format!("({script}); true")] }]);
+    let bundle = bundle.with("/hooks", json!({ "createRuntime": hook }));
+    let mut create = bundle.command(&["create", &bundle.id]);
+    let mut create = Bounded(create.stdout(Stdio::null()).spawn().unwrap());
+    assert_eq!(create.await_end("create ends"), Some(0));
+    let said = fs::read_to_string(said).unwrap();
+    assert!(said.contains("in the creating state"), "{said}");
+    assert_eq!(bundle.status(), "created");
+}
+
+/// Beside a file in a directory that others can write to.
+fn file_that_others_have_prepared_beside_a_pid_file_is_not_written_to() {
+    let bundle = Bundle::new(&["sleep", "100"]);
+    let victim = bundle.path("victim");
+    fs::write(&victim, "precious").unwrap();
+    std::os::unix::fs::symlink(&victim, bundle.path(".pid.new")).unwrap();
+    let pid = bundle.path("pid");
+    let status = bundle
+        .command(&["create", "--pid-file", pid.to_str().unwrap(), &bundle.id])
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    assert_eq!(fs::read_to_string(victim).unwrap(), "precious");
+    let written: i64 = fs::read_to_string(&pid).unwrap().parse().unwrap();
+    assert_eq!(bundle.state()["pid"].as_i64(), Some(written));
+    assert!(fs::symlink_metadata(pid).unwrap().is_file());
+}
+
+/// Where a user may make no cgroups, its containers have none: a PID namespace that is another container's tells nothing.
+fn processes_of_a_joined_pid_namespace_are_not_all_the_containers() {
+    if in_vm() {
+        return;
+    }
+    const USER: u32 = 54_322;
+    let own = json!([{ "containerID": 0, "hostID": USER, "size": 1 }]);
+    let bundle = |namespaces: serde_json::Value| {
+        let mut linux = json!({ "namespaces": namespaces });
+        if linux["namespaces"][0]["path"].is_null() {
+            linux["uidMappings"] = own.clone();
+            linux["gidMappings"] = own.clone();
+        }
+        let bundle = Bundle::new(&["sleep", "100"])
+            .with("/mounts", json!([{ "destination": "/dev", "type": "tmpfs", "source": "tmpfs" }]))
+            .with("/linux", linux);
+        for path in ["", "rootfs"] {
+            chown(bundle.path(path), Some(USER), Some(USER)).unwrap();
+        }
+        bundle
+    };
+    let run = |bundle: &Bundle, words: &[&str]| {
+        let mut command = bundle.command(words);
+        let errors = fs::File::create(bundle.path("errors")).unwrap();
+        command.uid(USER).gid(USER).stdout(Stdio::null()).stderr(errors);
+        assert!(command.status().unwrap().success(), "{words:?}: {}", bundle.errors());
+    };
+    let pod = bundle(json!([{ "type": "user" }, { "type": "pid" }, { "type": "mount" }, { "type": "uts" }]));
+    run(&pod, &["run", "--detach", &pod.id]);
+    let pid = pod.state()["pid"].as_i64().unwrap();
+    let path = |kind: &str| json!({ "type": kind, "path": format!("/proc/{pid}/ns/{kind}") });
+    let guest = bundle(json!([path("user"), path("pid"), { "type": "mount" }, { "type": "uts" }]));
+    run(&guest, &["run", "--detach", &guest.id]);
+    run(&guest, &["kill", "--all", &guest.id, "KILL"]);
+    guest.await_status("stopped");
+    assert_eq!(pod.status(), "running");
 }
 
 /// Where a user may make no cgroups, its containers have none: that of their first process is all there is to kill by.

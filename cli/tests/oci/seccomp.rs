@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use crate::{
     Test,
     fixture::{Bundle, text},
-    notify_ioctl,
+    syscalls,
 };
 
 pub fn all() -> Vec<Test> {
@@ -43,9 +43,9 @@ fn decide(bundle: &Bundle) -> Receiver<Value> {
             let (state, listener) = receive(connection.into());
             let _ = tell.send(state);
             std::thread::spawn(move || {
-                while let Ok((id, number)) = notify_ioctl::receive(&listener) {
+                while let Ok((id, number)) = syscalls::receive(&listener) {
                     let errno = if i64::from(number) == libc::SYS_mkdir { libc::ENOMEDIUM } else { 0 };
-                    let _ = notify_ioctl::answer(&listener, id, errno);
+                    let _ = syscalls::answer(&listener, id, errno);
                 }
             });
         }

@@ -1,6 +1,10 @@
 //! Namespaces, mounts and limits that only an engine's configuration asks for.
 
-use std::{fs, os::unix::fs::MetadataExt, process::Stdio};
+use std::{
+    fs,
+    os::unix::{fs::MetadataExt, process::CommandExt},
+    process::Stdio,
+};
 
 use serde_json::{Value, json};
 
@@ -28,6 +32,8 @@ pub fn all() -> Vec<Test> {
         statistics_tell_what_is_used,
         running_out_of_memory_is_an_event,
         template_is_what_spec_writes,
+        limits_of_the_process_do_not_hinder_what_is_made_for_it,
+        idmapped_mount_of_a_plain_user_is_refused,
     ]
 }
 
@@ -343,4 +349,44 @@ fn template_is_what_spec_writes() {
     fs::write(bundle.path("new/config.json"), config.to_string()).unwrap();
     let id = format!("{}-template", bundle.id);
     assert_eq!(bundle.ok(&["run", "--bundle", &path, &id]), "hi");
+}
+
+fn limits_of_the_process_do_not_hinder_what_is_made_for_it() {
+    let limit = |kind: &str, most: u32| json!({ "type": kind, "soft": most, "hard": most });
+    let mut bundle = in_user_namespace("ulimit -n; ulimit -f; sleep 100")
+        .with("/process/rlimits", json!([limit("RLIMIT_NOFILE", 16), limit("RLIMIT_FSIZE", 0)]));
+    for number in 0..20 {
+        let destination = format!("/tmp/mounted{number}");
+        bundle = bundle
+            .with("/mounts/-", json!({ "destination": destination, "type": "tmpfs", "source": "tmpfs" }));
+    }
+    bundle.create();
+    // Its output is a file, to which it may not write.
+    assert!(bundle.ok(&["start", &bundle.id]).is_empty());
+    let shown = bundle.ok(&["exec", &bundle.id, "sh", "-c", "ulimit -n; ulimit -f"]);
+    assert_eq!(shown.lines().collect::<Vec<_>>(), ["16", "0"]);
+}
+
+fn idmapped_mount_of_a_plain_user_is_refused() {
+    const USER: u32 = 54_323;
+    let own = json!([{ "containerID": 0, "hostID": USER, "size": 1 }]);
+    let bundle = Bundle::new(&["true"])
+        .with(
+            "/linux",
+            json!({
+                "namespaces": namespaces(&["user", "pid", "mount", "uts"]), "uidMappings": own, "gidMappings": own,
+            }),
+        )
+        .with(
+            "/mounts",
+            json!([{
+                "destination": "/data", "type": "bind", "source": "/", "options": ["bind", "ro"],
+                "uidMappings": own, "gidMappings": own,
+            }]),
+        );
+    for path in ["", "rootfs"] {
+        std::os::unix::fs::chown(bundle.path(path), Some(USER), Some(USER)).unwrap();
+    }
+    let output = bundle.command(&["run", &bundle.id]).uid(USER).gid(USER).output().unwrap();
+    assert!(text(&output.stderr).contains("mounts[].uidMappings for a user who is not root"), "{output:?}");
 }

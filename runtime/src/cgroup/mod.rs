@@ -32,6 +32,7 @@ pub use device_policy::DeviceRuleError;
 pub use freezer::thaw_process;
 use limits::Limits;
 pub use oom::OomWatch;
+use removal::Busy;
 pub use removal::signal;
 pub use usage::Usage;
 pub(crate) use v1::SYSTEMD;
@@ -273,7 +274,7 @@ impl Cgroup {
         let result = made.fill(&relative, &limits, breadth);
         if result.is_err() {
             // The first failure is what the caller has to know.
-            let _ = removal::remove(made.paths());
+            let _ = removal::remove(made.paths(), Busy::Wait);
         }
         match result {
             Err(error) if is_refusal(&error) && !user_namespace::is_machine_root() => {
@@ -590,7 +591,15 @@ impl Cgroup {
             Some(unified)
                 if unified.join("cgroup.kill").exists() && removal::tenant_in(unified).is_none() =>
             {
-                files::write(unified, "cgroup.kill", "1")
+                match files::write(unified, "cgroup.kill", "1") {
+                    // Somebody else removes it at the same time.
+                    Err(CgroupError::Io { source, .. })
+                        if matches!(source.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) =>
+                    {
+                        Ok(())
+                    }
+                    result => result,
+                }
             }
             _ => self.paths().try_for_each(removal::kill_listed),
         }
@@ -629,10 +638,10 @@ impl Cgroup {
         Usage::read(self)
     }
 
-    /// Removes it and whatever is below it. Waits for killed processes to be gone, but not for ever. As long as a tenant is
-    /// in it, it stays.
+    /// Removes it and whatever is below it. Kills what has come in after [`Cgroup::kill_all`], and waits for the killed to be
+    /// gone, but not for ever. As long as a tenant is in it, it stays.
     pub fn delete(self) -> Result<(), CgroupError> {
-        removal::remove(self.paths())
+        removal::remove(self.paths(), Busy::Kill)
     }
 
     /// Removes those of its directories that nothing is in, without waiting.

@@ -107,13 +107,22 @@ pub fn signal(processes: &[i32], signo: i32) -> Result<(), CgroupError> {
     Ok(())
 }
 
+/// What to do with processes that keep a directory busy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Busy {
+    /// They are being killed, or somebody else's.
+    Wait,
+    /// They may have come in after the others were killed.
+    Kill,
+}
+
 /// Removes the directories and what is below them; those that are gone already are no error.
-pub(super) fn remove<'a>(directories: impl Iterator<Item = &'a Path>) -> Result<(), CgroupError> {
+pub(super) fn remove<'a>(directories: impl Iterator<Item = &'a Path>, busy: Busy) -> Result<(), CgroupError> {
     let deadline = Instant::now() + PATIENCE;
     let mut result = Ok(());
     for directory in directories {
         // One that cannot be removed does not keep the others.
-        result = result.and(remove_tree(directory, deadline));
+        result = result.and(remove_tree(directory, deadline, busy));
     }
     result
 }
@@ -129,7 +138,9 @@ pub(super) fn remove_unused(directory: &Path) {
     }
 }
 
-fn remove_tree(directory: &Path, deadline: Instant) -> Result<(), CgroupError> {
+fn remove_tree(directory: &Path, deadline: Instant, busy: Busy) -> Result<(), CgroupError> {
+    // The killed are gone by then, as a rule.
+    const PATIENCE: Duration = Duration::from_millis(1);
     let mut pause = Duration::from_micros(100);
     loop {
         match remove_once(directory) {
@@ -139,6 +150,9 @@ fn remove_tree(directory: &Path, deadline: Instant) -> Result<(), CgroupError> {
                 if tenant_in(directory).is_some() && listed(directory).is_empty() {
                     // The last of them removes it.
                     return Ok(());
+                }
+                if busy == Busy::Kill && pause > PATIENCE {
+                    signal_listed(directory);
                 }
                 sleep(pause);
                 pause = (pause * 2).min(Duration::from_millis(50));
@@ -262,7 +276,7 @@ mod tests {
             mkdirat(&here, "n", Mode::RWXU).unwrap();
             here = openat(&here, "n", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap();
         }
-        remove([top.as_path()].into_iter()).unwrap();
+        remove([top.as_path()].into_iter(), Busy::Wait).unwrap();
         assert!(!top.exists());
     }
 

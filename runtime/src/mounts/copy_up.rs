@@ -6,7 +6,6 @@ use std::{
     ffi::CStr,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
 };
 
 use rustix::{
@@ -18,22 +17,26 @@ use rustix::{
     io::{Errno, read, retry_on_intr, write},
 };
 
-use super::paths::{self, Symlinks};
+use super::paths;
+use crate::procfs;
 
-/// Copies what is at `destination` below `root` into `volume`, if that is an empty directory.
-pub(super) fn fill(root: BorrowedFd<'_>, destination: &Path, volume: BorrowedFd<'_>) -> io::Result<()> {
-    let place = match paths::open(root, destination, Symlinks::Follow) {
-        Err(Errno::NOENT) => return Ok(()),
-        result => result?,
-    };
-    if !paths::is_directory(&place)? {
+/// Copies what is in `place` into `volume`, if both are directories and that is empty. What the kernel tells there, to
+/// where a link of the image may lead, is no data of the image's.
+pub(super) fn fill(place: BorrowedFd<'_>, volume: BorrowedFd<'_>) -> io::Result<()> {
+    if !paths::is_directory(place)? {
         return Ok(());
     }
-    let (from, to) = (open_directory(place.as_fd(), c".")?, open_directory(volume, c".")?);
+    if procfs::is_kernels(place)? {
+        return Err(io::Error::other(
+            "it leads into files of the kernel's, which are not the image's to copy",
+        ));
+    }
+    let (from, to) = (open_directory(place, c".")?, open_directory(volume, c".")?);
     if !names(&to)?.is_empty() {
         return Ok(());
     }
-    copy_directory(&from, &to)
+    let device = fstat(&from)?.st_dev;
+    copy_directory(&from, &to, device)
 }
 
 fn open_directory(parent: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
@@ -52,13 +55,17 @@ fn names(directory: &OwnedFd) -> io::Result<Vec<std::ffi::CString>> {
     Ok(names)
 }
 
-fn copy_directory(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
+/// Of what is mounted in there, only that there is a directory: `device` is that of the image's directories (overlayfs.rst).
+fn copy_directory(from: &OwnedFd, to: &OwnedFd, device: u64) -> io::Result<()> {
     for name in names(from)? {
         let stat = statat(from, &name, AtFlags::SYMLINK_NOFOLLOW)?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => {
                 mkdirat(to, &name, Mode::RWXU)?;
-                copy_directory(&open_directory(from.as_fd(), &name)?, &open_directory(to.as_fd(), &name)?)?;
+                let (from, to) = (open_directory(from.as_fd(), &name)?, open_directory(to.as_fd(), &name)?);
+                if fstat(&from)?.st_dev == device {
+                    copy_directory(&from, &to, device)?;
+                }
                 continue;
             }
             FileType::RegularFile => copy_file(from, to, &name, &stat)?,
@@ -84,7 +91,11 @@ fn copy_directory(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
 fn copy_file(from: &OwnedFd, to: &OwnedFd, name: &CStr, stat: &Stat) -> io::Result<()> {
     const CHUNK_BYTES: usize = 128 << 10;
     let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let source = openat(from, name, OFlags::RDONLY | flags, Mode::empty())?;
+    // Whoever shares the directory may have put something else there, and a FIFO must not block.
+    let source = openat(from, name, OFlags::RDONLY | OFlags::NONBLOCK | flags, Mode::empty())?;
+    if FileType::from_raw_mode(fstat(&source)?.st_mode) != FileType::RegularFile {
+        return Err(Errno::STALE.into());
+    }
     let target = openat(to, name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | flags, Mode::RUSR)?;
     let mut chunk = vec![0; CHUNK_BYTES];
     loop {

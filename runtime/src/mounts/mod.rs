@@ -372,11 +372,12 @@ pub(crate) fn mount_all(
             (Kind::FileSystem { name, .. }, Some(made)) => {
                 let symlinks =
                     if name == "proc" || name == "sysfs" { Symlinks::Refuse } else { Symlinks::Follow };
-                if mount.options.tmp_copy_up {
-                    copy_up::fill(root, &mount.destination, made.as_fd())
+                let (target, was_there) = place(root, mount, symlinks, Make::Directory)?;
+                if mount.options.tmp_copy_up && was_there {
+                    copy_up::fill(target.as_fd(), made.as_fd())
                         .map_err(mount.failed("fill it with what it covers"))?;
                 }
-                attach(root, mount, made.as_fd(), symlinks, Make::Directory)?;
+                attach_to(target.as_fd(), mount, made.as_fd())?;
             }
             (Kind::Cgroup, _) => {
                 before_cgroups().map_err(mount.failed("enter the cgroup"))?;
@@ -410,14 +411,14 @@ fn attach_bind(root: BorrowedFd<'_>, mount: &Mount, tree: BorrowedFd<'_>) -> Res
     let is_directory =
         paths::is_directory(tree).map_err(|errno| mount.failed("stat the source")(errno.into()))?;
     let make = if is_directory { Make::Directory } else { Make::EmptyFile };
-    if mount.options.copy_up && is_directory {
-        copy_up::fill(root, &mount.destination, tree)
-            .map_err(mount.failed("fill it with the image's files"))?;
+    let (target, was_there) = place(root, mount, Symlinks::Follow, make)?;
+    if mount.options.copy_up && is_directory && was_there {
+        copy_up::fill(target.as_fd(), tree).map_err(mount.failed("fill it with the image's files"))?;
     }
     if mount.options.copy_up {
         set_properties(mount, tree)?;
     }
-    attach(root, mount, tree, Symlinks::Follow, make)
+    attach_to(target.as_fd(), mount, tree)
 }
 
 fn set_properties(mount: &Mount, tree: BorrowedFd<'_>) -> Result<(), MountError> {
@@ -458,13 +459,19 @@ const COVERABLE: [&str; 10] = [
     "/proc/sys/kernel/ns_last_pid",
 ];
 
-/// A bind inside of procfs could stand for a file that this runtime or the container's programs trust to be the
-/// kernel's. An image leads there by a symbolic link at the destination (CVE-2019-16884, CVE-2023-28642).
+/// What is mounted inside of procfs could stand for a file that this runtime or the container's programs trust to be the
+/// kernel's. An image leads there by a symbolic link at the destination (CVE-2019-16884, CVE-2023-28642). Another procfs
+/// is the kernel's, too, and a new file system may be wanted there, if the configuration says so itself.
 fn refuse_procfs(mount: &Mount, target: BorrowedFd<'_>) -> Result<(), MountError> {
     let is_procfs =
         procfs::is_on_procfs(target).map_err(|errno| mount.failed("stat the mount point")(errno.into()))?;
     let coverable = COVERABLE.iter().any(|path| mount.destination == Path::new(path));
-    if mount.is_bind() && is_procfs && !coverable {
+    let is_wanted = match &mount.kind {
+        Kind::Bind { .. } => coverable,
+        Kind::FileSystem { name, .. } => name == "proc" || mount.destination.starts_with("/proc"),
+        Kind::Cgroup => false,
+    };
+    if is_procfs && !is_wanted {
         let destination = mount.destination.clone();
         return Err(MountError::Invalid {
             destination,
@@ -472,6 +479,32 @@ fn refuse_procfs(mount: &Mount, target: BorrowedFd<'_>) -> Result<(), MountError
         });
     }
     Ok(())
+}
+
+/// Finds a mount's destination, or makes it, which is told.
+fn place(
+    root: BorrowedFd<'_>,
+    mount: &Mount,
+    symlinks: Symlinks,
+    make: Make,
+) -> Result<(OwnedFd, bool), MountError> {
+    let find = || match paths::open(root, &mount.destination, symlinks) {
+        Err(Errno::NOENT) => {
+            paths::open_or_make(root, &mount.destination, symlinks, make).map(|made| (made, false))
+        }
+        found => Ok((found?, true)),
+    };
+    let found = find().map_err(|error| {
+        let step = match error.raw_os_error() {
+            Some(libc::ELOOP) => {
+                "it must be mounted on ordinary directory, and no symbolic link may lead there"
+            }
+            _ => "find or make the mount point",
+        };
+        mount.failed(step)(error)
+    })?;
+    refuse_procfs(mount, found.0.as_fd())?;
+    Ok(found)
 }
 
 /// Attaches a mount at its destination, which is made if it is missing, and sets its propagation.
@@ -482,20 +515,15 @@ fn attach(
     symlinks: Symlinks,
     make: Make,
 ) -> Result<(), MountError> {
-    let target = paths::open_or_make(root, &mount.destination, symlinks, make).map_err(|error| {
-        let step = match error.raw_os_error() {
-            Some(libc::ELOOP) => {
-                "it must be mounted on ordinary directory, and no symbolic link may lead there"
-            }
-            _ => "find or make the mount point",
-        };
-        mount.failed(step)(error)
-    })?;
-    refuse_procfs(mount, target.as_fd())?;
-    attach_at(made, target.as_fd()).map_err(|errno| {
+    let (target, _) = place(root, mount, symlinks, make)?;
+    attach_to(target.as_fd(), mount, made)
+}
+
+fn attach_to(target: BorrowedFd<'_>, mount: &Mount, made: BorrowedFd<'_>) -> Result<(), MountError> {
+    attach_at(made, target).map_err(|errno| {
         let step = match errno {
             // move_mount(2) says so of a directory on a file, too.
-            Errno::NOTDIR | Errno::INVAL if differ_in_kind(made, target.as_fd()) => {
+            Errno::NOTDIR | Errno::INVAL if differ_in_kind(made, target) => {
                 "attach it: one of source and destination is a directory, and the other is not"
             }
             _ => "attach it",

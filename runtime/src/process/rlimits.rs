@@ -36,12 +36,24 @@ pub enum RlimitError {
     },
 }
 
-/// Sets one limit of a process; 0 is this one.
-pub(crate) fn set(pid: i32, rlimit: &PosixRlimit) -> Result<(), RlimitError> {
-    let (limit, soft, hard) = (rlimit.typ(), rlimit.soft(), rlimit.hard());
+/// Raises what must be raised for [`set`] to succeed later, without this process's rights; nothing is lowered. Of a process
+/// that has this one's limits; 0 is this one.
+pub(crate) fn raise(pid: i32, rlimit: &PosixRlimit) -> Result<(), RlimitError> {
+    match syscalls::rlimit(resource(rlimit.typ())) {
+        Ok((soft, hard)) if rlimit.hard() > hard => set_to(pid, rlimit.typ(), soft, rlimit.hard()),
+        _ => Ok(()),
+    }
+}
+
+/// Sets one limit of this process.
+pub(crate) fn set(rlimit: &PosixRlimit) -> Result<(), RlimitError> {
+    set_to(0, rlimit.typ(), rlimit.soft(), rlimit.hard())
+}
+
+fn set_to(pid: i32, limit: PosixRlimitType, soft: u64, hard: u64) -> Result<(), RlimitError> {
     let resource = resource(limit);
-    syscalls::set_rlimit(pid, resource, soft, hard).map_err(|source| match syscalls::hard_rlimit(resource) {
-        Ok(present) if source.raw_os_error() == Some(Errno::PERM.raw_os_error()) && hard > present => {
+    syscalls::set_rlimit(pid, resource, soft, hard).map_err(|source| match syscalls::rlimit(resource) {
+        Ok((_, present)) if source.raw_os_error() == Some(Errno::PERM.raw_os_error()) && hard > present => {
             RlimitError::NotPermitted { limit, present: show(present), wanted: show(hard) }
         }
         _ => RlimitError::Set { limit, soft: show(soft), hard: show(hard), source },

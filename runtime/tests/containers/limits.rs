@@ -2,13 +2,15 @@
 
 use std::{
     fs,
+    os::unix::process::ExitStatusExt,
     path::Path,
+    process::Command,
     time::{Duration, Instant},
 };
 
 use cloche_runtime::{
     ExitStatus,
-    cgroup::{Cgroup, Layout},
+    cgroup::{Breadth, Cgroup, Layout},
 };
 use serde_json::json;
 
@@ -26,6 +28,7 @@ pub fn tests() -> impl IntoIterator<Item = Test> {
         leftover_of_a_killed_engine_is_found_and_removed,
         cgroup_in_use_is_not_taken_over,
         processes_that_outlive_the_first_are_killed,
+        process_that_comes_in_after_the_killing_does_not_keep_the_cgroup,
     ]
 }
 
@@ -177,4 +180,19 @@ fn processes_that_outlive_the_first_are_killed() {
         assert!(Instant::now() < deadline, "process {pid} is still there");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+fn process_that_comes_in_after_the_killing_does_not_keep_the_cgroup() {
+    let path = format!("/cloche/late-{}", std::process::id());
+    let cgroup = Cgroup::create(Path::new(&path), None, Breadth::Needed).unwrap();
+    cgroup.kill_all().unwrap();
+    let mut late = Command::new("sleep").arg("100").spawn().unwrap();
+    for directory in cgroup.paths() {
+        fs::write(directory.join("cgroup.procs"), late.id().to_string()).unwrap();
+    }
+    let started = Instant::now();
+    // It is a zombie then, which keeps no cgroup.
+    cgroup.delete().unwrap();
+    assert!(started.elapsed() < Duration::from_secs(5));
+    assert_eq!(late.wait().unwrap().signal(), Some(9));
 }

@@ -1,4 +1,5 @@
-//! The two requests of seccomp_unotify(2). The only module of these tests with `unsafe` code.
+//! System calls without a wrapper: the two requests of seccomp_unotify(2), and the end of a thread. The only module of
+//! these tests with `unsafe` code.
 #![allow(unsafe_code)]
 
 use std::{
@@ -10,6 +11,13 @@ use std::{
 // `linux/seccomp.h`: _IOWR('!', number, type).
 const RECEIVE: u64 = 0xc000_2100 | (size_of::<libc::seccomp_notif>() as u64) << 16;
 const SEND: u64 = 0xc000_2101 | (size_of::<libc::seccomp_notif_resp>() as u64) << 16;
+
+/// Ends this thread, even if it is the process's first, and nothing else of the process.
+pub fn exit_thread() -> ! {
+    // SAFETY: the thread does not return to any code, and others rely on nothing of its stack.
+    unsafe { libc::syscall(libc::SYS_exit, 0) };
+    unreachable!("exit(2) does not return")
+}
 
 /// A call that waits: its id and number.
 pub fn receive(listener: &OwnedFd) -> io::Result<(u64, i32)> {
