@@ -103,8 +103,8 @@ fn clone_tree(path: &Path, with_submounts: bool) -> Result<OwnedFd, Errno> {
     open_tree(CWD, path, flags)
 }
 
-/// Gives up everything that is not needed to serve, and one more system call, if there is one.
-pub fn enter(without: Option<libc::c_long>) -> Result<(), JailError> {
+/// Gives up everything that is not needed to serve, with additions or not, and one more system call, if there is one.
+pub fn enter(with_additions: bool, without: Option<libc::c_long>) -> Result<(), JailError> {
     let descriptors = clone_tree(Path::new("/proc/self/fd"), false).map_err(step("clone /proc/self/fd"))?;
     enter_empty_root().map_err(step("enter an empty root"))?;
     fchdir(&descriptors).map_err(step("change to its descriptors"))?;
@@ -115,7 +115,7 @@ pub fn enter(without: Option<libc::c_long>) -> Result<(), JailError> {
         .map_err(step("forbid core dumps"))?;
     drop_capabilities().map_err(step("drop capabilities"))?;
     set_no_new_privs(true).map_err(step("set no_new_privs"))?;
-    cloche_seccomp::install(&filter(without), 0).map_err(step("install its seccomp filter"))
+    cloche_seccomp::install(&filter(with_additions, without), 0).map_err(step("install its seccomp filter"))
 }
 
 fn enter_empty_root() -> Result<(), Errno> {
@@ -239,16 +239,19 @@ const ALLOWED: [libc::c_long; 38] = [
     libc::SYS_exit_group,
 ];
 
+/// What it takes besides to have shares come and go: see `additions`.
+const FOR_ADDITIONS: [libc::c_long; 3] = [libc::SYS_ppoll, libc::SYS_accept4, libc::SYS_recvmsg];
+
 /// Those of which only some are allowed.
 const LIMITED: [libc::c_long; 2] = [libc::SYS_fcntl, libc::SYS_mmap];
 
 /// All that a server may call.
 #[doc(hidden)]
 pub fn allowed_calls() -> Vec<libc::c_long> {
-    ALLOWED.into_iter().chain(LIMITED).collect()
+    ALLOWED.into_iter().chain(FOR_ADDITIONS).chain(LIMITED).collect()
 }
 
-fn filter(without: Option<libc::c_long>) -> Vec<libc::sock_filter> {
+fn filter(with_additions: bool, without: Option<libc::c_long>) -> Vec<libc::sock_filter> {
     use Comparison::{Equal, MaskedEqual};
     let allow = libc::SECCOMP_RET_ALLOW;
     let kill = libc::SECCOMP_RET_KILL_PROCESS;
@@ -263,8 +266,9 @@ fn filter(without: Option<libc::c_long>) -> Vec<libc::sock_filter> {
     // Descriptors may be duplicated (and looked at, as the standard library's debug builds do). Not F_SETOWN and
     // F_SETSIG: with root's user id they would send any signal to any process.
     let duplicate = [Equal(libc::F_DUPFD_CLOEXEC as u64), Equal(libc::F_GETFD as u64)];
+    let added = FOR_ADDITIONS.into_iter().filter(|_| with_additions);
     let mut calls: Vec<(u32, Decision)> =
-        ALLOWED.into_iter().map(|call| (call as u32, Decision::Always(allow))).collect();
+        ALLOWED.into_iter().chain(added).map(|call| (call as u32, Decision::Always(allow))).collect();
     calls.extend([
         (libc::SYS_fcntl as u32, only(1, &duplicate)),
         // Memory may be mapped, but never to be executed.
@@ -281,16 +285,16 @@ mod tests {
 
     #[test]
     fn filter_compiles_and_names_each_call_once() {
-        assert!(filter(None).len() > ALLOWED.len());
-        let distinct: std::collections::BTreeSet<_> = ALLOWED.into_iter().collect();
-        assert_eq!(distinct.len(), ALLOWED.len());
+        assert!(filter(true, None).len() > allowed_calls().len());
+        let distinct: std::collections::BTreeSet<_> = allowed_calls().into_iter().collect();
+        assert_eq!(distinct.len(), allowed_calls().len());
     }
 
     #[test]
     fn filter_keeps_signals_and_code_out_of_reach() {
         use cloche_seccomp::interpreter::{Call, run};
         const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
-        let program = filter(None);
+        let program = filter(false, None);
         let answer = |number: libc::c_long, args| {
             let call = Call { number: number as u32, architecture: AUDIT_ARCH_X86_64, args };
             run(&program, &call).0
@@ -304,7 +308,7 @@ mod tests {
         let map = |protection: i32| answer(libc::SYS_mmap, [0, 4096, protection as u64, 0, 0, 0]);
         assert_eq!(map(libc::PROT_READ | libc::PROT_WRITE), libc::SECCOMP_RET_ALLOW);
         assert_eq!(map(libc::PROT_READ | libc::PROT_EXEC), libc::SECCOMP_RET_KILL_PROCESS);
-        for call in [libc::SYS_mprotect, libc::SYS_kill] {
+        for call in [libc::SYS_mprotect, libc::SYS_kill].into_iter().chain(FOR_ADDITIONS) {
             assert_eq!(answer(call, [1, 4096, 1, 0, 0, 0]), libc::SECCOMP_RET_KILL_PROCESS);
         }
         // Through the x32 ABI, even a call that is allowed otherwise.

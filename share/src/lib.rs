@@ -5,7 +5,8 @@
 //!  guest kernel ── virtio-fs ──▶ VMM ── SOCK_SEQPACKET, one FUSE message each ──▶ this process ──▶ host's files
 //! ```
 //!
-//! Its first message is not the guest's but the engine's: a [`Config`]. It then opens what is shared, leaves the
+//! Its first message is not the guest's but the engine's: a [`Config`], with a listening socket if more may be shared
+//! later ([`additions`]). It then opens what is shared, leaves the
 //! host's files, network and rights behind ([`jail`]), says `ready` on its stdout, and serves until the socket ends.
 //! Whatever the guest sends is answered by an error or an answer ([`server`]); nothing of it panics, and what the
 //! guest can make this process hold is bounded by its limit of open files.
@@ -14,6 +15,7 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
 )]
 
+pub mod additions;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -26,14 +28,20 @@ mod syscalls;
 mod tests;
 mod wire;
 
-use std::{io::Write, path::PathBuf};
+use std::{
+    io::{IoSlice, Write},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd},
+    path::PathBuf,
+};
 
 use rustix::{
     io::Errno,
-    net::{RecvFlags, SendFlags, recv, send},
+    net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, send, sendmsg},
 };
 use serde::{Deserialize, Serialize};
 
+use additions::Additions;
 pub use jail::JailError;
 #[doc(hidden)]
 pub use jail::allowed_calls;
@@ -60,6 +68,21 @@ pub struct Shared {
 
 /// Longest [`Config`] in bytes.
 pub const MAX_CONFIG_BYTES: usize = 64 << 10;
+
+/// Sends a server its configuration, and where more may be added to what it shares, if it may.
+pub fn configure(
+    server: BorrowedFd<'_>,
+    config: &[u8],
+    listener: Option<BorrowedFd<'_>>,
+) -> Result<(), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<_> = listener.into_iter().collect();
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(Errno::NOBUFS);
+    }
+    sendmsg(server, &[IoSlice::new(config)], &mut control, SendFlags::NOSIGNAL).map(drop)
+}
 
 /// What this process says on its stdout when it serves. Anything else is why it does not.
 pub const READY: &str = "ready";
@@ -99,14 +122,15 @@ pub fn run_without(call: Option<libc::c_long>) -> Result<(), ShareError> {
         .map_err(|source| ShareError::Socket { action: "close what it inherited", source })?;
     let socket = rustix::stdio::stdin();
     let mut message = vec![0; MAX_CONFIG_BYTES];
-    let (_, length) = retry(|| recv(socket, message.as_mut_slice(), RecvFlags::empty()))
+    let (length, mut given) = additions::receive(socket, &mut message, RecvFlags::empty())
         .map_err(|errno| ShareError::Receive(errno.into()))?;
     let config: Config =
         serde_json::from_slice(message.get(..length).unwrap_or_default()).map_err(ShareError::Config)?;
     drop(message);
+    let mut additions = given.pop().map(|listener| Additions::new(listener, config.shares.len()));
     let shares = jail::open(&config.shares)?;
     let mut server = server::Server::new(shares);
-    jail::enter(call)?;
+    jail::enter(additions.is_some(), call)?;
     let said = std::io::stdout().write_all(format!("{READY}\n").as_bytes());
     said.map_err(|source| ShareError::Socket { action: "say that it serves", source })?;
 
@@ -114,6 +138,9 @@ pub fn run_without(call: Option<libc::c_long>) -> Result<(), ShareError> {
     let mut request = vec![0; wire::MAX_REQUEST_BYTES];
     let mut reply = Vec::with_capacity(wire::MAX_REPLY_BYTES);
     loop {
+        if let Some(additions) = &mut additions {
+            additions.serve(socket.as_fd(), &mut server).map_err(failed("wait for a request"))?;
+        }
         let (_, length) = retry(|| recv(socket, request.as_mut_slice(), RecvFlags::empty()))
             .map_err(failed("receive a request"))?;
         if length == 0 {

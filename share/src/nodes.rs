@@ -1,7 +1,7 @@
 //! The files that the guest knows: each has a number, and is kept open as a place (`O_PATH`) until the guest forgets
 //! it. So a number stays that very file, whatever happens to its name.
 
-use std::{collections::HashMap, os::fd::OwnedFd, sync::Arc};
+use std::{collections::HashMap, ops::Range, os::fd::OwnedFd, sync::Arc};
 
 use rustix::fs::FileType;
 
@@ -77,6 +77,12 @@ impl Nodes {
             self.ids.remove(&known.node.key);
             self.by_id.remove(&id);
         }
+    }
+
+    /// Forgets all that was reached by these shares; the guest still knows their numbers, which mean nothing from then on.
+    pub fn forget_shares(&mut self, shares: &Range<usize>) {
+        self.by_id.retain(|_, known| !shares.contains(&known.node.key.share));
+        self.ids.retain(|key, _| !shares.contains(&key.share));
     }
 
     /// Forgets all; numbers go on.

@@ -143,7 +143,7 @@ impl Server {
         // The guest's kernel opens anything else by itself; here, a FIFO would block.
         must_be(&node, FileType::RegularFile)?;
         let file = reopen(&node.place, open_flags(flags))?;
-        self.tell_open(file, wire::OPEN_DIRECT_IO, reply);
+        self.tell_open(file, node.key.share, wire::OPEN_DIRECT_IO, reply);
         Ok(())
     }
 
@@ -158,7 +158,7 @@ impl Server {
         match as_caller(request, || openat(&parent.place, name, new, permissions(mode))) {
             Ok(file) => {
                 self.tell_entry(&parent, name, reply)?;
-                self.tell_open(file, wire::OPEN_DIRECT_IO, reply);
+                self.tell_open(file, parent.key.share, wire::OPEN_DIRECT_IO, reply);
                 Ok(())
             }
             // Somebody on the host was faster. The guest looks again, and opens what is there.
@@ -205,7 +205,7 @@ impl Server {
         let node = self.node(request.header.node)?;
         must_be(&node, FileType::Directory)?;
         let file = reopen(&node.place, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        self.tell_open(file, 0, reply);
+        self.tell_open(file, node.key.share, 0, reply);
         Ok(())
     }
 

@@ -5,7 +5,12 @@
 //! is what a container's root can do to a bind mount, too. Nothing is cached by the guest: names and attributes are
 //! valid for no time at all, and data passes by its page cache, so each side sees the other's changes at once.
 
-use std::{collections::HashMap, os::fd::OwnedFd, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+    os::fd::OwnedFd,
+    sync::Arc,
+};
 
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, Stat, fstat, openat},
@@ -26,12 +31,14 @@ const ROOT: u64 = 1;
 pub(crate) struct Open {
     /// The descriptor.
     pub(crate) file: OwnedFd,
+    /// Number of the share it was reached by.
+    share: usize,
 }
 
 /// A session with one guest.
 #[derive(Debug)]
 pub struct Server {
-    shares: Vec<OwnedFd>,
+    shares: BTreeMap<usize, OwnedFd>,
     pub(crate) nodes: Nodes,
     pub(crate) open: HashMap<u64, Open>,
     next_handle: u64,
@@ -54,12 +61,24 @@ impl Server {
     /// Serves these files and directories.
     pub fn new(shares: Vec<OwnedFd>) -> Self {
         Self {
-            shares,
+            shares: shares.into_iter().enumerate().collect(),
             nodes: Nodes::new(ROOT + 1),
             open: HashMap::new(),
             next_handle: 1,
             devices: Vec::new(),
         }
+    }
+
+    /// Serves one more.
+    pub fn add(&mut self, number: usize, share: OwnedFd) {
+        self.shares.insert(number, share);
+    }
+
+    /// Serves these no more, and lets go of all that the guest knows or has open in them.
+    pub fn take_back(&mut self, numbers: Range<usize>) {
+        self.shares.retain(|number, _| !numbers.contains(number));
+        self.open.retain(|_, open| !numbers.contains(&open.share));
+        self.nodes.forget_shares(&numbers);
     }
 
     /// Answers a message, whatever it is; false if it gets no reply.
@@ -194,7 +213,7 @@ impl Server {
         if request.header.node == ROOT {
             let number = std::str::from_utf8(name).ok().and_then(|name| name.parse::<usize>().ok());
             let share = number.ok_or(Errno::NOENT)?;
-            let place = self.shares.get(share).ok_or(Errno::NOENT)?;
+            let place = self.shares.get(&share).ok_or(Errno::NOENT)?;
             let place = rustix::io::fcntl_dupfd_cloexec(place, 0)?;
             return self.tell(share, place, reply);
         }
@@ -285,10 +304,10 @@ impl Server {
     }
 
     /// `struct fuse_open_out`.
-    pub(crate) fn tell_open(&mut self, file: OwnedFd, flags: u32, reply: &mut Vec<u8>) {
+    pub(crate) fn tell_open(&mut self, file: OwnedFd, share: usize, flags: u32, reply: &mut Vec<u8>) {
         let handle = self.next_handle;
         self.next_handle += 1;
-        self.open.insert(handle, Open { file });
+        self.open.insert(handle, Open { file, share });
         reply.u64(handle);
         reply.u32(flags);
         reply.u32(0);
@@ -305,7 +324,7 @@ impl Server {
     }
 
     fn sync_all(&self) -> Result<(), Errno> {
-        for share in &self.shares {
+        for share in self.shares.values() {
             let kind = FileType::from_raw_mode(fstat(share)?.st_mode);
             if kind == FileType::Directory || kind == FileType::RegularFile {
                 rustix::fs::syncfs(reopen(share, OFlags::RDONLY)?)?;
@@ -316,7 +335,7 @@ impl Server {
 
     /// The first share stands for the root.
     pub(crate) fn place_for_statfs(&self, id: u64) -> Result<OwnedFd, Errno> {
-        let root = (id == ROOT).then(|| self.shares.first().ok_or(Errno::NOENT)).transpose()?;
+        let root = (id == ROOT).then(|| self.shares.values().next().ok_or(Errno::NOENT)).transpose()?;
         match root {
             Some(share) => rustix::io::fcntl_dupfd_cloexec(share, 0),
             None => rustix::io::fcntl_dupfd_cloexec(&self.node(id)?.place, 0),

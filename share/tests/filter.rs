@@ -17,11 +17,11 @@ use std::{
 };
 
 use cloche_seccomp::syscall_table::name;
-use cloche_share::{Config, Shared, allowed_calls, run_without};
+use cloche_share::{Config, Shared, additions::Addition, allowed_calls, configure, run_without};
 use libtest_mimic::{Arguments, Failed, Trial};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
-    sockopt::set_socket_send_buffer_size,
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen,
+    recv, send, socket_with, socketpair, sockopt::set_socket_send_buffer_size,
 };
 
 /// Files of a large directory: what is known of them takes memory that the server asks the kernel for.
@@ -95,14 +95,34 @@ fn serve(without: Option<libc::c_long>, large: &Path) -> Result<Served, Failed> 
     // Else this program would keep the server's end open.
     drop(command);
     let large = Shared { path: large.to_owned(), recursive: true, read_only: true };
-    let config = Config { shares: vec![Shared { path: shared, recursive: true, read_only: false }, large] };
-    send(&ours, &serde_json::to_vec(&config)?, SendFlags::NOSIGNAL)?;
+    let own = Shared { path: shared, recursive: true, read_only: false };
+    let config = Config { shares: vec![own.clone(), large] };
+    let at = folder.path().join("additions");
+    let listener = seqpacket()?;
+    bind(&listener, &SocketAddrUnix::new(&at)?)?;
+    listen(&listener, 8)?;
+    configure(ours.as_fd(), &serde_json::to_vec(&config)?, Some(listener.as_fd()))?;
+    drop(listener);
     let mut said = String::new();
     BufReader::new(child.stdout.take().ok_or("stdout is piped")?).read_line(&mut said)?;
     let guest = Guest { socket: ours };
-    let done = if said.trim() == cloche_share::READY { guest.everything() } else { Err(said.into()) };
+    let done = if said.trim() == cloche_share::READY {
+        guest.everything().and_then(|()| guest.additions(&at, &own))
+    } else {
+        Err(said.into())
+    };
     drop(guest);
     Ok(Served { failure: done.err().map(|error| error.to_string()), status: child.wait()? })
+}
+
+fn seqpacket() -> io::Result<OwnedFd> {
+    Ok(socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+}
+
+fn addition(at: &Path) -> Answer<Addition> {
+    let socket = seqpacket()?;
+    connect(&socket, &SocketAddrUnix::new(at)?)?;
+    Ok(Addition::over(socket)?)
 }
 
 /// One for all servers.
@@ -148,6 +168,42 @@ impl Guest {
     /// The number at the beginning of an answer: of a file, or of an open one.
     fn number(answer: &[u8]) -> Answer<u64> {
         Ok(u64::from_le_bytes(answer.get(..8).ok_or("a short answer")?.try_into()?))
+    }
+
+    /// What others add, as long as they are there.
+    fn additions(&self, at: &Path, shared: &Shared) -> Answer<()> {
+        let (first, second) = (addition(at)?, addition(at)?);
+        let read_only = Shared { read_only: true, ..shared.clone() };
+        first.add(&[shared.clone(), read_only])?;
+        // More than one message carries.
+        second.add(&vec![shared.clone(); 300])?;
+        let look = |addition: &Addition, index: usize| {
+            let name = format!("{}\0", addition.first() + index);
+            self.ask(1, 1, &[name.as_bytes()]).and_then(|answer| Self::number(&answer))
+        };
+        let (own, last) = (look(&first, 0)?, look(&second, 299)?);
+        if look(&second, 300).is_ok() {
+            return Err("a share that nobody has added is there".into());
+        }
+        let directory = 0o755_u32.to_le_bytes();
+        self.ask(9, own, &[&directory, &[0; 4], b"made\0"])?;
+        let made = Self::number(&self.ask(1, last, &[b"made\0"])?)?;
+        if self.ask(11, look(&first, 1)?, &[b"made\0"]).is_ok() {
+            return Err("a read-only share was written to".into());
+        }
+        let open = Self::number(&self.ask(27, made, &[&[0; 8]])?)?.to_le_bytes();
+        let third = addition(at)?;
+        drop(second);
+        third.settle()?;
+        for (operation, number, arguments) in [(3, last, vec![0; 16]), (3, made, vec![0; 16])] {
+            if self.ask(operation, number, &[&arguments]).is_ok() {
+                return Err("what is given back can still be used".into());
+            }
+        }
+        if self.ask(29, made, &[&open, &[0; 16]]).is_ok() {
+            return Err("an open directory of what is given back is still open".into());
+        }
+        self.ask(11, own, &[b"made\0"]).map(drop)
     }
 
     fn everything(&self) -> Answer<()> {
