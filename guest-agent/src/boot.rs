@@ -5,7 +5,7 @@ use std::{fs, io, path::Path};
 
 use cloche_protocol::{
     VERSION,
-    boot::{BOOT_CONFIG_PATH, BootConfig, FILTER_PATH, SHARE_TAG, SHARES_DIR, SPEC_PATH},
+    boot::{BOOT_CONFIG_PATH, BootConfig, FILTER_PATH, SHARE_TAG, SHARED_MEMORY, SHARES_DIR, SPEC_PATH},
 };
 use cloche_runtime::Filter;
 use oci_spec::runtime::Spec;
@@ -74,6 +74,13 @@ pub fn prepare() -> Result<Boot, BootError> {
     if config.share {
         mount_share().map_err(BootError::Share)?;
     }
+    if let Some(bytes) = config.shared_memory_bytes {
+        mount_shared_memory(bytes).map_err(|source| BootError::Mount {
+            kind: "tmpfs",
+            target: SHARED_MEMORY,
+            source,
+        })?;
+    }
     set_clock(config.realtime_ns);
     allow_overcommit();
     let mut spec = read(SPEC_PATH, |json| Ok(spec::read(json)?))?;
@@ -100,6 +107,14 @@ fn mount(kind: &'static str, target: &'static str, flags: MountFlags) -> Result<
     fs::create_dir_all(target)
         .and_then(|()| Ok(rustix::mount::mount(kind, target, kind, flags, None)?))
         .map_err(|source| BootError::Mount { kind, target, source })
+}
+
+/// What several containers have as their `/dev/shm`.
+fn mount_shared_memory(bytes: u64) -> io::Result<()> {
+    let options = std::ffi::CString::new(format!("mode=1777,size={bytes}"))?;
+    let quiet = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    fs::create_dir_all(SHARED_MEMORY)?;
+    Ok(rustix::mount::mount("shm", SHARED_MEMORY, "tmpfs", quiet, Some(options.as_c_str()))?)
 }
 
 /// The spec's binds have their sources here.

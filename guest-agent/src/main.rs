@@ -1,5 +1,5 @@
-//! PID 1 of a Cloche guest: it prepares the kernel's file systems, starts the one container that came with the boot,
-//! carries its stdio and signals over vsock, and reports how it ended.
+//! PID 1 of a Cloche guest: it prepares the kernel's file systems, starts the container that came with the boot and
+//! those that the host asks for later, carries their stdio and signals over vsock, and reports how they ended.
 //!
 //! The boundary: what a container is, is `cloche-runtime`'s business, the same code as on the host; what goes over the
 //! wire is `cloche-protocol`'s. This crate knows nothing of KVM.
@@ -12,6 +12,7 @@
 
 mod boot;
 mod changes;
+mod contained;
 mod disks;
 mod network;
 mod requests;

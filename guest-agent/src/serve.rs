@@ -3,11 +3,8 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Write},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::{UnixListener, UnixStream},
-    },
+    io::{self, Read},
+    os::fd::OwnedFd,
     path::PathBuf,
 };
 
@@ -16,9 +13,9 @@ use cloche_protocol::{
     boot::{BootConfig, share_path},
     frame::{self, Decoder, FrameError},
     machine::{GuestMark, guest_port, vsock_port},
-    message::{self, FromGuest, Status, ToGuest},
+    message::{FromGuest, Status},
 };
-use cloche_runtime::{Container, Filter, Launch, LaunchError, Oci, Rootfs, WaitError, pump};
+use cloche_runtime::{Container, Filter, Rootfs, WaitError, pump};
 use oci_spec::runtime::Spec;
 use rustix::{
     event::{PollFd, PollFlags},
@@ -29,15 +26,13 @@ use crate::{
     boot::{self, Boot, BootError},
     chain,
     changes::Answer,
+    contained::{Contained, MakeError, Plan},
     disks, network,
-    requests::{Requests, exit_status},
+    requests::{News, Requests, exit_of},
     say,
     stdio::{HostStreams, Streams},
     syscalls,
 };
-
-/// At which a container waits to be started.
-const GATE: &str = "/cloche/gate";
 
 /// Why the agent cannot serve. The host learns of it by the console.
 #[derive(Debug, thiserror::Error)]
@@ -57,9 +52,6 @@ pub enum ServeError {
     /// The control stream is unusable.
     #[error("the control stream to the host failed")]
     Control(#[from] FrameError),
-    /// The container's interfaces cannot be set up.
-    #[error("cannot set up the container's network")]
-    Network(#[source] io::Error),
     /// The container's end cannot be learnt.
     #[error(transparent)]
     Wait(#[from] WaitError),
@@ -74,37 +66,23 @@ pub fn run() -> Result<(), ServeError> {
     let control = File::from(connect(vsock_port::CONTROL)?);
     frame::write(&control, &FromGuest::Ready { version: VERSION })?;
     syscalls::mark(GuestMark::AgentReady);
-    let mut streams = connect_streams(&config, &spec)?;
-    let gate = config.waits.then(|| UnixListener::bind(GATE)).transpose();
-    let gate = gate.map_err(|error| ServeError::System("make the container's gate", error))?;
-    match launch(&config, &spec, filter.as_ref(), &mut streams, gate.as_ref()) {
+    let streams = connect_streams(&config, &spec)?;
+    match launch(&config, spec, filter, streams) {
         Err(error) => {
             let report = FromGuest::Failed { exit_code: error.exit_code(), message: chain(&error) };
             frame::write(&control, &report)?;
         }
-        Ok(container) => {
-            // Or its end would not be seen.
-            drop(gate);
-            if network::is_given() {
-                network::hand_over(container.pid()).map_err(ServeError::Network)?;
-            }
-            streams
-                .receive_terminal()
-                .map_err(|error| ServeError::System("receive the container's terminal", error))?;
+        Ok(first) => {
             frame::write(&control, &if config.waits { FromGuest::Created } else { FromGuest::Started })?;
             let mut session = Session {
-                container,
-                spec: &spec,
-                filter: filter.as_ref(),
-                streams,
+                first,
                 control: &control,
                 decoder: Decoder::default(),
-                starter: None,
                 questions: Questions::listen(),
             };
             let report = session.serve()?;
             frame::write(&control, &report)?;
-            session.questions.serve(&session.container)?;
+            session.questions.serve(&session.first.container)?;
         }
     }
     // The stream must outlive the report's delivery: closing it here could reset it under the host's hands.
@@ -129,11 +107,10 @@ fn connect_streams(config: &BootConfig, spec: &Spec) -> Result<Streams, ServeErr
 
 fn launch(
     config: &BootConfig,
-    spec: &Spec,
-    filter: Option<&Filter>,
-    streams: &mut Streams,
-    gate: Option<&UnixListener>,
-) -> Result<Container, LaunchError> {
+    spec: Spec,
+    filter: Option<Filter>,
+    streams: Streams,
+) -> Result<Contained, MakeError> {
     config.layers.iter().for_each(|disk| disks::prepare(disk));
     let rootfs = match config.root_share {
         Some(number) => Rootfs::Directory(share_path(number)),
@@ -142,19 +119,10 @@ fn launch(
             upper_bytes: config.upper_bytes,
         },
     };
-    let stdio = streams.take_given().unwrap_or_else(|| unreachable!("a boot launches once"));
     syscalls::mark(GuestMark::ProcessStart);
-    cloche_runtime::launch(Launch {
-        id: &config.id,
-        spec,
-        user: config.user.as_deref(),
-        filter,
-        rootfs,
-        stdio,
-        kill_on_parent_death: true,
-        approve: None,
-        oci: Oci { gate: gate.map(AsFd::as_fd), console_socket: streams.console_socket(), ..Oci::default() },
-    })
+    let (id, user) = (config.id.as_str(), config.user.as_deref());
+    let plan = Plan { id, user, spec, filter, rootfs, streams, gate: config.waits.then_some(0) };
+    Contained::make(plan, |pid| if network::is_given() { network::hand_over(pid) } else { Ok(()) })
 }
 
 /// What the host asks by dialling.
@@ -215,21 +183,16 @@ impl Questions {
     }
 }
 
-/// A container that runs, or waits to.
+/// The guest's first container, which all others end with.
 struct Session<'a> {
-    container: Container,
-    spec: &'a Spec,
-    filter: Option<&'a Filter>,
-    streams: Streams,
+    first: Contained,
     control: &'a File,
     decoder: Decoder,
-    /// Where the container, let through its gate, says what keeps it from running its program.
-    starter: Option<UnixStream>,
     questions: Questions,
 }
 
 impl Session<'_> {
-    /// Serves until the container's first process has ended; how it did, or why it does not run.
+    /// Serves until the first container's first process has ended; how it did, or why it does not run.
     fn serve(&mut self) -> Result<FromGuest, ServeError> {
         // The container is served without it, too; the host then sees that nobody answers.
         let requests = Requests::listen();
@@ -238,25 +201,27 @@ impl Session<'_> {
             .ok();
         loop {
             let round = self.wait(requests.as_mut())?;
-            if round.started
-                && let Some(failure) = self.read_start()?
-            {
-                return Ok(failure);
+            if round.started {
+                match self.first.read_start() {
+                    Some(failure @ FromGuest::Failed { .. }) => return Ok(failure),
+                    Some(news) => frame::write(self.control, &news)?,
+                    None => {}
+                }
             }
             if round.ended {
                 return self.finish();
             }
             if round.asked {
-                self.questions.answer(&self.container);
+                self.questions.answer(&self.first.container);
             }
             if let Some(requests) = &mut requests {
-                for (further, [commanded, ended]) in requests.further.iter_mut().zip(round.further) {
-                    let advanced = further.advance(commanded, ended);
+                for (further, news) in requests.further.iter_mut().zip(round.further) {
+                    let advanced = further.advance(news);
                     advanced.map_err(|error| ServeError::System("carry stdio", error))?;
                 }
                 requests.tidy();
                 if round.requested {
-                    requests.accept(&self.container, self.spec, self.filter);
+                    requests.accept(&self.first);
                 }
             }
             if round.commanded {
@@ -267,16 +232,12 @@ impl Session<'_> {
 
     /// Waits until something happens, and lets what is carried move.
     fn wait(&mut self, requests: Option<&mut Requests>) -> Result<Round, ServeError> {
-        let mut pumps: Vec<_> = self.streams.pumps.iter_mut().collect();
-        let mut others = vec![
-            PollFd::from_borrowed_fd(self.container.pidfd(), PollFlags::IN),
-            PollFd::new(self.control, PollFlags::IN),
-        ];
+        let ([pidfd, starter], pumps) = self.first.parts();
+        let mut pumps: Vec<_> = pumps.iter_mut().collect();
+        let mut others = vec![PollFd::new(self.control, PollFlags::IN)];
         // Each of those that may be missing, by its place.
-        let started = place(
-            &mut others,
-            self.starter.as_ref().map(|starter| PollFd::from_borrowed_fd(starter.as_fd(), PollFlags::IN)),
-        );
+        let ended = place(&mut others, pidfd);
+        let started = place(&mut others, starter);
         let asked: Vec<_> =
             self.questions.poll_fds().map(|question| place(&mut others, Some(question))).collect();
         let mut requested = None;
@@ -284,33 +245,29 @@ impl Session<'_> {
         if let Some(Requests { listener, further: each, .. }) = requests {
             requested = place(&mut others, Some(PollFd::new(&*listener, PollFlags::IN)));
             for one in each {
-                let (control, pidfd, carried) = one.parts();
+                let (fds, carried) = one.parts();
                 pumps.extend(carried);
-                further.push([control, pidfd].map(|fd| place(&mut others, fd)));
+                further.push(fds.map(|fd| place(&mut others, fd)));
             }
         }
         let ready = pump::poll_each(pumps, &others, None)
             .map_err(|error| ServeError::System("carry stdio", error))?;
         let is_ready = |place: Option<usize>| place.is_some_and(|place| ready.get(place) == Some(&true));
         Ok(Round {
-            ended: is_ready(Some(0)),
-            commanded: is_ready(Some(1)),
+            ended: is_ready(ended),
+            commanded: is_ready(Some(0)),
             started: is_ready(started),
             asked: asked.into_iter().any(is_ready),
             requested: is_ready(requested),
-            further: further.into_iter().map(|places| places.map(is_ready)).collect(),
+            further: further.into_iter().map(|places: [_; 3]| News::of(places.map(is_ready))).collect(),
         })
     }
 
     fn finish(&mut self) -> Result<FromGuest, ServeError> {
-        let exit = self.container.wait()?;
+        let exit = self.first.container.wait()?;
         syscalls::mark(GuestMark::ProcessExit);
-        self.streams.drain().map_err(|error| ServeError::System("carry stdio", error))?;
-        Ok(FromGuest::Exited(message::Exit {
-            status: exit_status(exit.status),
-            oom_killed: exit.oom_killed,
-            memory_peak_bytes: exit.memory_peak_bytes,
-        }))
+        self.first.streams.drain().map_err(|error| ServeError::System("carry stdio", error))?;
+        Ok(FromGuest::Exited(exit_of(&exit)))
     }
 
     fn obey(&mut self) -> Result<(), ServeError> {
@@ -322,36 +279,9 @@ impl Session<'_> {
             count => self.decoder.push(bytes.get(..count).unwrap_or_default()),
         }
         while let Some(command) = self.decoder.take()? {
-            match command {
-                // The process may have ended meanwhile; then the signal has nobody to reach.
-                ToGuest::Signal { signo } => drop(self.container.signal(signo)),
-                ToGuest::Resize { rows, columns } => self.streams.resize(rows, columns),
-                ToGuest::Start => {
-                    // One that was killed at its gate has ended, which is seen.
-                    let starter = UnixStream::connect(GATE);
-                    self.starter = starter.and_then(|mut gate| gate.write_all(&[1]).map(|()| gate)).ok();
-                }
-            }
+            self.first.obey(&command);
         }
         Ok(())
-    }
-
-    /// What a container that was let through its gate has to say: nothing, if it runs its program.
-    fn read_start(&mut self) -> Result<Option<FromGuest>, ServeError> {
-        let Some(mut starter) = self.starter.take() else { return Ok(None) };
-        let mut report = Vec::new();
-        // One that is killed now has ended, which is seen.
-        let _ = starter.read_to_end(&mut report);
-        Ok(match report.as_slice() {
-            [] => {
-                frame::write(self.control, &FromGuest::Started)?;
-                None
-            }
-            [exit_code, message @ ..] => Some(FromGuest::Failed {
-                exit_code: *exit_code,
-                message: String::from_utf8_lossy(message).into_owned(),
-            }),
-        })
     }
 }
 
@@ -368,6 +298,6 @@ struct Round {
     started: bool,
     asked: bool,
     requested: bool,
-    /// Of each further process: whether its control stream has something, and whether it has ended.
-    further: Vec<[bool; 2]>,
+    /// Of each further process and container.
+    further: Vec<News>,
 }

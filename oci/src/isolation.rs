@@ -137,6 +137,16 @@ pub trait Isolation: Debug {
         Ok(())
     }
 
+    /// Has all processes of a container stand still. Its cgroup on the host does, too: by that it is seen.
+    fn pause(&self, known: &Known) -> Result<(), Error> {
+        Ok(known.cgroup()?.freeze()?)
+    }
+
+    /// Lets them go on.
+    fn resume(&self, known: &Known) -> Result<(), Error> {
+        Ok(known.cgroup()?.thaw()?)
+    }
+
     /// Changes limits of a container; `cgroup` is the host's.
     fn update(&self, known: &Known, cgroup: &mut Cgroup, resources: &LinuxResources) -> Result<(), Error>;
 }

@@ -171,7 +171,7 @@ pub(crate) fn forget(
 pub fn pause(home: &Home<'_>, id: &str) -> Result<(), Error> {
     let known = home.find(id)?;
     match known.status() {
-        Status::Created | Status::Running => Ok(known.cgroup()?.freeze()?),
+        Status::Created | Status::Running => home.isolation.pause(&known),
         status => Err(Error::Status { action: "pause", id: id.to_owned(), status: status.name(), hint: "" }),
     }
 }
@@ -180,7 +180,7 @@ pub fn pause(home: &Home<'_>, id: &str) -> Result<(), Error> {
 pub fn resume(home: &Home<'_>, id: &str) -> Result<(), Error> {
     let known = home.find(id)?;
     match known.status() {
-        Status::Paused => Ok(known.cgroup()?.thaw()?),
+        Status::Paused => home.isolation.resume(&known),
         _ => Err(Error::NotPaused(id.to_owned())),
     }
 }

@@ -24,6 +24,12 @@ pub const SHARES_DIR: &str = "/cloche/shares";
 /// The tag by which the guest mounts the host's share (virtio 1.2 §5.11.4).
 pub const SHARE_TAG: &str = "cloche";
 
+/// Where the guest's agent shows namespaces of its first container, for others to join by the names that they have in
+/// `/proc/PID/ns` (proc(5)).
+pub const FIRST_NAMESPACES: &str = "/cloche/first";
+/// Where the agent has a tmpfs for all containers whose shared memory is one.
+pub const SHARED_MEMORY: &str = "/cloche/shm";
+
 /// Where the guest finds the host's mount number `index`.
 pub fn share_path(index: usize) -> PathBuf {
     Path::new(SHARES_DIR).join(index.to_string())
@@ -48,6 +54,8 @@ pub struct BootConfig {
     pub user: Option<String>,
     /// Size limit of the writable layer in bytes; `None` leaves the kernel's default (half of the memory).
     pub upper_bytes: Option<u64>,
+    /// Size in bytes of a tmpfs at [`SHARED_MEMORY`], if there is to be one.
+    pub shared_memory_bytes: Option<u64>,
     /// Whether the host shares files, under the tag [`SHARE_TAG`].
     pub share: bool,
     /// Whether the host forwards stdin. Without it the process reads `/dev/null`.

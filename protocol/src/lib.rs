@@ -26,4 +26,4 @@ pub mod message;
 
 /// Version of this contract. The agent refuses a [`boot::BootConfig`] of another version: host and guest are
 /// built from one source tree, so a mismatch means a stale agent.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;

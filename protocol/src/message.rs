@@ -87,10 +87,31 @@ impl ExitStatus {
     }
 }
 
-/// What is asked of the agent about its container, on a stream that the host opens.
+/// What is asked of the agent, on a stream that the host opens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Question {
+    /// The id of the container that it is about, if that is not the guest's first.
+    pub container: Option<String>,
+    /// What.
+    pub request: Request,
+}
+
+/// What is asked of the agent about a container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum Request {
+    /// Make a further container beside the first one. Answered as [`Request::Exec`] is; then, once its streams are there,
+    /// by [`FromGuest::Created`] or [`FromGuest::Failed`], and it waits for [`ToGuest::Start`].
+    Create {
+        /// Its id, which names its cgroup, too.
+        id: String,
+        /// The OCI runtime spec, in JSON.
+        spec: String,
+        /// The compiled system-call filter, as [`crate::boot::FILTER_PATH`] has it.
+        filter: Option<Vec<u8>>,
+        /// The share that is its root file system; see [`crate::boot::share_path`].
+        root_share: usize,
+    },
     /// Run a further process. Answered by [`Answer::Accepted`]; then, once its streams are there, as a container's start is
     /// on the control stream, which this becomes one of: [`FromGuest`] and [`ToGuest`].
     Exec {
@@ -99,7 +120,7 @@ pub enum Request {
         /// A cgroup below the container's to run in.
         cgroup: Option<String>,
     },
-    /// This stream carries what a further process reads or writes, from here on.
+    /// This stream carries what a further process, or a further container's first one, reads or writes, from here on.
     Stream {
         /// From [`Answer::Accepted`].
         number: u32,
@@ -115,6 +136,11 @@ pub enum Request {
     },
     /// Tell of all processes, by [`Answer::Processes`].
     Processes,
+    /// Have all of its processes stand still, or go on.
+    Freeze {
+        /// Whether they stand still.
+        freeze: bool,
+    },
     /// Change limits.
     Update {
         /// As runtime-spec `config-linux.md#control-groups`, in JSON.
@@ -145,7 +171,7 @@ pub enum Answer {
         /// The whole chain of causes, ready to print.
         message: String,
     },
-    /// A further process waits for its streams under this number.
+    /// A further process or container waits for its streams under this number.
     Accepted {
         /// It.
         number: u32,

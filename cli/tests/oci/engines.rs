@@ -16,6 +16,7 @@ use crate::{
 pub fn all() -> Vec<Test> {
     crate::tests![
         podman_runs_containers,
+        podman_runs_pods,
         podman_of_a_plain_user_runs_containers,
         containerd_runs_containers,
         docker_runs_containers,
@@ -62,12 +63,12 @@ impl Engine {
     }
 }
 
-fn podman_runs_containers() {
+/// podman with the bundle's root file system as its image `box`, if it is there.
+fn podman(bundle: &Bundle) -> Option<Engine> {
     if !has("podman", "podman") || !has("conmon", "conmon") {
-        return;
+        return None;
     }
-    let bundle = Bundle::new(&["true"]);
-    let (runtime, files) = (runtime(&bundle), files(&bundle));
+    let (runtime, files) = (runtime(bundle), files(bundle));
     // Limits that need no rights which root may lack in a container.
     let settings = "[containers]\ndefault_ulimits=[\"nofile=1024:1024\",\"nproc=1000:1000\"]\n[engine]\nevents_logger=\"file\"\n";
     fs::write(bundle.path("containers.conf"), settings).unwrap();
@@ -92,6 +93,12 @@ fn podman_runs_containers() {
         environment: vec![("CONTAINERS_CONF", bundle.path("containers.conf"))],
     };
     engine.ok(&["import", "--quiet", files.to_str().unwrap(), "box"]);
+    Some(engine)
+}
+
+fn podman_runs_containers() {
+    let bundle = Bundle::new(&["true"]);
+    let Some(engine) = podman(&bundle) else { return };
     let name = bundle.id.as_str();
     assert_eq!(engine.ok(&["run", "--rm", "--network", "none", "box", "echo", "hi"]), "hi");
     assert_eq!(
@@ -153,6 +160,49 @@ fn podman_of_a_plain_user_runs_containers() {
         (Some(0), "hi\n0\n1\nbox"),
         "{output:?}"
     );
+}
+
+fn podman_runs_pods() {
+    let bundle = Bundle::new(&["true"]);
+    let Some(engine) = podman(&bundle) else { return };
+    let pod = bundle.id.as_str();
+    let infra = ["--infra-image", "localhost/box", "--infra-command", "sleep 1000"];
+    // podman 4.3 lets nothing in a pod's own cgroup open a device, /dev/null least of all; nor can it remove that on v1.
+    let own_cgroups = ["--share-parent=false", "--network", "none"];
+    engine.ok(&[&["pod", "create", "--name", pod], &own_cgroups[..], &infra[..]].concat());
+    let server = format!("{pod}-server");
+    let script = format!(
+        "echo served > /tmp/word; echo shared > /dev/shm/word; busybox httpd -p 80 -h /tmp; {SERVICE}"
+    );
+    engine.ok(&["run", "--detach", "--pod", pod, "--name", &server, "box", "sh", "-c", &script]);
+    starts_and_is_entered(&engine, &server);
+    let client = "busybox wget -qO- http://127.0.0.1/word; cat /dev/shm/word; hostname; exit 5";
+    let output = engine.run(&["run", "--rm", "--pod", pod, "box", "sh", "-c", client]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(5), format!("served\nshared\n{pod}")));
+    // One kernel, and which.
+    let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
+    let of_server = engine.ok(&[&["exec", server.as_str()], &boot[..]].concat());
+    let of_client = engine.ok(&[&["run", "--rm", "--pod", pod, "box"], &boot[..]].concat());
+    let of_host = fs::read_to_string(boot[1]).unwrap();
+    assert_eq!(of_server, of_client);
+    assert_eq!(of_server == of_host.trim_end(), !fixture::in_vm());
+    engine.ok(&["stop", "--time", "10", &server]);
+    assert_eq!(engine.ok(&["logs", &server]), "started\nbye");
+    // By itself, and with the pod as a whole.
+    engine.ok(&["start", &server]);
+    starts_again(&engine, &server);
+    engine.ok(&["pod", "stop", "--time", "5", pod]);
+    engine.ok(&["pod", "start", pod]);
+    starts_again(&engine, &server);
+    engine.ok(&["pod", "rm", "--force", "--time", "5", pod]);
+    assert_eq!(engine.ok(&["ps", "--all", "--quiet"]), "");
+}
+
+/// A service that has been stopped runs, and is entered.
+fn starts_again(engine: &Engine, name: &str) {
+    await_that("it answers", || {
+        engine.run(&["exec", name, "busybox", "wget", "-qO-", "http://127.0.0.1/word"]).status.success()
+    });
 }
 
 /// A daemon that ends with the test.

@@ -48,6 +48,8 @@ pub fn missing() -> Option<String> {
 /// A bundle and a directory for the state of containers made of it.
 pub struct Bundle {
     directory: TempDir,
+    /// Where the state of containers is.
+    state: PathBuf,
     pub id: String,
     pub config: Value,
 }
@@ -70,7 +72,14 @@ impl Bundle {
             symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
         let id = format!("oci-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        Self { directory, id, config: config(command) }
+        let state = directory.path().join("state");
+        Self { directory, state, id, config: config(command) }
+    }
+
+    /// Beside the container of another bundle, which has to outlive it.
+    pub fn beside(mut self, other: &Self) -> Self {
+        self.state.clone_from(&other.state);
+        self
     }
 
     /// Changes the configuration at a JSON pointer whose parent is there.
@@ -96,7 +105,7 @@ impl Bundle {
     /// As [`Bundle::command`], of another runtime.
     pub fn command_of(&self, mut command: Command, words: &[&str]) -> Command {
         fs::write(self.path("config.json"), self.config.to_string()).unwrap();
-        command.arg("--root").arg(self.path("state")).args(words);
+        command.arg("--root").arg(&self.state).args(words);
         command.current_dir(self.directory.path()).stdin(Stdio::null());
         command
     }

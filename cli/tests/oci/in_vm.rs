@@ -75,7 +75,7 @@ pub fn of(all: Vec<Test>) -> Vec<Test> {
         machine_of_run_gets_its_signals,
         ps_shows_many_long_command_lines,
     ];
-    all.into_iter().filter(is_shared).chain(own).collect()
+    all.into_iter().filter(is_shared).chain(own).chain(crate::pods::in_vm()).collect()
 }
 
 fn guest_has_a_kernel_of_its_own() {

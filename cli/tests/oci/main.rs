@@ -12,6 +12,7 @@ mod in_vm;
 mod life;
 mod mishaps;
 mod network;
+mod pods;
 mod processes;
 mod seccomp;
 mod sharing;
@@ -62,6 +63,7 @@ fn of_containers() -> Vec<Test> {
         words::all(),
         seccomp::all(),
         network::all(),
+        pods::all(),
         engines::all(),
         differential::all(),
     ]

@@ -17,7 +17,7 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 /// The socket's name in a VM's directory.
 pub(crate) const VSOCK_SOCKET: &str = "vsock.sock";
 /// How long a guest may take for all of an answer. Its agent answers at once, if it can at all.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// `OK 4294967295\n`.
 const MAX_ANSWER_BYTES: usize = 14;
 

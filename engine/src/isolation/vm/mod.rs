@@ -178,6 +178,7 @@ pub fn start(
         waits: false,
         stdin: request.interactive,
         network: None,
+        pod: None,
     };
     let config = machine(dir, layers, request)?;
     let mut machine =
@@ -248,6 +249,15 @@ struct Load<'a> {
     waits: bool,
     stdin: bool,
     network: Option<&'a Network>,
+    /// If others may join.
+    pod: Option<Pod>,
+}
+
+/// What a machine has for containers that join it.
+#[derive(Debug, Clone, Copy)]
+struct Pod {
+    /// As [`BootConfig`] has it.
+    shared_memory_bytes: Option<u64>,
 }
 
 /// Boots a machine with `load` in it. `dir` is for this VM only.
@@ -258,7 +268,11 @@ fn boot(
     trace: &mut Trace,
     cgroup: impl FnOnce(&VmConfig) -> Result<VmCgroup, CgroupError>,
 ) -> Result<Machine, VmError> {
-    let mut file_server = FileServer::new(load.shares).map_err(setup("start the file server"))?;
+    let listener = load.pod.map(|_| oci::listen_for_members(dir)).transpose();
+    let listener = listener.map_err(setup("listen for containers of the pod"))?;
+    let mut file_server = FileServer::new(load.shares, listener.as_ref().map(AsFd::as_fd))
+        .map_err(setup("start the file server"))?;
+    drop(listener);
     let control_socket = listen(dir, CONTROL_SOCKET).map_err(setup("make the VM's control socket"))?;
     let programs = listen(dir, VSOCK_SOCKET).map_err(setup("listen for host programs"))?;
     let (control, streams, mut theirs) = connect(&mut config, load.stdin)?;
@@ -398,6 +412,7 @@ fn write_boot_archive(dir: &Path, load: &Load<'_>, config: &VmConfig) -> Result<
         waits: load.waits,
         user: load.user.map(str::to_owned),
         upper_bytes: None,
+        shared_memory_bytes: load.pod.and_then(|pod| pod.shared_memory_bytes),
         share: config.share.is_some(),
         stdin: load.stdin,
         realtime_ns: realtime.tv_sec as u64 * 1_000_000_000 + realtime.tv_nsec as u64,

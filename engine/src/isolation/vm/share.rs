@@ -17,7 +17,7 @@ use std::{
 use cloche_share::{Config, READY, Shared};
 use rustix::{
     event::{PollFd, PollFlags},
-    net::{AddressFamily, SendFlags, SocketFlags, SocketType},
+    net::{AddressFamily, SocketFlags, SocketType},
     pipe::{PipeFlags, pipe_with},
 };
 
@@ -42,8 +42,9 @@ pub(super) struct FileServer {
 }
 
 impl FileServer {
-    /// A server for these files of the host, to be started with the VMM; `None` if there are none.
-    pub(super) fn new(shares: &[Shared]) -> io::Result<Option<Self>> {
+    /// A server for these files of the host, to be started with the VMM, and for what others bring to this listening
+    /// socket; `None` if there are none.
+    pub(super) fn new(shares: &[Shared], listener: Option<BorrowedFd<'_>>) -> io::Result<Option<Self>> {
         if shares.is_empty() {
             return Ok(None);
         }
@@ -61,7 +62,7 @@ impl FileServer {
             rustix::net::sockopt::set_socket_send_buffer_size(end, SEND_BUFFER_BYTES)?;
         }
         // It waits there for the process.
-        rustix::net::send(&ours, &config, SendFlags::NOSIGNAL)?;
+        cloche_share::configure(ours.as_fd(), &config, listener)?;
         let (status, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
         let process = Companion { words: &[c"cloche", c"share"], stdin: theirs, stdout };
         Ok(Some(Self { status: status.into(), socket: Some(ours), process: Some(process), reported: false }))

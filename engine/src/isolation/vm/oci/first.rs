@@ -18,7 +18,7 @@ use oci_spec::runtime::Process;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{
-    super::{LAST_WORDS, Load, Machine, START_PATIENCE, Streams, VmError, boot, cgroup::VmCgroup},
+    super::{LAST_WORDS, Load, Machine, Pod, START_PATIENCE, Streams, VmError, boot, cgroup::VmCgroup},
     attendant::{self, Carried, Gate, GuestStreams, Peer, Refusal, Report, open_terminal},
     network::{self, Network},
     spec::{ROOT_SHARE, Split},
@@ -31,6 +31,8 @@ pub(super) struct Plan<'a> {
     /// The VM's own.
     pub(super) directory: &'a Path,
     pub(super) split: &'a Split,
+    /// Whether others may join.
+    pub(super) is_sandbox: bool,
     pub(super) machine: VmConfig,
     /// The path of the container's cgroup on the host.
     pub(super) cgroup: &'a Path,
@@ -98,6 +100,7 @@ fn boot_plan(plan: Plan<'_>, network: &Network) -> Result<Machine, Refusal> {
         waits: true,
         stdin: true,
         network: Some(network),
+        pod: plan.is_sandbox.then_some(Pod { shared_memory_bytes: plan.split.shared_memory_bytes }),
     };
     let cgroup =
         |config: &VmConfig| Ok(VmCgroup::around(Cgroup::open(plan.cgroup)?, config, &plan.split.shares));

@@ -1,4 +1,4 @@
-//! Containers in virtual machines for an OCI runtime's verbs (`cloche_oci`): one VM for each.
+//! Containers in virtual machines for an OCI runtime's verbs (`cloche_oci`): one VM for each, or for each pod ([`pod`]).
 //!
 //! ```text
 //!  create ── clone3 ──▶ attendant: the process that engines know ── clone3 ──▶ cloche vmm ── KVM ── guest: agent
@@ -14,7 +14,9 @@
 mod attendant;
 mod first;
 mod further;
+mod member;
 pub(super) mod network;
+mod pod;
 mod spec;
 
 use std::{
@@ -30,15 +32,22 @@ use cloche_oci::{Child, Error, First, Further, Inside, Isolation, Known, Seen, S
 use cloche_protocol::{
     frame,
     machine::guest_port,
-    message::{Answer, Request},
+    message::{Answer, Question, Request},
 };
 use cloche_runtime::{
     cgroup::{Breadth, Cgroup},
     chain,
 };
+use cloche_share::additions::Addition;
 use oci_spec::runtime::LinuxResources;
 
+use self::{
+    pod::{Role, Sandbox},
+    spec::In,
+};
 use super::{dial, machine_of, printable};
+
+pub(super) use pod::listen_in as listen_for_members;
 
 /// A virtual machine around each container.
 #[derive(Debug)]
@@ -85,58 +94,19 @@ impl Isolation for OciVm {
                     .into(),
             ));
         }
-        let mut split = spec::split(first.spec, first.rootfs)?;
-        if let Some(process) = split.guest.process_mut() {
-            spec::drop_labels(process, first.warn);
-        }
-        if let Some(linux) = split.guest.linux_mut() {
-            spec::drop_mount_label(linux, first.warn);
-        }
-        check(&split, &first)?;
-        if first.spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true)) {
-            // Nothing is to be made in it any more, so that the file server, too, can keep it as it is.
-            let made = cloche_runtime::make_mount_points(first.rootfs, first.spec);
-            split.shares[spec::ROOT_SHARE].read_only =
-                made.map_err(|source| Error::System("make mount points in the root file system", source))?;
-        }
-        let failed = |action| {
-            let path = first.directory.to_owned();
-            move |source| Error::File { action, path, source }
-        };
-        let directory = first.directory.canonicalize().map_err(failed("find"))?.join(DIRECTORY);
-        fs::DirBuilder::new().mode(0o700).create(&directory).map_err(failed("make the VM's directory in"))?;
-        let machine = machine_of(&directory, split.memory_bytes, split.vcpus, None)
-            .map_err(|error| not_started(&error))?;
-        let path = cloche_runtime::cgroup_path(first.spec, first.id);
-        let cgroup = Cgroup::create(&path, Some(&split.host), Breadth::All)?;
-        let kept: Vec<_> =
-            [first.gate, first.console_socket].iter().flatten().map(AsRawFd::as_raw_fd).collect();
-        let plan = first::Plan {
-            id: first.id,
-            directory: &directory,
-            split: &split,
-            machine,
-            cgroup: &path,
-            gate: first.gate,
-            console_socket: first.console_socket,
-        };
-        let created = |pid: i32| (first.created)(pid, &cgroup);
-        let network = if split.network.is_none() { attendant::NEW_NETWORK } else { 0 };
-        let namespaces = attendant::NEW_PID | network;
-        let started =
-            attendant::start(&cgroup, &kept, &created, namespaces, |report| first::attend(plan, report));
-        match started {
-            Ok(attendant) => Ok(Box::new(FirstInVm { attendant, cgroup })),
-            Err(error) => {
-                let _ = cgroup.kill_all();
-                let _ = cgroup.delete();
-                Err(error)
+        match Role::of(first.spec)? {
+            Role::Alone => start(&first, In::Own),
+            Role::Sandbox { is_declared } => start(&first, In::Pods { is_declared }),
+            Role::Member { sandbox, annotation } => {
+                let (sandbox, addition) = Sandbox::find(self, first.directory, (&sandbox, annotation))?;
+                join_pod(&first, &sandbox, &addition)
             }
         }
     }
 
     fn join(&self, further: Further<'_>) -> Result<Box<dyn Child>, Error> {
         without_preserved(further.preserved_fds)?;
+        refuse_paused_pod(further.known)?;
         let directory = directory(further.known)?;
         let cgroup = further.known.cgroup()?;
         let kept: Vec<_> = further.console_socket.iter().map(AsRawFd::as_raw_fd).collect();
@@ -145,6 +115,7 @@ impl Isolation for OciVm {
         spec::drop_labels(&mut process, further.warn);
         let plan = further::Plan {
             directory: &directory,
+            container: pod::is_member(further.known).then(|| further.known.id()),
             process: &process,
             cgroup: match further.cgroup {
                 [] => None,
@@ -200,11 +171,34 @@ impl Isolation for OciVm {
     }
 
     fn give_back(&self, known: &Known) -> Result<(), Error> {
+        if pod::is_member(known) {
+            let given = pod::give_back(known);
+            return given
+                .map_err(|source| Error::System("have the pod's file server give its files back", source));
+        }
         network::give_back_of(&directory(known)?)
     }
 
+    fn pause(&self, known: &Known) -> Result<(), Error> {
+        if pod::is_member(known) {
+            ask(known, &Request::Freeze { freeze: true })?;
+        }
+        Ok(known.cgroup()?.freeze()?)
+    }
+
+    fn resume(&self, known: &Known) -> Result<(), Error> {
+        if pod::is_member(known) {
+            question(known, &Request::Freeze { freeze: false })?;
+        }
+        Ok(known.cgroup()?.thaw()?)
+    }
+
     fn update(&self, known: &Known, cgroup: &mut Cgroup, resources: &LinuxResources) -> Result<(), Error> {
-        let (host, guest) = spec::divide_update(resources);
+        let (host, guest) = if pod::is_member(known) {
+            (None, Some(spec::of_member(resources, "")?))
+        } else {
+            spec::divide_update(resources)
+        };
         if let Some(guest) = guest {
             let resources = serde_json::to_string(&guest)
                 .map_err(|error| Error::System("write the limits down", error.into()))?;
@@ -214,13 +208,101 @@ impl Isolation for OciVm {
     }
 }
 
-/// A container's first attendant, and what holds it and the VM.
-struct FirstInVm {
+/// Takes a container's configuration apart, and prepares its root file system.
+fn split(first: &First<'_>, place: In<'_>) -> Result<spec::Split, Error> {
+    let mut split = spec::split(first.spec, first.rootfs, place)?;
+    if let Some(process) = split.guest.process_mut() {
+        spec::drop_labels(process, first.warn);
+    }
+    if let Some(linux) = split.guest.linux_mut() {
+        spec::drop_mount_label(linux, first.warn);
+    }
+    check(&split, first)?;
+    if first.spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true)) {
+        // Nothing is to be made in it any more, so that the file server, too, can keep it as it is.
+        let made = cloche_runtime::make_mount_points(first.rootfs, first.spec);
+        split.shares[spec::ROOT_SHARE].read_only =
+            made.map_err(|source| Error::System("make mount points in the root file system", source))?;
+    }
+    Ok(split)
+}
+
+/// Boots a machine with a container in it.
+fn start(first: &First<'_>, place: In<'_>) -> Result<Box<dyn Child>, Error> {
+    let split = split(first, place)?;
+    let failed = |action| {
+        let path = first.directory.to_owned();
+        move |source| Error::File { action, path, source }
+    };
+    let directory = first.directory.canonicalize().map_err(failed("find"))?.join(DIRECTORY);
+    fs::DirBuilder::new().mode(0o700).create(&directory).map_err(failed("make the VM's directory in"))?;
+    let machine =
+        machine_of(&directory, split.memory_bytes, split.vcpus, None).map_err(|error| not_started(&error))?;
+    let path = cloche_runtime::cgroup_path(first.spec, first.id);
+    let plan = first::Plan {
+        id: first.id,
+        directory: &directory,
+        split: &split,
+        is_sandbox: !matches!(place, In::Own),
+        machine,
+        cgroup: &path,
+        gate: first.gate,
+        console_socket: first.console_socket,
+    };
+    let network = if split.network.is_none() { attendant::NEW_NETWORK } else { 0 };
+    attended(first, &split.host, &[], attendant::NEW_PID | network, |report| first::attend(plan, report))
+}
+
+/// Makes a container in a sandbox's machine.
+fn join_pod(first: &First<'_>, sandbox: &Sandbox, addition: &Addition) -> Result<Box<dyn Child>, Error> {
+    let split = split(first, In::With(sandbox))?;
+    let link = sandbox.link(first.directory)?;
+    let plan = member::Plan {
+        id: first.id,
+        directory: &link.canonicalize().map_err(|source| Error::File {
+            action: "find",
+            path: link,
+            source,
+        })?,
+        split: &split,
+        addition,
+        gate: first.gate,
+        console_socket: first.console_socket,
+    };
+    attended(first, &split.host, &[addition.socket()], 0, |report| member::attend(&plan, report))
+}
+
+/// Starts a container's first attendant in the container's cgroup on the host, with these limits, descriptors and new
+/// namespaces.
+fn attended(
+    first: &First<'_>,
+    host: &LinuxResources,
+    kept: &[BorrowedFd<'_>],
+    namespaces: u64,
+    attend: impl FnOnce(attendant::Report) -> Result<u8, attendant::Refusal>,
+) -> Result<Box<dyn Child>, Error> {
+    let cgroup =
+        Cgroup::create(&cloche_runtime::cgroup_path(first.spec, first.id), Some(host), Breadth::All)?;
+    let kept = [first.gate, first.console_socket].into_iter().flatten().chain(kept.iter().copied());
+    let kept: Vec<_> = kept.map(|fd| fd.as_raw_fd()).collect();
+    let created = |pid: i32| (first.created)(pid, &cgroup);
+    match attendant::start(&cgroup, &kept, &created, namespaces, attend) {
+        Ok(attendant) => Ok(Box::new(FirstAttended { attendant, cgroup })),
+        Err(error) => {
+            let _ = cgroup.kill_all();
+            let _ = cgroup.delete();
+            Err(error)
+        }
+    }
+}
+
+/// A container's first attendant, and what holds it and, if it is the first of its machine, the VM.
+struct FirstAttended {
     attendant: attendant::Attendant,
     cgroup: Cgroup,
 }
 
-impl Child for FirstInVm {
+impl Child for FirstAttended {
     fn pid(&self) -> i32 {
         self.attendant.pid()
     }
@@ -267,7 +349,23 @@ fn ask(known: &Known, request: &Request) -> Result<Answer, Error> {
         }
         _ => {}
     }
-    match ask_at(&directory(known)?, request) {
+    question(known, request)
+}
+
+/// With its sandbox, a pod's machine stands still, and answers nobody.
+fn refuse_paused_pod(known: &Known) -> Result<(), Error> {
+    match pod::paused_sandbox(&OciVm, known) {
+        Some(sandbox) => Err(Error::Request(format!(
+            "the pod's sandbox {sandbox} is paused, and with it the virtual machine of all its containers; resume it first"
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn question(known: &Known, request: &Request) -> Result<Answer, Error> {
+    refuse_paused_pod(known)?;
+    let container = pod::is_member(known).then(|| known.id().to_owned());
+    match ask_at(&directory(known)?, &Question { container, request: request.clone() }) {
         Ok(Answer::Failed { message }) => Err(Error::Request(printable(&message))),
         Ok(answer) => Ok(answer),
         // It has ended meanwhile.
@@ -278,9 +376,9 @@ fn ask(known: &Known, request: &Request) -> Result<Answer, Error> {
     }
 }
 
-fn ask_at(directory: &Path, request: &Request) -> io::Result<Answer> {
+fn ask_at(directory: &Path, question: &Question) -> io::Result<Answer> {
     let stream = dial::connect(directory, guest_port::REQUESTS)?;
-    frame::write(&stream, request).map_err(io::Error::other)?;
+    frame::write(&stream, question).map_err(io::Error::other)?;
     let answer = frame::read(dial::answer(&stream)).map_err(io::Error::other)?;
     answer.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }

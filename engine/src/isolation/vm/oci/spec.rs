@@ -7,6 +7,7 @@
 //! | `linux.resources.{cpu, blockIO, network}` | the container's cgroup on the host, where the VM's processes are |
 //! | all other resources | the container's cgroup in the guest; the machine is as large as they need |
 //! | a network namespace's path | the host: the VM's processes are in it |
+//! | a member of a pod: the paths of its sandbox's namespaces; all resources | the guest, which has both containers |
 //! | hooks | the host, but for those that run inside of the container |
 //! | everything else | the guest, where the same runtime does it |
 
@@ -16,7 +17,7 @@ use std::{
 };
 
 use cloche_oci::Error;
-use cloche_protocol::boot::share_path;
+use cloche_protocol::boot::{FIRST_NAMESPACES, SHARED_MEMORY, share_path};
 use cloche_runtime::Filter;
 use cloche_share::Shared;
 use oci_spec::runtime::{
@@ -25,6 +26,7 @@ use oci_spec::runtime::{
 };
 use rustix::fs::{StatFs, statfs};
 
+use super::pod::{self, Sandbox};
 use crate::sources::inherited_flags;
 
 /// A configuration, taken apart.
@@ -44,13 +46,27 @@ pub(super) struct Split {
     pub(super) vcpus: u64,
     /// The network namespace to be in; `None` is one of its own.
     pub(super) network: Option<PathBuf>,
+    /// Of the shared memory that members of its pod have with it.
+    pub(super) shared_memory_bytes: Option<u64>,
+}
+
+/// Whose machine a container is in.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum In<'a> {
+    /// Its own.
+    Own,
+    /// Its own, which others may join.
+    Pods {
+        /// Whether it is known to be a pod's sandbox.
+        is_declared: bool,
+    },
+    /// A sandbox's.
+    With(&'a Sandbox),
 }
 
 /// The place of the root file system among the shares.
 pub(super) const ROOT_SHARE: usize = 0;
 
-/// By which engines say that a container is one of a pod, whose sandbox is another container (CRI).
-const POD_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
 /// File systems that need nothing of the host.
 const OF_A_KERNEL: [&str; 12] = [
     "proc",
@@ -71,20 +87,16 @@ fn refused<T>(what: impl Into<String>) -> Result<T, Error> {
     Err(Error::Request(what.into()))
 }
 
-pub(super) fn split(spec: &Spec, rootfs: &Path) -> Result<Split, Error> {
-    for name in POD_ANNOTATIONS {
-        let kind = spec.annotations().as_ref().and_then(|annotations| annotations.get(name));
-        if kind.is_some_and(|kind| kind == "container") {
-            return refused(format!(
-                "annotation {name}=container: to join a pod's virtual machine is not supported yet; run the pod's \
-                 containers with cloche-container"
-            ));
-        }
-    }
+pub(super) fn split(spec: &Spec, rootfs: &Path, place: In<'_>) -> Result<Split, Error> {
     spec.process().as_ref().map_or(Ok(()), check_process)?;
     let mut guest = spec.clone();
-    let mut shares = vec![Shared { path: rootfs.to_owned(), recursive: true, read_only: false }];
-    let mounts = spec.mounts().iter().flatten().map(|mount| self::mount(mount, &mut shares));
+    let mut binds = Binds {
+        shares: vec![Shared { path: rootfs.to_owned(), recursive: true, read_only: false }],
+        first: if let In::With(sandbox) = place { sandbox.first_share } else { 0 },
+        place,
+        shared_memory_bytes: None,
+    };
+    let mounts = spec.mounts().iter().flatten().map(|mount| binds.mount(mount));
     guest.set_mounts(Some(mounts.collect::<Result<_, _>>()?)).set_annotations(None);
     if let Some(hooks) = spec.hooks() {
         let inside =
@@ -102,14 +114,15 @@ pub(super) fn split(spec: &Spec, rootfs: &Path) -> Result<Split, Error> {
     let mut split = Split {
         guest,
         filter: None,
-        shares,
+        shares: binds.shares,
         host: LinuxResources::default(),
         memory_bytes: None,
         vcpus: 1,
         network: None,
+        shared_memory_bytes: binds.shared_memory_bytes,
     };
     if let Some(linux) = spec.linux() {
-        let linux = split.linux(linux)?;
+        let linux = split.linux(linux, spec, place)?;
         split.guest.set_linux(Some(linux));
     }
     Ok(split)
@@ -117,42 +130,70 @@ pub(super) fn split(spec: &Spec, rootfs: &Path) -> Result<Split, Error> {
 
 impl Split {
     /// The guest's section; fills in the rest.
-    fn linux(&mut self, linux: &Linux) -> Result<Linux, Error> {
+    fn linux(&mut self, linux: &Linux, spec: &Spec, place: In<'_>) -> Result<Linux, Error> {
         let mut guest = linux.clone();
         guest.set_cgroups_path(None);
-        self.namespaces(&mut guest)?;
+        self.namespaces(&mut guest, place)?;
         linux.devices().iter().flatten().try_for_each(device)?;
         if let Some(policy) = linux.seccomp() {
             self.filter = Some(filter(policy)?);
             guest.set_seccomp(None);
         }
-        if let Some(resources) = linux.resources() {
-            self.memory_bytes = resources
-                .memory()
-                .as_ref()
-                .and_then(|memory| memory.limit())
-                .and_then(|bytes| u64::try_from(bytes).ok())
-                .filter(|bytes| *bytes > 0);
-            let (host, inside) = divide(resources);
-            if let Some(cpu) = host.cpu()
-                && let Some(quota @ 1..) = cpu.quota()
-            {
-                // The kernel's own, if none is given (kernel: cgroup-v2.rst, `cpu.max`).
-                let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
-                self.vcpus = u64::try_from(quota).unwrap_or(1).div_ceil(period).min(host_cpus());
-            }
-            self.host = host;
-            guest.set_resources(Some(inside));
+        let own = linux.resources().clone().unwrap_or_default();
+        if let In::With(sandbox) = place {
+            guest.set_resources(Some(of_member(&own, &sandbox.id)?));
+            return Ok(guest);
+        }
+        let whole = match place {
+            In::Pods { is_declared: true } => pod::resources_of_all(spec, &own)?,
+            _ => own.clone(),
+        };
+        self.memory_bytes = whole
+            .memory()
+            .as_ref()
+            .and_then(|memory| memory.limit())
+            .and_then(|bytes| u64::try_from(bytes).ok())
+            .filter(|bytes| *bytes > 0);
+        let (host, _) = divide(&whole);
+        if let Some(cpu) = host.cpu()
+            && let Some(quota @ 1..) = cpu.quota()
+        {
+            // The kernel's own, if none is given (kernel: cgroup-v2.rst, `cpu.max`).
+            let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
+            self.vcpus = u64::try_from(quota).unwrap_or(1).div_ceil(period).min(host_cpus());
+        }
+        self.host = host;
+        if linux.resources().is_some() {
+            guest.set_resources(Some(divide(&own).1));
         }
         Ok(guest)
     }
 
-    /// In the guest, all of them are new.
-    fn namespaces(&mut self, guest: &mut Linux) -> Result<(), Error> {
+    /// In the guest, all of them are new, but for a sandbox's.
+    fn namespaces(&mut self, guest: &mut Linux, place: In<'_>) -> Result<(), Error> {
         let mut namespaces = guest.namespaces().clone().unwrap_or_default();
         for namespace in &mut namespaces {
             match (namespace.typ(), namespace.path().clone()) {
                 (_, None) => {}
+                (kind, Some(path)) if let In::With(sandbox) = place => {
+                    let Some(name) = sandbox.namespace(kind, &path) else {
+                        return refused(format!(
+                            "linux.namespaces[{kind}].path {}: a container of a pod can join the pid, network, ipc and uts \
+                             namespaces of its sandbox {}, whose process is {}, and no others; leave the path out, or run the \
+                             pod with cloche-container",
+                            path.display(),
+                            sandbox.id,
+                            sandbox.pid
+                        ));
+                    };
+                    namespace.set_path(Some(Path::new(FIRST_NAMESPACES).join(name)));
+                }
+                // Made for the pod by its engine: whoever names the same is in the guest's.
+                (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, Some(path))
+                    if matches!(place, In::Pods { is_declared: true }) && pod::is_pinned(&path) =>
+                {
+                    namespace.set_path(None);
+                }
                 (LinuxNamespaceType::Network, Some(path)) => {
                     self.network = Some(path);
                     namespace.set_path(None);
@@ -187,12 +228,41 @@ fn divide(resources: &LinuxResources) -> (LinuxResources, LinuxResources) {
         .set_block_io(resources.block_io().clone())
         .set_network(resources.network().clone());
     guest.set_cpu(None).set_block_io(None).set_network(None);
-    // The guest's kernel has no swap, and so keeps to any limit of it. Engines set one with every limit of memory.
+    without_swap(&mut guest);
+    (host, guest)
+}
+
+/// The guest's kernel has no swap, and so keeps to any limit of it. Engines set one with every limit of memory.
+fn without_swap(guest: &mut LinuxResources) {
     if let Some(mut memory) = *guest.memory() {
         memory.set_swap(None);
         guest.set_memory((memory != LinuxMemory::default()).then_some(memory));
     }
-    (host, guest)
+}
+
+/// What the guest limits for a member of a pod: all of it.
+pub(super) fn of_member(resources: &LinuxResources, sandbox: &str) -> Result<LinuxResources, Error> {
+    let mut guest = resources.clone();
+    let cpu = resources.cpu().clone().unwrap_or_default();
+    let is_set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    let of_host = [
+        ("cpu.cpus", is_set(cpu.cpus())),
+        ("cpu.mems", is_set(cpu.mems())),
+        ("blockIO", resources.block_io().as_ref().is_some_and(|block_io| *block_io != Default::default())),
+        ("network", resources.network().as_ref().is_some_and(|network| *network != Default::default())),
+    ];
+    if let Some((name, _)) = of_host.iter().find(|(_, is_set)| *is_set) {
+        return refused(format!(
+            "linux.resources.{name}: processors, disks and networks are the host's, and the virtual machine has them as a \
+             whole; limit the pod's sandbox {sandbox}"
+        ));
+    }
+    guest.set_block_io(None).set_network(None);
+    without_swap(&mut guest);
+    if let Some(cpu) = guest.cpu_mut() {
+        cpu.set_cpus(None).set_mems(None);
+    }
+    Ok(guest)
 }
 
 /// Limits of a container that runs: for the host and for the guest, if they have anything for it.
@@ -279,64 +349,103 @@ fn device(device: &LinuxDevice) -> Result<(), Error> {
     ))
 }
 
-fn mount(mount: &Mount, shares: &mut Vec<Shared>) -> Result<Mount, Error> {
-    let options = mount.options().as_deref().unwrap_or_default();
-    let has = |names: &[&str]| options.iter().find(|option| names.contains(&option.as_str()));
-    let at = mount.destination().display();
-    let kind = mount.typ().as_deref();
-    if kind != Some("bind") && has(&["bind", "rbind"]).is_none() {
-        return match kind {
-            Some(name) if !OF_A_KERNEL.contains(&name) => refused(format!(
-                "cannot mount {at}: a file system of type {name} would be mounted from the host's devices; mount it \
+/// Mounts of a container, and what they need.
+struct Binds<'a> {
+    shares: Vec<Shared>,
+    /// The number of the first one.
+    first: usize,
+    place: In<'a>,
+    shared_memory_bytes: Option<u64>,
+}
+
+impl Binds<'_> {
+    fn mount(&mut self, mount: &Mount) -> Result<Mount, Error> {
+        let options = mount.options().as_deref().unwrap_or_default();
+        let has = |names: &[&str]| options.iter().find(|option| names.contains(&option.as_str()));
+        let at = mount.destination().display();
+        let kind = mount.typ().as_deref();
+        if kind != Some("bind") && has(&["bind", "rbind"]).is_none() {
+            return match kind {
+                Some(name) if !OF_A_KERNEL.contains(&name) => refused(format!(
+                    "cannot mount {at}: a file system of type {name} would be mounted from the host's devices; mount it \
                  on the host, and bind it"
-            )),
-            _ => Ok(mount.clone()),
-        };
-    }
-    if let Some(option) = has(&["shared", "rshared", "slave", "rslave"]) {
-        return refused(format!(
-            "cannot bind {at} with the option {option}: mounts do not pass between the host and a virtual machine; \
+                )),
+                _ => Ok(mount.clone()),
+            };
+        }
+        if let Some(option) = has(&["shared", "rshared", "slave", "rslave"]) {
+            return refused(format!(
+                "cannot bind {at} with the option {option}: mounts do not pass between the host and a virtual machine; \
              use rprivate"
-        ));
-    }
-    let is_mapped = [mount.uid_mappings(), mount.gid_mappings()]
-        .iter()
-        .any(|maps| maps.as_ref().is_some_and(|maps| !maps.is_empty()));
-    if is_mapped || has(&["idmap", "ridmap"]).is_some() {
-        return refused(format!("cannot bind {at} with mapped users into a virtual machine"));
-    }
-    let source = mount.source().as_deref().unwrap_or(Path::new(""));
-    let failed = |action| {
-        let path = source.to_owned();
-        move |source: std::io::Error| Error::File { action, path, source }
-    };
-    let metadata = fs::metadata(source).map_err(failed("find the source of a bind,"))?;
-    let file_system = statfs(source).map_err(|errno| failed("look at")(errno.into()))?;
-    if is_kernels(&file_system) {
-        // The host's would tell of the host. The guest has its own at the same place.
-        return Ok(mount.clone());
-    }
-    if cloche_runtime::destination(mount) == Path::new("/dev/shm") && is_tmpfs(&file_system) {
-        return Ok(shared_memory(mount, &file_system));
-    }
-    if !metadata.is_file() && !metadata.is_dir() {
-        return refused(format!(
-            "cannot bind {} at {at}: it is neither a regular file nor a directory, and two kernels cannot share it; \
+            ));
+        }
+        let is_mapped = [mount.uid_mappings(), mount.gid_mappings()]
+            .iter()
+            .any(|maps| maps.as_ref().is_some_and(|maps| !maps.is_empty()));
+        if is_mapped || has(&["idmap", "ridmap"]).is_some() {
+            return refused(format!("cannot bind {at} with mapped users into a virtual machine"));
+        }
+        let source = mount.source().as_deref().unwrap_or(Path::new(""));
+        let failed = |action| {
+            let path = source.to_owned();
+            move |source: std::io::Error| Error::File { action, path, source }
+        };
+        let metadata = fs::metadata(source).map_err(failed("find the source of a bind,"))?;
+        let file_system = statfs(source).map_err(|errno| failed("look at")(errno.into()))?;
+        if is_kernels(&file_system) {
+            // The host's would tell of the host. The guest has its own at the same place.
+            return Ok(mount.clone());
+        }
+        if cloche_runtime::destination(mount) == Path::new("/dev/shm") && is_tmpfs(&file_system) {
+            return Ok(self.shared_memory(mount, source, &file_system));
+        }
+        if !metadata.is_file() && !metadata.is_dir() {
+            return refused(format!(
+                "cannot bind {} at {at}: it is neither a regular file nor a directory, and two kernels cannot share it; \
              run it with cloche-container",
-            source.display()
+                source.display()
+            ));
+        }
+        let mut bound = mount.clone();
+        let inherited = inherited_flags(source).map_err(failed("look at"))?;
+        bound.set_source(Some(share_path(self.first + self.shares.len()))).set_options(Some(
+            options.iter().cloned().chain(inherited.into_iter().map(String::from)).collect(),
         ));
+        self.shares.push(Shared {
+            path: source.to_owned(),
+            recursive: has(&["rbind"]).is_some(),
+            read_only: has(&["ro", "rro"]).is_some(),
+        });
+        Ok(bound)
     }
-    let mut bound = mount.clone();
-    let inherited = inherited_flags(source).map_err(failed("look at"))?;
-    bound
-        .set_source(Some(share_path(shares.len())))
-        .set_options(Some(options.iter().cloned().chain(inherited.into_iter().map(String::from)).collect()));
-    shares.push(Shared {
-        path: source.to_owned(),
-        recursive: has(&["rbind"]).is_some(),
-        read_only: has(&["ro", "rro"]).is_some(),
-    });
-    Ok(bound)
+
+    /// Engines make a container's shared memory on the host, to have several containers share it. Only processes of one
+    /// kernel can, so it is the guest's own, of the same size: that of the pod, or the container's.
+    fn shared_memory(&mut self, mount: &Mount, source: &Path, file_system: &StatFs) -> Mount {
+        let bytes = file_system.f_blocks.saturating_mul(u64::try_from(file_system.f_bsize).unwrap_or(0));
+        let mut made = Mount::default();
+        made.set_destination(mount.destination().clone());
+        let is_pods = match self.place {
+            In::Own => false,
+            In::Pods { .. } => {
+                self.shared_memory_bytes = Some(bytes);
+                true
+            }
+            In::With(sandbox) => sandbox.has_shared_memory(source),
+        };
+        if is_pods {
+            let options = ["bind", "nosuid", "noexec", "nodev"].map(String::from).to_vec();
+            made.set_typ(Some("bind".into()))
+                .set_source(Some(SHARED_MEMORY.into()))
+                .set_options(Some(options));
+        } else {
+            let options = ["nosuid", "noexec", "nodev", "mode=1777", &format!("size={bytes}")];
+            made.set_typ(Some("tmpfs".into()))
+                .set_source(Some("shm".into()))
+                .set_options(Some(options.map(String::from).to_vec()));
+        }
+        made
+    }
 }
 
 /// linux/magic.h.
@@ -351,19 +460,6 @@ fn is_kernels(file_system: &StatFs) -> bool {
 fn is_tmpfs(file_system: &StatFs) -> bool {
     const TMPFS: i64 = 0x0102_1994;
     file_system.f_type == TMPFS
-}
-
-/// Engines make a container's shared memory on the host, to have several containers share it. Only processes of one
-/// kernel can, so it is the guest's own, of the same size.
-fn shared_memory(mount: &Mount, file_system: &StatFs) -> Mount {
-    let bytes = file_system.f_blocks.saturating_mul(u64::try_from(file_system.f_bsize).unwrap_or(0));
-    let options = ["nosuid", "noexec", "nodev", "mode=1777", &format!("size={bytes}")];
-    let mut made = Mount::default();
-    made.set_destination(mount.destination().clone())
-        .set_typ(Some("tmpfs".into()))
-        .set_source(Some("shm".into()))
-        .set_options(Some(options.map(String::from).to_vec()));
-    made
 }
 
 #[cfg(test)]
@@ -395,7 +491,7 @@ mod tests {
             Value::Array(list) => list.push(value),
             parent => parent[name] = value,
         }
-        split(&serde_json::from_value(config).unwrap(), Path::new("/rootfs"))
+        split(&serde_json::from_value(config).unwrap(), Path::new("/rootfs"), In::Own)
     }
 
     fn refusal(pointer: &str, value: Value) -> String {
@@ -471,15 +567,116 @@ mod tests {
     }
 
     fn split_of(config: Value) -> Split {
-        split(&serde_json::from_value(config).unwrap(), Path::new("/rootfs")).unwrap()
+        split(&serde_json::from_value(config).unwrap(), Path::new("/rootfs"), In::Own).unwrap()
+    }
+
+    fn sandbox(spec: Value) -> Sandbox {
+        Sandbox { id: "box".into(), pid: 77, spec: serde_json::from_value(spec).unwrap(), first_share: 4096 }
+    }
+
+    fn of_member_of(sandbox: &Sandbox, config: Value) -> Result<Split, Error> {
+        split(&serde_json::from_value(config).unwrap(), Path::new("/rootfs"), In::With(sandbox))
+    }
+
+    #[test]
+    fn namespaces_of_a_sandbox_are_the_guests_and_no_others() {
+        let pinned = tempfile::NamedTempFile::new().unwrap();
+        let mut pod = config();
+        pod["linux"]["namespaces"][1]["path"] = pinned.path().to_str().into();
+        let sandbox = sandbox(pod);
+        let mut member = config();
+        for (index, path) in [(0, "/proc/77/ns/pid"), (2, "/proc/77/ns/ipc"), (3, "/proc/77/ns/uts")] {
+            member["linux"]["namespaces"][index]["path"] = path.into();
+        }
+        member["linux"]["namespaces"][1]["path"] = pinned.path().to_str().into();
+        let split = of_member_of(&sandbox, member).unwrap();
+        let namespaces = split.guest.linux().as_ref().unwrap().namespaces().clone().unwrap();
+        let paths: Vec<_> = namespaces.iter().filter_map(|one| one.path().as_deref()?.file_name()).collect();
+        assert_eq!(paths, ["pid", "net", "ipc", "uts"]);
+        assert_eq!(split.network, None);
+        for (index, path) in
+            [(0, "/proc/78/ns/pid"), (1, "/proc/77/ns/ipc"), (2, "/proc/1/ns/ipc"), (4, "/proc/77/ns/mnt")]
+        {
+            let mut member = config();
+            member["linux"]["namespaces"][index]["path"] = path.into();
+            let told = of_member_of(&sandbox, member).unwrap_err().to_string();
+            assert!(told.contains(path) && told.contains("its sandbox box"), "{told}");
+        }
+    }
+
+    #[test]
+    fn files_of_a_member_are_behind_those_of_others() {
+        let shm = tempfile::tempdir_in("/dev/shm").unwrap();
+        let bind = |source: &Path| json!({ "destination": "/dev/shm", "type": "bind", "source": source });
+        let mut pod = config();
+        pod["mounts"] = json!([bind(shm.path())]);
+        let place = In::Pods { is_declared: true };
+        let of_sandbox =
+            split(&serde_json::from_value(pod.clone()).unwrap(), Path::new("/rootfs"), place).unwrap();
+        assert!(of_sandbox.shared_memory_bytes.is_some());
+        let sandbox = sandbox(pod);
+        let mut member = config();
+        let data = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir_in("/dev/shm").unwrap();
+        let files = json!({ "destination": "/data", "type": "bind", "source": data.path() });
+        member["mounts"] = json!([bind(shm.path()), files, bind(other.path())]);
+        let split = of_member_of(&sandbox, member).unwrap();
+        let mounts = split.guest.mounts().clone().unwrap();
+        let source = |index: usize| mounts[index].source().as_deref().unwrap().to_owned();
+        assert_eq!(source(0), Path::new(SHARED_MEMORY));
+        assert_eq!((source(1), split.shares.len()), (share_path(4097), 2));
+        assert_eq!(mounts[2].typ().as_deref(), Some("tmpfs"));
+        assert_eq!(
+            of_sandbox.guest.mounts().as_ref().unwrap()[0].source().as_deref(),
+            Some(Path::new(SHARED_MEMORY))
+        );
+    }
+
+    #[test]
+    fn machine_of_a_pod_is_as_large_as_the_pod() {
+        let mut pod = config();
+        pod["linux"]["resources"] = json!({ "cpu": { "shares": 2 }, "pids": { "limit": 7 } });
+        let split = |pod: &Value, place| {
+            split(&serde_json::from_value(pod.clone()).unwrap(), Path::new("/rootfs"), place).unwrap()
+        };
+        let declared = In::Pods { is_declared: true };
+        let unlimited = split(&pod, declared);
+        assert_eq!((unlimited.memory_bytes, unlimited.vcpus), (Some(1 << 30), 1));
+        // What is meant for a process that waits is not for all of them.
+        assert_eq!(unlimited.host.cpu().as_ref().unwrap().shares(), None);
+        let podmans = split(&pod, In::Pods { is_declared: false });
+        assert_eq!((podmans.memory_bytes, podmans.host.cpu().as_ref().unwrap().shares()), (None, Some(2)));
+        pod["annotations"] = json!({
+            "io.kubernetes.cri.sandbox-memory": "5000000", "io.kubernetes.cri.sandbox-cpu-quota": "150000",
+            "io.kubernetes.cri.sandbox-cpu-period": "100000", "io.kubernetes.cri.sandbox-cpu-shares": "512",
+        });
+        let limited = split(&pod, declared);
+        assert_eq!((limited.memory_bytes, limited.vcpus), (Some(5_000_000), 2.min(host_cpus())));
+        assert_eq!(limited.host.cpu().as_ref().unwrap().shares(), Some(512));
+        let inside = limited.guest.linux().as_ref().unwrap().resources().clone().unwrap();
+        assert!(inside.memory().is_none() && inside.cpu().is_none() && inside.pids().is_some());
+    }
+
+    #[test]
+    fn limits_of_a_member_are_the_guests_or_refused_by_name() {
+        let resources = |value: Value| of_member(&serde_json::from_value(value).unwrap(), "box");
+        let all = json!({ "cpu": { "quota": 5, "cpus": "" }, "blockIO": {}, "memory": { "limit": 9 } });
+        let guest = resources(all).unwrap();
+        assert!(guest.cpu().as_ref().unwrap().quota() == Some(5) && guest.memory().is_some());
+        assert!(guest.block_io().is_none() && guest.cpu().as_ref().unwrap().cpus().is_none());
+        for (name, value) in [
+            ("cpu.cpus", json!({ "cpu": { "cpus": "0-1" } })),
+            ("blockIO", json!({ "blockIO": { "weight": 100 } })),
+            ("network", json!({ "network": { "classID": 5 } })),
+        ] {
+            assert!(resources(value).unwrap_err().to_string().contains(&format!("linux.resources.{name}")));
+        }
     }
 
     #[test]
     fn what_a_virtual_machine_cannot_do_is_refused_by_name() {
         let hook = json!({ "createContainer": [{ "path": "/bin/true" }] });
         assert!(refusal("/hooks", hook).contains("hooks.createContainer"));
-        let pod = json!({ "io.kubernetes.cri.container-type": "container" });
-        assert!(refusal("/annotations", pod).contains("io.kubernetes.cri.container-type"));
         let disk = json!({ "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 });
         assert!(refusal("/linux/devices", json!([disk])).contains("/dev/sda (8:0)"));
         let joined = json!({ "type": "ipc", "path": "/proc/1/ns/ipc" });
