@@ -291,6 +291,10 @@ fn processes_of_a_joined_pid_namespace_are_not_all_the_containers() {
     let path = |kind: &str| json!({ "type": kind, "path": format!("/proc/{pid}/ns/{kind}") });
     let guest = bundle(json!([path("user"), path("pid"), { "type": "mount" }, { "type": "uts" }]));
     run(&guest, &["run", "--detach", &guest.id]);
+    let first = guest.state()["pid"].clone();
+    let mut listed = guest.command(&["ps", "--format", "json", &guest.id]);
+    let listed = listed.uid(USER).gid(USER).output().unwrap();
+    assert_eq!(serde_json::from_slice::<serde_json::Value>(&listed.stdout).unwrap(), json!([first]));
     run(&guest, &["kill", "--all", &guest.id, "KILL"]);
     guest.await_status("stopped");
     assert_eq!(pod.status(), "running");
