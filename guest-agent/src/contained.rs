@@ -7,6 +7,7 @@ use std::{
         fd::AsFd,
         unix::net::{UnixListener, UnixStream},
     },
+    time::Duration,
 };
 
 use cloche_protocol::message::{FromGuest, ToGuest};
@@ -18,6 +19,9 @@ use crate::stdio::Streams;
 
 /// At which containers wait to be started; each has a number behind it.
 const GATE: &str = "/cloche/gate";
+
+/// How long a process may take from its making to its program; nothing else goes on in the guest's agent meanwhile.
+pub const START_PATIENCE: Duration = Duration::from_secs(20);
 
 /// A container that runs, or waits to.
 pub struct Contained {
@@ -85,6 +89,7 @@ impl Contained {
             oci: Oci {
                 gate: listener.as_ref().map(AsFd::as_fd),
                 console_socket: streams.console_socket(),
+                patience: Some(START_PATIENCE),
                 ..Oci::default()
             },
         });

@@ -31,7 +31,7 @@ use rustix::{
 
 use crate::{
     chain,
-    contained::{Contained, Plan},
+    contained::{Contained, Plan, START_PATIENCE},
     spec,
     stdio::{HostStreams, Streams},
     syscalls,
@@ -432,7 +432,12 @@ fn enter(
         cgroup.map(|path| container.cgroup().below(&[path])).transpose().map_err(|error| failed(&error))?;
     let Some(stdio) = streams.take_given() else { return Err((125, "its streams are taken".into())) };
     let linux = target.spec.linux().as_ref();
+    // It would not run, and this process would wait for it.
+    if container.cgroup().is_frozen() {
+        return Err((125, "the container is paused".into()));
+    }
     let joined = join(Join {
+        patience: Some(START_PATIENCE),
         id: "container",
         pid: container.pid(),
         pidfd: container.pidfd(),

@@ -175,6 +175,7 @@ impl Isolation for OnHost {
             kill_on_parent_death: false,
             approve: None,
             oci: Oci {
+                patience: None,
                 gate: first.gate,
                 console_socket: first.console_socket,
                 preserved_fds: first.preserved_fds,
@@ -194,6 +195,7 @@ impl Isolation for OnHost {
         let cgroup = if further.cgroup.is_empty() { own } else { own.below(further.cgroup)? };
         let linux = further.spec.linux().as_ref();
         let joined = cloche_runtime::join(Join {
+            patience: None,
             id: further.known.id(),
             pid: further.first.pid,
             pidfd: further.pidfd,

@@ -12,6 +12,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Component, Path},
+    time::Duration,
 };
 
 use oci_spec::runtime::{LinuxPersonality, LinuxSeccomp, Process};
@@ -71,6 +72,8 @@ pub struct Join<'a> {
     pub listener: Option<Listener<'a>>,
     /// As [`crate::Oci::warn`].
     pub warn: Option<&'a dyn Fn(&str)>,
+    /// As [`crate::Oci::patience`].
+    pub patience: Option<Duration>,
 }
 
 /// A process that has joined a container. Dropping it leaves the process running.
@@ -158,6 +161,7 @@ pub fn join(join: Join<'_>) -> Result<Joined, LaunchError> {
                 pidfd: joined.pidfd(),
                 verdict: verdict.as_fd(),
                 released: Some(released_writer.as_fd()),
+                patience: join.patience,
             };
             if let Err(error) = verdict::read(&reporter, join.cgroup, false, join.listener) {
                 let _ = syscalls::pidfd_send_signal(joined.pidfd(), libc::SIGKILL);

@@ -8,6 +8,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use oci_spec::runtime::{Linux, LinuxIdMapping, Process, Spec};
@@ -95,6 +96,8 @@ pub struct Oci<'a> {
     /// Makes the state that hooks inside of the container get on stdin. Without it, a spec with hooks is refused;
     /// `prestart`, `createRuntime`, `poststart` and `poststop` are the caller's to run.
     pub hook_state: Option<HookState<'a>>,
+    /// How long the process may take to become its program, or to wait at its gate, before it is killed.
+    pub patience: Option<Duration>,
 }
 
 impl<'a> Oci<'a> {
@@ -619,6 +622,7 @@ impl Child {
             pidfd: self.pidfd.as_fd(),
             verdict: self.verdict.as_fd(),
             released: self.held.as_ref().map(AsFd::as_fd),
+            patience: launch.oci.patience,
         };
         verdict::read(&process, cgroup, launch.oci.gate.is_some(), launch.oci.listener)
     }

@@ -8,9 +8,11 @@ use std::{
     io,
     os::fd::{BorrowedFd, OwnedFd},
     panic::{AssertUnwindSafe, catch_unwind},
+    time::{Duration, Instant},
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, read as read_fd, retry_on_intr},
     process::{PidfdGetfdFlags, WaitId, WaitIdOptions, pidfd_getfd, waitid},
 };
@@ -59,6 +61,8 @@ pub(crate) struct Reporter<'a> {
     pub(crate) verdict: BorrowedFd<'a>,
     /// Where it is told that its listener was taken.
     pub(crate) released: Option<BorrowedFd<'a>>,
+    /// How long it may take.
+    pub(crate) patience: Option<Duration>,
 }
 
 impl Reporter<'_> {
@@ -91,6 +95,21 @@ pub fn take_listener(pidfd: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> 
     Ok(pidfd_getfd(pidfd, number, PidfdGetfdFlags::empty())?)
 }
 
+/// Who shares a PID namespace with the process can stop it before its program does anything.
+fn await_more(verdict: BorrowedFd<'_>, patience: Duration, started: Instant) -> Result<(), LaunchError> {
+    let left = patience.saturating_sub(started.elapsed());
+    let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+    let mut fds = [PollFd::from_borrowed_fd(verdict, PollFlags::IN)];
+    match retry_on_intr(|| poll(&mut fds, Some(&left))) {
+        Ok(0) => Err(LaunchError::Init {
+            exit_code: 125,
+            message: format!("its program did not run within {} s; has it been stopped?", patience.as_secs()),
+        }),
+        Ok(_) => Ok(()),
+        Err(errno) => Err(process_failed("wait for the child")(errno)),
+    }
+}
+
 /// Waits until the process has become its program, or failed; if `is_gated`, until it waits at its gate.
 pub(crate) fn read(
     process: &Reporter<'_>,
@@ -101,7 +120,11 @@ pub(crate) fn read(
     let mut report = Vec::new();
     let mut buffer = [0; 1 + MAX_MESSAGE_BYTES];
     let mut is_ready = false;
+    let started = Instant::now();
     loop {
+        if let Some(patience) = process.patience {
+            await_more(process.verdict, patience, started)?;
+        }
         let count = retry_on_intr(|| read_fd(process.verdict, &mut buffer))
             .map_err(|errno: Errno| process_failed("read from the child")(errno))?;
         report.extend(buffer.iter().take(count));

@@ -1,6 +1,6 @@
 //! Names and numbers of the system calls that 32-bit programs make on x86 (i386; Linux 6.1, `asm/unistd_32.h`).
 
-use crate::syscall_table;
+use crate::{bpf::Comparison, syscall_table};
 
 /// From this number on, all architectures have the same calls (Linux 5.1).
 const COMMON: u32 = 424;
@@ -13,9 +13,9 @@ pub fn number(name: &str) -> Option<u32> {
     }
 }
 
-/// The call that does this one's work, too, and its first argument then (`linux/net.h`, `linux/ipc.h`): as every program
-/// did it before Linux 4.3, and 5.1.
-pub fn multiplexed(name: &str) -> Option<(u32, u64)> {
+/// The call that does this one's work, too, and what is compared with its first argument then (`linux/net.h`,
+/// `linux/ipc.h`): as every program did it before Linux 4.3, and 5.1.
+pub fn multiplexed(name: &str) -> Option<(u32, Comparison)> {
     const SOCKETCALL: u32 = 102;
     const IPC: u32 = 117;
     let (call, number) = match name {
@@ -53,7 +53,12 @@ pub fn multiplexed(name: &str) -> Option<(u32, u64)> {
         "shmctl" => (IPC, 24),
         _ => return None,
     };
-    Some((call, number))
+    let comparison = match call {
+        // Above these bits it has a version (`ipc/syscall.c`).
+        IPC => Comparison::MaskedEqual { mask: 0xffff, value: number },
+        _ => Comparison::Equal(number),
+    };
+    Some((call, comparison))
 }
 
 /// Sorted by name.

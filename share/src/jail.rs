@@ -87,9 +87,7 @@ pub(crate) fn open_trees(shares: &[Shared]) -> Result<Vec<OwnedFd>, JailError> {
     let trees = shares.iter().map(|share| {
         let failed = |source| JailError::Open { path: share.path.clone(), source };
         let tree = clone_tree(&share.path, share.recursive).map_err(|errno| failed(errno.into()))?;
-        if share.read_only {
-            syscalls::make_read_only(tree.as_fd()).map_err(failed)?;
-        }
+        syscalls::isolate(tree.as_fd(), share.read_only).map_err(failed)?;
         Ok(tree)
     });
     trees.collect()

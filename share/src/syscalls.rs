@@ -15,10 +15,12 @@ struct MountAttr {
     user_namespace: u64,
 }
 
-/// Makes a mount and all below it read-only.
-pub fn make_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
+/// Cuts a mount and all below it off from others, so that nothing that happens to those is held up by it; and makes them
+/// read-only.
+pub fn isolate(mount: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
     const RDONLY: u64 = 1;
-    let attr = MountAttr { set: RDONLY, clear: 0, propagation: 0, user_namespace: 0 };
+    let set = if read_only { RDONLY } else { 0 };
+    let attr = MountAttr { set, clear: 0, propagation: libc::MS_PRIVATE, user_namespace: 0 };
     // SAFETY: the path is a NUL-terminated literal, `attr` a live `mount_attr` of the size given.
     let result = unsafe {
         libc::syscall(

@@ -25,6 +25,7 @@ pub fn in_vm() -> Vec<Test> {
         end_of_the_sandbox_is_that_of_its_machine,
         limits_of_a_member_are_those_of_its_cgroup_in_the_guest,
         files_of_a_member_are_given_back_with_it,
+        member_that_stops_its_further_processes_does_not_hold_up_the_others,
         pod_that_cannot_be_joined_is_refused_by_name,
     ]
 }
@@ -297,4 +298,19 @@ fn pod_that_cannot_be_joined_is_refused_by_name() {
     sandbox.ok(&["kill", &sandbox.id, "KILL"]);
     sandbox.await_status("stopped");
     assert!(late.refused(&["run", &late.id]).contains("the sandbox is stopped"));
+}
+
+/// A further process is in the container before it is its program, and the guest's agent waits for it to become that.
+fn member_that_stops_its_further_processes_does_not_hold_up_the_others() {
+    let sandbox = sandbox(&["sleep", "1000"]);
+    sandbox.start();
+    let hostile = member(&sandbox, "echo up; while :; do kill -STOP -1; done");
+    hostile.start();
+    hostile.await_output("up");
+    let output = hostile.run(&["exec", &hostile.id, "true"]);
+    let told = text(&output.stderr);
+    assert!(output.status.success() || told.contains("its program did not run within"), "{output:?}");
+    assert_eq!(sandbox.ok(&["exec", &sandbox.id, "echo", "here"]), "here");
+    hostile.ok(&["delete", "--force", &hostile.id]);
+    assert_eq!(sandbox.status(), "running");
 }

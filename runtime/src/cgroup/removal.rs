@@ -52,7 +52,8 @@ pub(super) fn tenant_in(directory: &Path) -> Option<String> {
 
 /// Whether there is anything in a directory or below it.
 pub(super) fn is_in_use(directory: &Path) -> bool {
-    // Processes of a PID namespace that this process does not see are listed, too; what cannot be read is in use.
+    // Processes of a PID namespace that this process does not see are listed, too. What cannot be read, such as a cgroup of
+    // threads, takes no container either, and that is told.
     has_children(directory) || files::read(directory, "cgroup.procs").is_ok_and(|listed| !listed.is_empty())
 }
 

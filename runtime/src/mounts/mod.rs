@@ -254,7 +254,8 @@ pub(crate) enum Passing {
     Settled,
     /// Nothing reaches the caller.
     Nothing,
-    /// Mounts that are made below binds with the option `shared` reach the caller.
+    /// Mounts that are made below binds with the option `shared` reach the caller; as with runc, those below what was
+    /// mounted there before, too.
     Shared,
 }
 

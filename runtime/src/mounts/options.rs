@@ -74,8 +74,7 @@ const AS_IT_IS: [&str; 4] = ["async", "nolazytime", "nomand", "noiversion"];
 const UNSUPPORTED: [&str; 2] = ["remount", "copy-symlink"];
 
 /// What mount(8) and systemd read in fstab(5), and keep from the kernel; also what begins with `x-`.
-const OF_FSTAB: [&str; 9] =
-    ["auto", "noauto", "user", "nouser", "users", "owner", "group", "_netdev", "nofail"];
+const OF_FSTAB: [&str; 5] = ["auto", "noauto", "nouser", "_netdev", "nofail"];
 
 /// The options that have a meaning of their own; others are a file system's. Those with an `r` before an attribute hold for
 /// all mounts below, too. Engines look here for `rro`.
@@ -161,6 +160,9 @@ pub(super) fn parse(options: &[String]) -> Result<Options, OptionError> {
                 "tmpcopyup" => parsed.tmp_copy_up = true,
                 "idmap" => parsed.idmap = Some(Bind::Alone),
                 "ridmap" => parsed.idmap = Some(Bind::WithSubmounts),
+                // What these imply (mount(8)); who may mount is not asked here.
+                "user" | "users" => change(&mut parsed.attr, ATTR_NOEXEC | ATTR_NOSUID | ATTR_NODEV, 0),
+                "owner" | "group" => change(&mut parsed.attr, ATTR_NOSUID | ATTR_NODEV, 0),
                 // What one gets anyway.
                 "defaults" | "norelatime" | "nostrictatime" | "silent" | "loud" | "" => {}
                 option if OF_FSTAB.contains(&option) || option.starts_with("x-") => {}
@@ -368,6 +370,7 @@ mod tests {
         assert_eq!(error, "option \"size\" means nothing for a bind mount");
         assert!(parsed("bind,sync").check_for_bind().is_err());
         assert!(parsed("bind,async,_netdev,x-systemd.automount").check_for_bind().is_ok());
+        assert_eq!(parsed("bind,user,exec").attr.set, ATTR_NOSUID | ATTR_NODEV);
         assert!(parsed("rbind,ro,rslave,copyup").check_for_bind().is_ok());
         assert!(parsed("copyup").check_for_file_system("tmpfs").is_err());
         assert!(parsed("ro,memory").check_for_file_system("cgroup").is_err());

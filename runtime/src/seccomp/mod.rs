@@ -207,8 +207,8 @@ fn policy(
 fn add_i386(name: &str, rules: &[Rule], calls: &mut Vec<(u32, Rule)>) {
     let number = i386_table::number(name);
     calls.extend(number.iter().flat_map(|number| rules.iter().map(|rule| (*number, rule.clone()))));
-    let Some((call, selector)) = i386_table::multiplexed(name) else { return };
-    let is_it = Condition { argument: 0, comparison: Comparison::Equal(selector) };
+    let Some((call, comparison)) = i386_table::multiplexed(name) else { return };
+    let is_it = Condition { argument: 0, comparison };
     let always = rules.iter().filter(|rule| rule.conditions.is_empty());
     calls.extend(always.map(|rule| (call, Rule { conditions: vec![is_it], action: rule.action })));
 }

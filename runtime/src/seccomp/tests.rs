@@ -117,6 +117,10 @@ fn calls_of_32_bit_programs_have_rules_of_their_own_numbers() {
     let denied = listed(vec![rule(&["socketcall"], Allow, vec![]), rule(&["socket"], Trap, vec![])]);
     assert_eq!(answer(&denied, &compat(102, 1)), libc::SECCOMP_RET_TRAP);
     assert_eq!(answer(&denied, &compat(102, 2)), ALLOW);
+    let mut denied = self::policy(Allow, vec![rule(&["shmget"], Trap, vec![])]);
+    denied.set_architectures(Some(vec![Arch::ScmpArchX86]));
+    assert_eq!(answer(&denied, &compat(117, 0x1_0017)), libc::SECCOMP_RET_TRAP);
+    assert_eq!(answer(&denied, &compat(117, 24)), ALLOW);
 }
 
 #[test]

@@ -1,12 +1,17 @@
 //! The attendant of a container that joins a pod: it brings the container's files to the machine's file server, has the
 //! guest's agent make it beside the sandbox, and attends it. The files stay for as long as this process does.
 
-use std::{os::fd::BorrowedFd, path::Path};
+use std::{
+    fs::File,
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+};
 
 use cloche_oci::Signals;
 use cloche_protocol::message::{FromGuest, Question, Request, ToGuest};
 use cloche_runtime::Filter;
 use cloche_share::additions::Addition;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::{
     super::START_PATIENCE,
@@ -19,6 +24,8 @@ use super::{
 /// What to make.
 pub(super) struct Plan<'a> {
     pub(super) id: &'a str,
+    /// The sandbox's process on the host.
+    pub(super) sandbox: i32,
     /// The sandbox's VM.
     pub(super) directory: &'a Path,
     pub(super) split: &'a Split,
@@ -29,6 +36,11 @@ pub(super) struct Plan<'a> {
 
 /// Makes a container in the sandbox's machine, and attends it to its end; how its first process ended.
 pub(super) fn attend(plan: &Plan<'_>, report: Report) -> Result<u8, Refusal> {
+    // Hooks, and whoever else enters it, find the pod's.
+    let network = File::open(format!("/proc/{}/ns/net", plan.sandbox));
+    let network = network.map_err(Refusal::step("open the network namespace of the pod's sandbox"))?;
+    move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))
+        .map_err(Refusal::step("join the network namespace of the pod's sandbox"))?;
     report.hold()?;
     // Hooks may have mounted something by now.
     plan.addition.add(&plan.split.shares).map_err(|error| Refusal::of(&error))?;

@@ -180,10 +180,16 @@ impl Isolation for OciVm {
     }
 
     fn pause(&self, known: &Known) -> Result<(), Error> {
-        if pod::is_member(known) {
-            ask(known, &Request::Freeze { freeze: true })?;
+        if !pod::is_member(known) {
+            return Ok(known.cgroup()?.freeze()?);
         }
-        Ok(known.cgroup()?.freeze()?)
+        let frozen = ask(known, &Request::Freeze { freeze: true })
+            .and_then(|_| known.cgroup()?.freeze().map_err(Error::from));
+        if frozen.is_err() {
+            // One that stands still in the guest alone would not be known to.
+            let _ = ask(known, &Request::Freeze { freeze: false });
+        }
+        frozen
     }
 
     fn resume(&self, known: &Known) -> Result<(), Error> {
@@ -259,6 +265,7 @@ fn join_pod(first: &First<'_>, sandbox: &Sandbox, addition: &Addition) -> Result
     let link = sandbox.link(first.directory)?;
     let plan = member::Plan {
         id: first.id,
+        sandbox: sandbox.pid,
         directory: &link.canonicalize().map_err(|source| Error::File {
             action: "find",
             path: link,

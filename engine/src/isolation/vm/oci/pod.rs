@@ -22,6 +22,7 @@ use cloche_share::additions::Addition;
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+    sockopt::{Timeout, set_socket_timeout},
 };
 
 use super::{super::dial, DIRECTORY};
@@ -241,12 +242,11 @@ fn seqpacket() -> io::Result<OwnedFd> {
 fn reach(vm: &Path) -> io::Result<Addition> {
     let (_held, short) = dial::short(vm)?;
     let socket = seqpacket()?;
+    // That of sending is for the connection, too, which waits if nobody accepts (unix(7)).
+    for kind in [Timeout::Send, Timeout::Recv] {
+        set_socket_timeout(&socket, kind, Some(dial::PATIENCE))?;
+    }
     connect(&socket, &SocketAddrUnix::new(short.join(SOCKET))?)?;
-    rustix::net::sockopt::set_socket_timeout(
-        &socket,
-        rustix::net::sockopt::Timeout::Recv,
-        Some(dial::PATIENCE),
-    )?;
     Addition::over(socket)
 }
 
