@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::Read,
+    io::{Read, Write},
     os::unix::{fs::chown, process::CommandExt},
     process::{Child, Stdio},
     time::Duration,
@@ -113,12 +113,13 @@ fn terminal_takes_input_while_nobody_reads_its_output() {
     let bundle = Bundle::new(&["sleep", "100"]);
     bundle.start();
     let line = "x".repeat(99) + "\n";
-    fs::write(bundle.path("input"), line.repeat(BYTES / 100)).unwrap();
-    let script = format!("stty -echo -opost; head -c {BYTES}");
+    let script = format!("stty -echo -opost; echo ready; head -c {BYTES}");
     let mut exec = bundle.command(&["exec", "--tty", &bundle.id, "sh", "-c", &script]);
-    let input = fs::File::open(bundle.path("input")).unwrap();
-    let mut exec = Bounded(exec.stdin(input).stdout(Stdio::piped()).spawn().unwrap());
-    let mut output = exec.0.stdout.take().unwrap();
+    let mut exec = Bounded(exec.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
+    let (mut input, mut output) = (exec.0.stdin.take().unwrap(), exec.0.stdout.take().unwrap());
+    let mut ready = [0; 6];
+    output.read_exact(&mut ready).unwrap();
+    let writer = std::thread::spawn(move || input.write_all(line.repeat(BYTES / 100).as_bytes()));
     std::thread::sleep(Duration::from_millis(500));
     let reader = std::thread::spawn(move || {
         let mut bytes = Vec::new();
@@ -126,8 +127,8 @@ fn terminal_takes_input_while_nobody_reads_its_output() {
         bytes.len()
     });
     assert_eq!(exec.await_end("exec ends"), Some(0));
-    // What came before echo was off stands there twice.
-    assert!(reader.join().unwrap() >= BYTES);
+    assert_eq!(reader.join().unwrap(), BYTES);
+    writer.join().unwrap().unwrap();
 }
 
 fn terminal_is_let_go_though_something_left_behind_prints() {
