@@ -116,14 +116,17 @@ impl Streams {
         self.pumps.truncate(self.outputs);
     }
 
-    /// Whether all that was written is on its way to the host, with whatever may still write left out.
+    /// Whether all that was written is on its way to the host, with whatever may still write left out. If not, something
+    /// is left to be polled for: the end of a source is taken in here, and nobody would hear of it again.
     pub fn is_drained(&mut self) -> io::Result<bool> {
         let waits = |pump: &Pump| pump.is_done() || pump.waits_for_source();
-        if !self.pumps.iter().all(waits) {
-            return Ok(false);
+        while self.pumps.iter().all(waits) {
+            let ready = pump::poll(&mut self.pumps, &[], Some(Duration::ZERO))?;
+            if !ready.contains(&true) {
+                return Ok(true);
+            }
         }
-        let ready = pump::poll(&mut self.pumps, &[], Some(Duration::ZERO))?;
-        Ok(!ready.contains(&true))
+        Ok(false)
     }
 
     /// Moves what is left of a container that has ended. Every process of it is dead (its PID namespace died with its
@@ -134,5 +137,28 @@ impl Streams {
             pump::poll(&mut self.pumps, &[], None)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    #[test]
+    fn what_is_left_and_the_end_of_it_are_carried_at_once() {
+        let (stdout, mut host) = UnixStream::pair().unwrap();
+        let streams = HostStreams { stdin: None, stdout: stdout.into(), stderr: None };
+        let mut streams = Streams::new(streams, false).unwrap();
+        let Stdio { stdout, .. } = streams.take_given().unwrap();
+        assert!(streams.is_drained().unwrap());
+        File::from(stdout).write_all(b"word").unwrap();
+        // No later round of polling would have anything that tells of it.
+        assert!(streams.is_drained().unwrap());
+        assert!(streams.pumps.iter().all(Pump::is_done));
+        let mut word = String::new();
+        host.read_to_string(&mut word).unwrap();
+        assert_eq!(word, "word");
     }
 }
