@@ -185,34 +185,40 @@ fn entry(directory: &Path, kind: &str) -> Value {
 /// Bytes and requests of each device, in both directions.
 fn block_io(cgroup: &Cgroup) -> Value {
     let Some(directory) = cgroup.directory_of("blkio") else { return json!({}) };
-    let list = |v1: &str, v2: [(&str, &str); 2]| match text(&directory, v1) {
-        Ok(text) => text.lines().filter_map(|line| of_device(line, "", line.rsplit_once(' ')?)).collect(),
-        Err(_) => {
-            let text = text(&directory, "io.stat").unwrap_or_default();
-            let fields = text.lines().flat_map(|line| {
-                let fields = line.split(' ').filter_map(|field| field.split_once('='));
-                fields
-                    .filter_map(|(key, value)| {
-                        let (_, operation) = v2.iter().find(|(name, _)| *name == key)?;
-                        of_device(line, operation, ("", value))
-                    })
-                    .collect::<Vec<_>>()
-            });
-            fields.collect::<Vec<_>>()
-        }
+    let list = |v1: &str, [read, written]: [&str; 2]| match text(&directory, v1) {
+        // Lines such as `8:0 Read 4096`.
+        Ok(text) => text
+            .lines()
+            .filter_map(|line| {
+                let [device, operation, value] = *line.split(' ').collect::<Vec<_>>().as_slice() else {
+                    return None;
+                };
+                of_device(device, operation, value)
+            })
+            .collect(),
+        // Lines such as `8:0 rbytes=4096 wbytes=0`.
+        Err(_) => text(&directory, "io.stat")
+            .unwrap_or_default()
+            .lines()
+            .flat_map(|line| {
+                let (device, fields) = line.split_once(' ').unwrap_or_default();
+                let field = |key: &str| {
+                    fields.split(' ').find_map(|field| field.strip_prefix(key)?.strip_prefix('='))
+                };
+                [("Read", field(read)), ("Write", field(written))]
+                    .map(|(operation, value)| of_device(device, operation, value?))
+            })
+            .flatten()
+            .collect::<Vec<_>>(),
     };
     json!({
-        "ioServiceBytesRecursive":
-            list("blkio.throttle.io_service_bytes_recursive", [("rbytes", "Read"), ("wbytes", "Write")]),
-        "ioServicedRecursive": list("blkio.throttle.io_serviced_recursive", [("rios", "Read"), ("wios", "Write")]),
+        "ioServiceBytesRecursive": list("blkio.throttle.io_service_bytes_recursive", ["rbytes", "wbytes"]),
+        "ioServicedRecursive": list("blkio.throttle.io_serviced_recursive", ["rios", "wios"]),
     })
 }
 
-/// A line such as `8:0 Read 4096` of cgroup v1, or one field of a line such as `8:0 rbytes=4096` of v2.
-fn of_device(line: &str, operation: &str, (rest, value): (&str, &str)) -> Option<Value> {
-    let mut words = line.split(' ');
-    let (major, minor) = words.next()?.split_once(':')?;
-    let operation = if rest.is_empty() { operation } else { words.next()? };
+fn of_device(device: &str, operation: &str, value: &str) -> Option<Value> {
+    let (major, minor) = device.split_once(':')?;
     let number = |text: &str| text.parse::<u64>().ok();
     Some(
         json!({ "major": number(major)?, "minor": number(minor)?, "op": operation, "value": number(value)? }),

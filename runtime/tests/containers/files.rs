@@ -253,6 +253,15 @@ fn links_that_lead_nowhere_are_followed_inside() {
     let made = output.lines().filter(|line| line.contains(" - tmpfs made "));
     let places: BTreeSet<_> = made.filter_map(|line| line.split(' ').nth(4)).collect();
     assert_eq!(places.into_iter().collect::<Vec<_>>(), ["/plain", "/relative/at", "/there/three/below"]);
+    // A file to which an image's link leads, as /etc/resolv.conf often does.
+    let source = tempfile::NamedTempFile::new().unwrap();
+    fs::write(source.path(), "bound").unwrap();
+    let bind =
+        json!({ "destination": "/etc/resolv.conf", "source": source.path(), "options": ["bind", "ro"] });
+    let sandbox = Sandbox::new(&["cat", "/run/resolve/stub.conf"]).with("/mounts/-", bind);
+    let _ = fs::remove_file(sandbox.path("etc/resolv.conf"));
+    symlink("../run/resolve/stub.conf", sandbox.path("etc/resolv.conf")).unwrap();
+    assert_eq!(sandbox.run().success(), "bound");
     let endless = Sandbox::new(&["true"]).with("/mounts/-", tmpfs("/endless/below"));
     symlink("endless", endless.path("endless")).unwrap();
     let (code, message) = endless.refusal();
