@@ -200,10 +200,9 @@ impl Isolation for OciVm {
     }
 
     fn update(&self, known: &Known, cgroup: &mut Cgroup, resources: &LinuxResources) -> Result<(), Error> {
-        let (host, guest) = if pod::is_member(known) {
-            (None, Some(spec::of_member(resources, "")?))
-        } else {
-            spec::divide_update(resources)
+        let (host, guest) = match pod::sandbox_of(known) {
+            Some(sandbox) => (None, Some(spec::of_member(resources, &sandbox)?)),
+            None => spec::divide_update(resources),
         };
         if let Some(guest) = guest {
             let resources = serde_json::to_string(&guest)

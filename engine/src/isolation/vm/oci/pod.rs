@@ -215,12 +215,17 @@ pub(super) fn is_member(known: &Known) -> bool {
     vm(known).is_symlink()
 }
 
+/// The id of a member's sandbox.
+pub(super) fn sandbox_of(known: &Known) -> Option<String> {
+    let target = fs::read_link(vm(known)).ok()?;
+    Some(target.parent()?.file_name()?.to_str()?.to_owned())
+}
+
 /// The id of a member's sandbox, if that is paused, and with it the machine.
 pub(super) fn paused_sandbox(isolation: &dyn Isolation, known: &Known) -> Option<String> {
-    let target = fs::read_link(vm(known)).ok()?;
-    let sandbox = target.parent()?.file_name()?.to_str()?;
-    let known = Home::new(known.directory().parent()?, isolation).find(sandbox).ok()?;
-    (known.status() == Status::Paused).then(|| sandbox.to_owned())
+    let sandbox = sandbox_of(known)?;
+    let found = Home::new(known.directory().parent()?, isolation).find(&sandbox).ok()?;
+    (found.status() == Status::Paused).then_some(sandbox)
 }
 
 /// Returns once the file server has nothing of a member any more, of which no process is left.
