@@ -192,9 +192,9 @@ impl Guest {
             return Err("a read-only share was written to".into());
         }
         let open = Self::number(&self.ask(27, made, &[&[0; 8]])?)?.to_le_bytes();
-        let third = addition(at)?;
         drop(second);
-        third.settle()?;
+        // Made after that end, so that its answer says that it was heard of.
+        addition(at)?.settle()?;
         for (operation, number, arguments) in [(3, last, vec![0; 16]), (3, made, vec![0; 16])] {
             if self.ask(operation, number, &[&arguments]).is_ok() {
                 return Err("what is given back can still be used".into());
